@@ -1,0 +1,265 @@
+"""What the model can do, measured on held-out text against TinyWorld's truth.
+
+`python -m mi_helpers skills` prints the table with its thresholds.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from mi_helpers.tinyworld import lexicon
+from mi_helpers.tinyworld.circuits import BE_FORMS
+from mi_helpers.tinyworld.tokenizer import offsets
+from mi_helpers.tinyworld.world import World
+
+CONTEXT = 128
+
+
+@dataclass
+class Encoded:
+    """Documents as one right-padded batch. A causal model does not see the padding.
+
+    ids (n, length) with `<bos>` first and `<eos>` after the text; lengths (n,) count both
+    """
+
+    documents: list
+    ids: torch.Tensor
+    lengths: torch.Tensor
+    ranges: list
+
+
+def encode(tokenizer, documents: list) -> Encoded:
+    """Encode documents; those that do not fit into the context are left out."""
+    kept, rows, ranges = [], [], []
+    for document in documents:
+        ids, where = offsets(tokenizer, document.text)
+        if len(ids) + 2 <= CONTEXT:
+            kept.append(document)
+            rows.append([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id])
+            ranges.append(where)
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return Encoded(kept, ids, torch.tensor([len(row) for row in rows]), ranges)
+
+
+@torch.no_grad()
+def log_probs(model, ids: torch.Tensor, rows: int = 64):
+    """Yield (first row, log-probabilities (rows, length, d_vocab)) in chunks, float32."""
+    for start in range(0, len(ids), rows):
+        chunk = ids[start : start + rows].to(model.device)
+        yield start, F.log_softmax(model(input_ids=chunk, use_cache=False).logits.float(), -1).cpu()
+
+
+def token_losses(model, ids: torch.Tensor) -> torch.Tensor:
+    """-log p(token | before), nats, (n, length - 1)."""
+    parts = []
+    for start, scores in log_probs(model, ids):
+        target = ids[start : start + len(scores), 1:, None]
+        parts.append(-scores[:, :-1].gather(-1, target).squeeze(-1))
+    return torch.cat(parts)
+
+
+def document_losses(model, encoded: Encoded) -> np.ndarray:
+    """-log p(document with its `<eos>`), nats, (n,)."""
+    losses = token_losses(model, encoded.ids)
+    inside = torch.arange(losses.shape[1])[None] < (encoded.lengths - 1)[:, None]
+    return (losses * inside).sum(1).numpy()
+
+
+def answer_positions(encoded: Encoded, i: int) -> list[int]:
+    """Row positions of the first token of each answer of document i."""
+    starts = encoded.ranges[i][:, 0]
+    spans = encoded.documents[i].find("answer")
+    return [1 + int(np.searchsorted(starts, span.start)) for span in spans]
+
+
+def answer_scores(model, encoded: Encoded):
+    """Yield (document, position, log-probabilities (d_vocab,) at the token before the answer)."""
+    for start, scores in log_probs(model, encoded.ids):
+        for i in range(len(scores)):
+            for position in answer_positions(encoded, start + i):
+                yield encoded.documents[start + i], encoded.ids[start + i, position], scores[
+                    i, position - 1
+                ]
+
+
+def accuracy(model, encoded: Encoded) -> float:
+    """Share of answers that are the model's first choice among all tokens."""
+    right = [int(score.argmax() == answer) for _, answer, score in answer_scores(model, encoded)]
+    return float(np.mean(right))
+
+
+class Suite:
+    """The documents that the skills are measured on, made once and encoded once."""
+
+    def __init__(self, world: World, tokenizer, small: bool = False, seed: int = 10_000):
+        self.world, self.tokenizer = world, tokenizer
+        self.n = 96 if small else 600
+        self.seed = seed
+
+    def texts(self, family: str, held=(), n: int | None = None, **choices) -> Encoded:
+        stream = self.world.documents(self.seed, family, held, **choices)
+        return encode(self.tokenizer, [next(stream) for _ in range(n or self.n)])
+
+    def single(self, word: str) -> int:
+        (token,) = self.tokenizer.encode(word, add_special_tokens=False)
+        return token
+
+    # One method per skill; each returns plain numbers.
+
+    def facts(self, model) -> float:
+        return accuracy(model, self.texts("facts", ("templates",), count=1))
+
+    def two_hop(self, model) -> float:
+        return accuracy(model, self.texts("two_hop", ("entities",), count=1))
+
+    def ioi(self, model, order: str) -> tuple[float, float]:
+        """On unseen pairs: share where IO is the first choice, share where IO is above S."""
+        first, above = [], []
+        for document, answer, score in answer_scores(
+            model, self.texts("ioi", ("entities",), order=order)
+        ):
+            first.append(int(score.argmax() == answer))
+            above.append(int(score[answer] > score[self.single(" " + document.latents["S"])]))
+        return float(np.mean(first)), float(np.mean(above))
+
+    def repetition(self, model) -> float:
+        return accuracy(model, self.texts("repetition", n=max(48, self.n // 4)))
+
+    def made_up(self, model) -> float:
+        return accuracy(model, self.texts("made_up"))
+
+    def agreement(self, model) -> float:
+        """With every noun between of the other number: share with more mass on right forms."""
+        ids = {n: [self.single(" " + w) for w in forms] for n, forms in BE_FORMS.items()}
+        right = []
+        for document, _, score in answer_scores(
+            model, self.texts("agreement", ("entities",), mismatch=True)
+        ):
+            mass = {n: float(score[ids[n]].exp().sum()) for n in ids}
+            right.append(mass[document.latents["number"]] > max(
+                mass[n] for n in ids if n != document.latents["number"]
+            ))
+        return float(np.mean(right))
+
+    def years(self, model) -> float:
+        """Mean probability on the years that are later than the first."""
+        two_digits = [self.single(f"{n:02d}") for n in range(100)]
+        mass = [
+            float(score[two_digits[document.latents["first"] + 1 :]].exp().sum())
+            for document, _, score in answer_scores(model, self.texts("years"))
+        ]
+        return float(np.mean(mass))
+
+    def pronouns(self, model, per_job: int = 40) -> dict[str, tuple[float, float]]:
+        """Occupation → (true p(she), the model's p(she) / (p(she) + p(he)) at the pronoun)."""
+        she, he = self.single(" she"), self.single(" he")
+        result = {}
+        for job, truth in lexicon.occupations().items():
+            encoded = self.texts("pronoun", n=per_job, occupation=job)
+            ratios = []
+            for start, scores in log_probs(model, encoded.ids):
+                for i in range(len(scores)):
+                    span = encoded.documents[start + i].find("pronoun")[0]
+                    position = 1 + int(
+                        np.searchsorted(encoded.ranges[start + i][:, 0], span.start)
+                    )
+                    p = scores[i, position - 1].exp()
+                    ratios.append(float(p[she] / (p[she] + p[he])))
+            result[job] = (truth, float(np.mean(ratios)))
+        return result
+
+    def calendar(self, model) -> float:
+        return accuracy(model, self.texts("calendar"))
+
+    def arithmetic(self, model, held=()) -> float:
+        return accuracy(model, self.texts("arithmetic", held))
+
+    def brackets(self, model) -> float:
+        """At closers: the right kind of bracket has more mass than the two wrong ones."""
+        closers = [self.single(" " + c) for c in ")]}"]
+        right = [
+            int(max(closers, key=lambda c: float(score[c])) == answer)
+            for _, answer, score in answer_scores(model, self.texts("brackets"))
+        ]
+        return float(np.mean(right))
+
+    def losses(self, model, n: int | None = None) -> dict[str, tuple[float, float]]:
+        """Family → (loss, floor), both nats per token over whole fresh documents with `<eos>`.
+
+        The floor includes the choice of the family, which a reader has to find out as well.
+        """
+        names, probs = self.world.mixture.items, self.world.mixture.probs
+        result = {}
+        for family, p in zip(names, probs, strict=True):
+            encoded = self.texts(family, n=n)
+            tokens = float((encoded.lengths - 1).sum())
+            floor = sum(self.world.floor(d) - np.log(p) for d in encoded.documents)
+            result[family] = (document_losses(model, encoded).sum() / tokens, floor / tokens)
+        return result
+
+    def in_context(self, model) -> float:
+        """In-context-learning score: loss at prose tokens 60–79 less loss at tokens 5–14, nats."""
+        encoded = self.texts("prose", n=4 * self.n)
+        keep = encoded.lengths >= 81
+        losses = token_losses(model, encoded.ids[keep])
+        return float(losses[:, 60:80].mean() - losses[:, 5:15].mean())
+
+    @torch.no_grad()
+    def head_scores(self, model, length: int = 30, n: int = 16) -> tuple[float, float]:
+        """Highest induction and previous-token score of any head, on random tokens repeated once.
+
+        induction: mean attention from a token of the second half to the one after its first
+        occurrence; previous token: mean attention to the position before (Olsson et al. 2022).
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        half = torch.randint(4, len(self.tokenizer), (n, length), generator=generator)
+        bos = torch.full((n, 1), self.tokenizer.bos_token_id)
+        ids = torch.cat([bos, half, half], 1).to(model.device)
+        attentions = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+        induction = previous = 0.0
+        for pattern in attentions:  # (n, heads, query, key)
+            back = pattern.diagonal(-(length - 1), 2, 3)[..., 1:]  # second half → one after
+            induction = max(induction, float(back.mean((0, 2)).max()))
+            previous = max(previous, float(pattern.diagonal(-1, 2, 3).mean((0, 2)).max()))
+        return induction, previous
+
+    def brief(self, model) -> dict[str, float]:
+        """A row of the training log: a few seconds."""
+        losses = self.losses(model, n=48)
+        induction, previous = self.head_scores(model)
+        row = {
+            "loss": sum(p * losses[f][0] for f, p in self.share().items()),
+            "floor": sum(p * losses[f][1] for f, p in self.share().items()),
+            "prose_loss": losses["prose"][0],
+            "prose_floor": losses["prose"][1],
+            "in_context": self.in_context(model),
+            "induction_head": induction,
+            "previous_token_head": previous,
+            "repetition": self.repetition(model),
+            "ioi": np.mean([self.ioi(model, order)[0] for order in ("ABB", "BAB")]),
+            "facts": self.facts(model),
+            "two_hop": self.two_hop(model),
+            "agreement": self.agreement(model),
+            "years": self.years(model),
+            "pronoun_error": max(abs(t - p) for t, p in self.pronouns(model, 6).values()),
+            "arithmetic": self.arithmetic(model),
+            "calendar": self.calendar(model),
+            "brackets": self.brackets(model),
+        }
+        return {key: round(float(value), 4) for key, value in row.items()}
+
+    def share(self) -> dict[str, float]:
+        """Family → its share of all tokens, measured once on a thousand documents."""
+        if not hasattr(self, "_share"):
+            stream, counts = self.world.documents(self.seed), dict.fromkeys(self.world.families, 0)
+            for _ in range(1_000):
+                document = next(stream)
+                counts[document.family] += len(offsets(self.tokenizer, document.text)[0]) + 1
+            total = sum(counts.values())
+            self._share = {family: n / total for family, n in counts.items()}
+        return self._share

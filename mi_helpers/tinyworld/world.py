@@ -1,0 +1,129 @@
+"""The mixture of families, and the streams of documents and of token rows drawn from it."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mi_helpers.tinyworld import circuits, dialects
+from mi_helpers.tinyworld.prose import Prose, marginal_nats, standard_book, topic_posterior
+from mi_helpers.tinyworld.source import Document, Draw, Weighted
+
+NO_HOLD = frozenset()
+HELD = frozenset({"templates", "entities"})
+
+
+class World:
+    """TinyWorld: a seeded generator of labelled documents.
+
+    document(seed, family=None, held=())   one document
+    documents(seed, family=None)           an endless stream
+    floor(document)                        -log p(text) in nats, latent variables summed out
+
+    `held` may name 'templates' and 'entities': what is then drawn from the held-out part of the
+    world, which the training stream never touches.
+    """
+
+    families = {
+        "prose": None,  # written by Prose, with this world's book
+        "norwegian": dialects.norwegian,
+        "python": dialects.python_code,
+        "facts": circuits.facts,
+        "two_hop": circuits.two_hop,
+        "ioi": circuits.ioi,
+        "repetition": circuits.repetition,
+        "made_up": circuits.made_up,
+        "pronoun": circuits.pronoun,
+        "agreement": circuits.agreement,
+        "years": circuits.years,
+        "calendar": circuits.calendar,
+        "arithmetic": circuits.arithmetic,
+        "brackets": circuits.brackets,
+    }
+    # Documents per thousand. Prose is about half of all tokens, random repetition about 12 %.
+    weights = {
+        "prose": 290,
+        "norwegian": 30,
+        "python": 30,
+        "facts": 130,
+        "two_hop": 80,
+        "ioi": 130,
+        "repetition": 70,
+        "made_up": 20,
+        "pronoun": 70,
+        "agreement": 60,
+        "years": 30,
+        "calendar": 20,
+        "arithmetic": 20,
+        "brackets": 20,
+    }
+
+    def __init__(self, weights: dict | None = None):
+        self.mixture = Weighted(weights or self.weights)
+        self.book = standard_book()
+
+    @property
+    def topics(self) -> list[str]:
+        """Names of the English topics, in the order of `posterior`'s columns."""
+        return [topic.key for topic in self.book.topics]
+
+    def write(self, draw: Draw, family: str | None = None, held=NO_HOLD, **choices) -> Document:
+        """One document with a given source of choices; `choices` go to the family's function."""
+        family = family or draw.weighted(self.mixture)
+        held = frozenset(held)
+        if family not in self.families:
+            known = ", ".join(self.families)
+            raise ValueError(f"TinyWorld has no family {family!r}; it has {known}.")
+        if held - HELD:
+            raise ValueError(f"held takes 'templates' and 'entities', not {sorted(held - HELD)}.")
+        if family == "prose":
+            return Prose(self.book, draw, held, fact=circuits.fact_sentence).document()
+        return self.families[family](draw, held, **choices)
+
+    def document(self, seed: int, family: str | None = None, held=NO_HOLD, **choices) -> Document:
+        return self.write(Draw(seed), family, held, **choices)
+
+    def documents(self, seed: int = 0, family: str | None = None, held=NO_HOLD, **choices):
+        """An endless stream of documents; equal seeds give equal streams."""
+        draw = Draw(seed)
+        while True:
+            draw.nats = draw.hidden = 0.0
+            yield self.write(draw, family, held, **choices)
+
+    def floor(self, document: Document) -> float:
+        """-log p(text), in nats: what the best possible reader pays for the whole text.
+
+        Without the choice of family (which `mixture_nats` gives) and without the end token.
+        """
+        if document.family == "prose":
+            return marginal_nats(self.book, document)
+        return document.nats
+
+    def posterior(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        """p(topic | text so far) of a prose document: ends (n,), probabilities (n, n_topics)."""
+        return topic_posterior(self.book, document)
+
+
+def batches(
+    world: World, tokenizer, seed: int, length: int = 128, rows: int = 32
+) -> Iterator[np.ndarray]:
+    """Endless batches of token ids (rows, length), uint16, for training.
+
+    A row is `<bos>` text `<eos>` `<bos>` text `<eos>` …; it begins with a new document, and a
+    document that does not fit is cut at its end.
+    """
+    stream = world.documents(seed)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    backend = tokenizer.backend_tokenizer
+    row, batch = [], []
+    while True:
+        texts = [next(stream).text for _ in range(256)]
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+            row.append(bos)
+            row.extend(encoding.ids)
+            row.append(eos)
+            if len(row) >= length:
+                batch.append(row[:length])
+                row = []
+                if len(batch) == rows:
+                    yield np.array(batch, dtype=np.uint16)
+                    batch = []
