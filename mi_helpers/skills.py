@@ -204,7 +204,7 @@ class Suite:
 
     def in_context(self, model) -> float:
         """In-context-learning score: loss at prose tokens 60–79 less loss at tokens 5–14, nats."""
-        encoded = self.texts("prose", n=4 * self.n)
+        encoded = self.texts("prose", n=2 * self.n)
         keep = encoded.lengths >= 81
         losses = token_losses(model, encoded.ids[keep])
         return float(losses[:, 60:80].mean() - losses[:, 5:15].mean())

@@ -30,7 +30,7 @@ BLOCK = 100  # steps between possible checkpoints; also the unit of the text str
 WARM_UP = 300
 
 
-def config(vocab_size: int = 4_096) -> Gemma2Config:
+def config(vocab_size: int = 3_840) -> Gemma2Config:
     """Gemma 2 in small. n_heads · head_dim = 128 ≠ d_model on purpose, and √d_model = 12 exactly."""
     return Gemma2Config(
         vocab_size=vocab_size,
@@ -61,7 +61,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def checkpoint_steps(steps: int, count: int = 32) -> set[int]:
+def checkpoint_steps(steps: int, count: int = 24) -> set[int]:
     """Multiples of BLOCK for the log: dense where circuits form (the first third), then sparse."""
     early = {round(steps / 3 * i / (2 * count / 3) / BLOCK) * BLOCK for i in range(2 * count // 3)}
     late = {round(steps * (1 / 3 + 2 / 3 * i / (count / 3)) / BLOCK) * BLOCK for i in range(count // 3)}

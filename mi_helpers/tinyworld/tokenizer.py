@@ -50,7 +50,7 @@ def splitter():
     )
 
 
-def train_tokenizer(world: World, size: int = 4_096, documents: int = 60_000, seed: int = 0):
+def train_tokenizer(world: World, size: int = 3_840, documents: int = 60_000, seed: int = 0):
     """A `PreTrainedTokenizerFast` with `size` entries, trained on `documents` of the world.
 
     The vocabulary is a word model with a spelling model to fall back on. Words: everything of
@@ -71,7 +71,7 @@ def train_tokenizer(world: World, size: int = 4_096, documents: int = 60_000, se
 
     speller = Tokenizer(models.Unigram())
     trainer = trainers.UnigramTrainer(
-        vocab_size=2 * (size - len(entries)),
+        vocab_size=1_000,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_piece_length=4,
         show_progress=False,

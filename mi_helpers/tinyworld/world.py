@@ -45,15 +45,15 @@ class World:
         "norwegian": 30,
         "python": 30,
         "facts": 130,
-        "two_hop": 80,
+        "two_hop": 90,
         "ioi": 130,
         "repetition": 70,
         "made_up": 20,
-        "pronoun": 70,
+        "pronoun": 90,
         "agreement": 60,
         "years": 30,
         "calendar": 20,
-        "arithmetic": 20,
+        "arithmetic": 30,
         "brackets": 20,
     }
 

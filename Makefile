@@ -1,0 +1,68 @@
+# Every command that a person runs. The first one makes .venv; later ones start at once.
+
+PYTHON ?= python3
+WORKERS ?= 2
+LAB_ARGS ?=
+PIP_ARGS ?=
+NAMES ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+.PHONY: help lab test unit notebook-tests model notebooks bench exercises doctor
+.DEFAULT_GOAL := help
+
+help:  ## show these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "This course needs Python 3.11 or newer, and '$(PYTHON)' is not: make lab PYTHON=python3.12"; exit 1; }
+	@echo "Making .venv (once; torch is the large part, so this may take some minutes)."
+	@$(PYTHON) -m venv .venv
+	@echo "1 of 3: torch"
+	@$(PIP) "$$(grep -E '^torch==' requirements.txt)"
+	@echo "2 of 3: JupyterLab, transformers and the rest"
+	@$(PIP) --requirement requirements.txt
+	@echo "3 of 3: the helpers of this course"
+	@$(PIP) --editable . --no-deps
+	@touch $(READY)
+
+lab: $(READY)  ## open the first lesson in JupyterLab (LAB_ARGS="--no-browser --port=8899")
+	@$(BIN)/python -m jupyterlab --LabApp.app_settings_dir="$(CURDIR)/config/lab" \
+	  --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS) $(FIRST)
+
+test: unit notebook-tests exercises  ## lint, unit tests, every notebook, every exercise
+
+unit: export OMP_NUM_THREADS = 1
+unit: export HF_HUB_OFFLINE = 1
+unit: $(READY)
+	@$(BIN)/python -m ruff check --quiet .
+	@$(BIN)/python -m pytest -q -n $(WORKERS) tests
+
+notebook-tests: export OMP_NUM_THREADS = 1
+notebook-tests: export HF_HUB_OFFLINE = 1
+notebook-tests: export MI_PROGRESS = $(CURDIR)/.cache/progress.json
+notebook-tests: $(READY) unit
+	@mkdir -p .cache && rm -f .cache/progress.json
+	@$(BIN)/python -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
+	  -n $(WORKERS) --dist loadscope --junitxml=.cache/notebooks.xml notebooks
+	@$(BIN)/python tests/notebook_times.py .cache/notebooks.xml
+
+exercises: $(READY)  ## prove every exercise: reference, stub, wrong answers
+	@$(BIN)/python -m mi_helpers exercises
+
+notebooks: $(READY)  ## run the notebooks again and save them clean (NAMES="00 03")
+	@$(BIN)/python -m mi_helpers notebooks $(NAMES)
+
+model: $(READY)  ## train tiny-gemma again
+	@$(BIN)/python -m mi_helpers train-model
+
+bench: $(READY)  ## time and memory of the heavy parts
+	@if [ -f benchmarks/run.py ]; then $(BIN)/python -m benchmarks.run; \
+	  else echo "There are no benchmarks in this copy yet (benchmarks/run.py is missing)."; fi
+
+doctor: $(READY)  ## say what works on this machine
+	@$(BIN)/python -m mi_helpers doctor

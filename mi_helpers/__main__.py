@@ -1,0 +1,45 @@
+"""`python -m mi_helpers COMMAND …`: one table of commands, each imported only when it is called."""
+
+import difflib
+import importlib
+import sys
+
+COMMANDS = {
+    "doctor": ("mi_helpers.doctor:main", "say what works on this machine"),
+    "exercises": ("mi_helpers.exercises.prove:main", "prove every exercise of every lesson"),
+    "manifest": ("mi_helpers.manifest:main", "check or write the checksums of data/"),
+    "notebooks": ("mi_helpers.notebooks:main", "run the notebooks and save them clean"),
+    "skills": ("mi_helpers.skills:main", "measure what the model can do, per family"),
+    "tinyworld": ("mi_helpers.tinyworld.__main__:main", "write text from the TinyWorld generator"),
+    "train-model": ("mi_helpers.tiny_gemma:main_train", "train tiny-gemma again"),
+}
+
+
+def usage() -> str:
+    """The list of commands, one line each."""
+    lines = [f"  {name:12} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: python -m mi_helpers COMMAND [--help]", "", *lines])
+
+
+def unknown(name: str) -> str:
+    """One sentence for a command that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
+    advice = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}."
+    return f"There is no command '{name}': {advice}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command with the rest of the arguments; its exit code, or 2 for a bad command."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("", "-h", "--help", "help"):
+        print(usage())
+        return 0 if name else 2
+    if name not in COMMANDS:
+        print(unknown(name), file=sys.stderr)
+        return 2
+    module, function = COMMANDS[name][0].split(":")
+    return getattr(importlib.import_module(module), function)(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

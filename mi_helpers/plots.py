@@ -1,0 +1,229 @@
+"""Data in, matplotlib Figure out: one look for the whole course. Nothing is computed here.
+
+Amounts are cividis, effects around zero are PuOr, categories are Okabe and Ito's colours together
+with markers and dashes, so that no figure depends on colour alone.
+"""
+
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+
+import matplotlib
+import matplotlib.rcsetup
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+AMOUNT, EFFECT = "cividis", "PuOr"
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
+DPI = 100
+MOST_PRINTED = 200  # a heatmap with more cells than this prints no values unless told to
+
+
+@contextmanager
+def style():
+    """The course's rcParams, as a context or, `@style()`, as a decorator of a figure function."""
+    look = {
+        "axes.prop_cycle": matplotlib.rcsetup.cycler(
+            color=OKABE_ITO, marker=MARKERS, linestyle=DASHES
+        ),
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlelocation": "left",
+        "figure.constrained_layout.use": True,
+        "font.size": 13,
+        "image.cmap": AMOUNT,
+        "legend.frameon": False,
+        "lines.linewidth": 2,
+        "lines.markersize": 6,
+        "svg.hashsalt": "mi-course",
+    }
+    with matplotlib.rc_context(look):
+        yield
+
+
+class Picture(Figure):
+    """A Figure that no pyplot state knows, and that a notebook shows once, as a PNG."""
+
+    def _repr_png_(self) -> bytes:
+        return render(self)
+
+
+def render(figure: Figure) -> bytes:
+    """A figure's PNG bytes, the same for the same figure; a figure of pyplot's is closed."""
+    stream = io.BytesIO()
+    with style():
+        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close(figure)
+    return stream.getvalue()
+
+
+@style()
+def figure(width: float = 8, height: float = 4.5, rows: int = 1, columns: int = 1, **kwargs):
+    """A new Figure (inches) and its Axes: one, or an array of shape (rows, columns)."""
+    picture = Picture(figsize=(width, height))
+    axes = picture.subplots(rows, columns, **kwargs)
+    return picture, axes
+
+
+def as_array(values) -> np.ndarray:
+    """Numbers as a float array: lists, arrays, and tensors of any dtype, device and gradient."""
+    if hasattr(values, "detach"):
+        values = values.detach().double().cpu().numpy()
+    return np.asarray(values, dtype=float)
+
+
+@style()
+def heatmap(
+    values,
+    xlabels: Sequence | None = None,
+    ylabels: Sequence | None = None,
+    title: str = "",
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
+    unit: str = "",
+    centre_zero: bool = False,
+    annotate: bool | None = None,
+    form: str = ".2f",
+    limit: float | None = None,
+    width: float | None = None,
+    height: float | None = None,
+) -> Figure:
+    """Numbers of shape (rows, columns) as coloured cells, NaN left white.
+
+    centre_zero  effects: a diverging map, symmetric around zero; otherwise amounts
+    annotate     print each value; by default when there are at most 200 cells
+    limit        the end of the colour scale, to keep it the same while a slider moves
+    unit         the colour bar's label
+    """
+    values = as_array(values)
+    if values.ndim != 2:
+        raise ValueError(f"A heatmap needs numbers of shape (rows, columns), not {values.shape}.")
+    rows, columns = values.shape
+    annotate = values.size <= MOST_PRINTED if annotate is None else annotate
+    picture, axes = figure(width or clamp(2 + 0.7 * columns), height or clamp(1.6 + 0.45 * rows))
+    low, high = colour_limits(values, centre_zero, limit)
+    image = axes.imshow(
+        values, aspect="auto", cmap=EFFECT if centre_zero else AMOUNT, vmin=low, vmax=high
+    )
+    for axis, labels, count in ((axes.xaxis, xlabels, columns), (axes.yaxis, ylabels, rows)):
+        name_ticks(axis, labels, count)
+    if xlabels is not None and max(len(str(label)) for label in xlabels) > 3:
+        axes.tick_params(axis="x", labelrotation=90 if columns > 12 else 45)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.spines[:].set_visible(False)
+    picture.colorbar(image, ax=axes, label=unit)
+    if annotate:
+        print_values(axes, image, values, form)
+    return picture
+
+
+def clamp(inches: float) -> float:
+    """A side that fits a page: 3 to 14 inches."""
+    return min(max(inches, 3.0), 14.0)
+
+
+def colour_limits(values: np.ndarray, centre_zero: bool, limit: float | None) -> tuple:
+    """The two ends of a colour scale: (-limit, limit) around zero, else (smallest, limit)."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return (-1.0, 1.0) if centre_zero else (0.0, 1.0)
+    if centre_zero:
+        reach = limit or float(np.abs(finite).max()) or 1.0
+        return -reach, reach
+    return float(finite.min()), float(finite.max()) if limit is None else limit
+
+
+def name_ticks(axis, labels: Sequence | None, count: int) -> None:
+    """One tick per cell where labels are given; ValueError when their number differs."""
+    if labels is None:
+        return
+    if len(labels) != count:
+        raise ValueError(f"{len(labels)} labels were given for {count} cells.")
+    axis.set_ticks(range(count), [str(label) for label in labels])
+
+
+def print_values(axes: Axes, image, values: np.ndarray, form: str) -> None:
+    """Each finite value in its cell, in black or white, whichever contrasts with the cell."""
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+            colour = "black" if light else "white"
+            axes.text(column, row, format(value, form), ha="center", va="center", color=colour)
+
+
+@style()
+def bars(
+    values: Mapping[str, float] | Mapping[str, Mapping[str, float]],
+    title: str = "",
+    *,
+    xlabel: str = "",
+    form: str = ".2f",
+    reference: float | None = None,
+    limits: tuple[float, float] | None = None,
+    width: float = 8,
+) -> Figure:
+    """Horizontal bars, each with its value: {name: value}, or {series: {name: value}}.
+
+    reference  a dashed line, such as a chance level; limits: the axis' ends, kept under sliders
+    """
+    first = next(iter(values.values()), None)
+    series = dict(values) if isinstance(first, Mapping) else {"": dict(values)}
+    names = list(dict.fromkeys(name for each in series.values() for name in each))
+    thick = 0.8 / len(series)
+    picture, axes = figure(width, clamp(1.2 + 0.38 * len(names) * max(1, 0.7 * len(series))))
+    for index, (label, each) in enumerate(series.items()):
+        places = np.arange(len(names)) + (index - (len(series) - 1) / 2) * thick
+        heights = as_array([each.get(name, np.nan) for name in names])
+        hatch = ("", "//", "..", "xx")[index % 4]
+        drawn = axes.barh(places, heights, thick, label=label, hatch=hatch, edgecolor="white")
+        texts = [format(height, form) if np.isfinite(height) else "" for height in heights]
+        axes.bar_label(drawn, texts, padding=3)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=xlabel, xlim=limits)
+    if limits is None:
+        axes.margins(x=0.15)
+    if reference is not None:
+        axes.axvline(reference, color="black", linestyle="--", marker="", linewidth=1.5)
+    if len(series) > 1:
+        axes.legend()
+    return picture
+
+
+@style()
+def lines(
+    x,
+    series: Mapping[str, Sequence],
+    title: str = "",
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
+    reference: float | None = None,
+    limits: tuple[float, float] | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+    width: float = 8,
+    height: float = 4.5,
+) -> Figure:
+    """One line per entry of {label: values}, each values as long as x, with markers where few."""
+    x = as_array(x)
+    picture, axes = figure(width, height)
+    for label, values in series.items():
+        values = as_array(values)
+        if values.shape != x.shape:
+            raise ValueError(f"'{label}' has {values.size} values for {x.size} places on x.")
+        axes.plot(x, values, label=label, **({} if x.size <= 40 else {"marker": ""}))
+    if reference is not None:
+        axes.axhline(reference, color="black", linestyle="--", marker="", linewidth=1.5)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=limits)
+    axes.set(**({"xscale": "log"} if log_x else {}), **({"yscale": "log"} if log_y else {}))
+    if any(series):
+        axes.legend()
+    return picture

@@ -1,0 +1,150 @@
+"""`python -m mi_helpers`: the table of commands, typos, notebooks and the doctor."""
+
+import importlib
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import notebook_times
+from mi_helpers import doctor, notebooks
+from mi_helpers.__main__ import COMMANDS, main
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_function(name):
+    module, function = COMMANDS[name][0].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    assert main([]) == 2
+
+
+def test_a_typo_gets_one_sentence(capsys):
+    assert main(["exercsies"]) == 2
+    message = capsys.readouterr().err
+    assert message == "There is no command 'exercsies': did you mean 'exercises'?\n"
+    assert main(["qqq"]) == 2
+    assert "doctor" in capsys.readouterr().err
+
+
+# -- notebooks -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two small notebooks; the second one fails."""
+    good = new_notebook(cells=[new_markdown_cell("# One"), new_code_cell("print(6 * 7)")])
+    good.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
+    good.cells[1].metadata.update({"execution": {"x": "2020"}, "tags": ["kept"]})
+    nbformat.write(good, tmp_path / "00_good.ipynb")
+    nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), tmp_path / "01_bad.ipynb")
+    return tmp_path
+
+
+def test_a_notebook_is_run_cleaned_and_saved(folder):
+    ids = [cell.id for cell in nbformat.read(folder / "00_good.ipynb", 4).cells]
+    assert main(["notebooks", "00", "--folder", str(folder)]) == 0
+    saved = nbformat.read(folder / "00_good.ipynb", 4)
+    assert notebooks.problems(saved) == []
+    assert set(saved.metadata) == {"kernelspec", "language_info"}
+    assert [cell.id for cell in saved.cells] == ids
+    assert saved.cells[1].metadata == {"tags": ["kept"]}
+    assert saved.cells[1].outputs[0].text == "42\n" and saved.cells[1].execution_count == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["00_good.ipynb", "01_bad.ipynb"]
+
+
+def test_a_failing_notebook_stays_as_it_was(folder, capsys):
+    before = (folder / "01_bad.ipynb").read_bytes()
+    assert main(["notebooks", "01", "--folder", str(folder)]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    assert (folder / "01_bad.ipynb").read_bytes() == before
+
+
+def test_an_unknown_notebook_is_said(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["notebooks", "99", "--folder", str(folder)])
+    assert "No notebook's name begins with '99'." in capsys.readouterr().err
+
+
+def test_what_must_not_be_committed_is_found():
+    cell = new_code_cell("# NBVAL_" + "SKIP\nopen('/ho" + "me/me/x')")
+    cell.metadata["execution"] = {}
+    cell.outputs = [nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])]
+    found = notebooks.problems(new_notebook(cells=[cell], metadata={"widgets": {}}))
+    assert len(found) == 6, found
+
+
+@pytest.mark.parametrize("text", ["/roo" + "t/x", "/tm" + "p/x.png", "C:\\" + "Users\\me"])
+def test_a_path_of_one_machine_is_recognised(text):
+    assert notebooks.MACHINE_PATH.search(f"see '{text}'")
+
+
+@pytest.mark.parametrize("text", ["https://a.org/home/x", "~/x", "data/tmp/x", "../root/x"])
+def test_other_paths_are_let_be(text):
+    assert not notebooks.MACHINE_PATH.search(f"see '{text}'")
+
+
+def test_times_are_summed_by_notebook(tmp_path, capsys):
+    case = '<testcase classname="notebooks.{}_x.ipynb" name="Cell" time="{}" />'
+    cases = "".join(case.format(*each) for each in (("00", 1.5), ("01", 61), ("00", 2)))
+    (tmp_path / "report.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    notebook_times.main(str(tmp_path / "report.xml"))
+    assert capsys.readouterr().out.splitlines() == [
+        "    3.5 s  00_x.ipynb",
+        "   61.0 s  01_x.ipynb  over a minute",
+    ]
+
+
+# -- doctor ----------------------------------------------------------------------------------
+
+
+def test_pins_are_read():
+    assert doctor.pins("# x\na==1.0\n\nb-c==2\n") == {"a": "1.0", "b-c": "2"}
+
+
+def test_packages_that_differ_or_lack_are_said():
+    version = doctor.installed("numpy")
+    wanted = {"numpy": version, "matplotlib": "0.1", "no-such-package": "1"}
+    found = [str(finding) for finding in doctor.packages(wanted)]
+    assert found[0].endswith("1 of 3 pinned packages have the pinned version.")
+    assert "the course was made with 0.1" in found[1]
+    assert "no-such-package 1 is pinned but not installed" in found[2]
+
+
+def test_an_essential_package_that_lacks_is_bad(monkeypatch):
+    monkeypatch.setattr(doctor, "installed", lambda name: None)
+    statuses = {finding.status for finding in doctor.packages({"torch": "2"})}
+    assert doctor.BAD in statuses
+
+
+def test_what_gemma_needs_is_compared_with_the_memory():
+    assert "does not fit" in doctor.gemma(4e9).sentence
+    assert "fits in bfloat16;" in doctor.gemma(8e9).sentence
+    assert "fits in bfloat16 and float32;" in doctor.gemma(32e9).sentence
+    assert "unknown" in doctor.gemma(None).sentence
+    assert "5.2 GB" in doctor.gemma(None).sentence and "10.5 GB" in doctor.gemma(None).sentence
+
+
+def test_a_small_machine_is_noted_not_refused():
+    assert doctor.machine(8e9, 6e9, 1e10).status == doctor.GOOD
+    assert doctor.machine(8e9, 1e9, 1e10).status == doctor.NOTE
+    assert "unknown" in doctor.machine(None, None, 1e10).sentence
+
+
+def test_damaged_data_is_bad(tmp_path):
+    assert doctor.data(tmp_path).status == doctor.BAD
+
+
+def test_the_report_ends_in_a_verdict(monkeypatch, capsys):
+    lines = [doctor.Finding(doctor.GOOD, "fine.")]
+    monkeypatch.setattr(doctor, "findings", lambda: iter(lines))
+    assert main(["doctor"]) == 0
+    assert "offline" in capsys.readouterr().out
+    lines.append(doctor.Finding(doctor.BAD, "broken."))
+    assert main(["doctor"]) == 1
+    assert "FAIL  broken." in capsys.readouterr().out

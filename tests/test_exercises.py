@@ -1,0 +1,291 @@
+"""Every exercise is proved and stands in its notebook; the mechanism says what it should."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from mi_helpers.exercises import hint, progress, prove, record, solution
+from mi_helpers.exercises.check import NOT_ATTEMPTED, RIGHT, WRONG, Exercise, Verdict, evaluate
+
+mechanism = importlib.import_module("mi_helpers.exercises.check")  # the name is the function's too
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+LESSONS = mechanism.lessons()
+EXERCISES = [
+    pytest.param(exercise, lesson, id=exercise.id)
+    for lesson, exercises in LESSONS.items()
+    for exercise in exercises
+]
+
+
+def code_cells(lesson: int) -> list[str]:
+    """The sources of the code cells of a lesson's notebook."""
+    (path,) = NOTEBOOKS.glob(f"{lesson:02d}_*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell.source for cell in cells if cell.cell_type == "code"]
+
+
+# -- the lessons -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("exercise", "lesson"), EXERCISES)
+def test_the_exercise_is_proved(exercise, lesson):
+    assert prove.problems(exercise, lesson) == []
+
+
+@pytest.mark.parametrize(("exercise", "lesson"), EXERCISES)
+def test_the_exercise_stands_in_its_notebook(exercise, lesson):
+    cells = code_cells(lesson)
+    name = exercise.stub_function().__name__
+    assert any(exercise.stub.strip() in cell for cell in cells), "its stub is not there as it is"
+    assert any(f'check("{exercise.id}", {name})' in cell for cell in cells), "its check is missing"
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_ids_are_unique_and_the_notebook_asks_for_no_others(lesson):
+    ids = [exercise.id for exercise in LESSONS[lesson]]
+    asked = re.findall(r'\b(?:check|hint|solution)\("([^"]*)"', "\n".join(code_cells(lesson)))
+    assert len(set(ids)) == len(ids) > 0
+    assert set(asked) == set(ids)
+
+
+def test_every_notebook_has_exercises():
+    assert {int(path.name[:2]) for path in NOTEBOOKS.glob("*.ipynb")} == set(LESSONS)
+
+
+# -- the mechanism ---------------------------------------------------------------------------
+
+
+def double(x):
+    """Twice x."""
+    return 2 * x
+
+
+def check_double(answer):
+    mechanism.expect(answer(0) == 0, "Zero doubled is zero.")
+    mechanism.expect_close(answer(3), 6, "Three doubled is six.")
+
+
+STUB = '''\
+def double(x):
+    """Twice x."""
+    ...
+'''
+
+DOUBLE = Exercise(
+    id="77.1",
+    title="Doubling",
+    difficulty=1,
+    importance=1,
+    minutes=1,
+    stub=STUB,
+    reference=double,
+    check=check_double,
+    hints=["Add.", "Multiply."],
+    wrong=[
+        (lambda x: x + 1, "Zero doubled"),
+        (lambda x: x * x, "Three doubled"),
+        (lambda x: [x, x] if x else x, "shape (2,)"),
+    ],
+)
+
+
+@pytest.fixture
+def lesson(monkeypatch, tmp_path):
+    """A lesson 77 of one exercise, and a progress file of its own."""
+    monkeypatch.setenv("MI_PROGRESS", str(tmp_path / "state" / "progress.json"))
+    monkeypatch.setattr(record, "_this_session", set())
+    monkeypatch.setattr(mechanism, "_hints_shown", {})
+    monkeypatch.setattr(mechanism, "lesson_numbers", lambda: [77])
+    monkeypatch.setattr(mechanism, "exercises_of", lambda number: [DOUBLE])
+    return tmp_path / "state" / "progress.json"
+
+
+def test_the_small_exercise_is_itself_proved():
+    assert prove.problems(DOUBLE, 77) == []
+
+
+def test_a_right_answer_is_right():
+    assert evaluate(DOUBLE, lambda x: x + x) == Verdict(RIGHT)
+
+
+def raises(x):
+    return 1 / x
+
+
+def returns_dots(x):
+    x = ...
+    return x
+
+
+def bare_not_implemented(x):
+    x = x + 1
+    raise NotImplementedError
+
+
+def forgets_return(x):
+    x = 2 * x
+
+
+def other_docstring(x):
+    """Twice x, in my words."""
+    ...
+
+
+def too_few():
+    return 0
+
+
+def test_a_decorated_answer_is_told_from_a_decorated_stub():
+    decorated = "import torch\n\n@torch.no_grad()\n" + STUB
+    exercise = Exercise(**(vars(DOUBLE) | {"stub": decorated}))
+    assert evaluate(exercise, exercise.stub_function()).status == NOT_ATTEMPTED
+    assert evaluate(exercise, torch.no_grad()(lambda x: x + x)).status == RIGHT
+    assert "`return 1 / x`" in evaluate(exercise, torch.no_grad()(raises)).message
+
+
+@pytest.mark.parametrize("answer", [returns_dots, bare_not_implemented, other_docstring])
+def test_an_unfinished_answer_is_not_attempted(answer):
+    assert evaluate(DOUBLE, answer) == Verdict(NOT_ATTEMPTED)
+
+
+@pytest.mark.parametrize(
+    ("answer", "fragment"),
+    [
+        (raises, "raised `ZeroDivisionError: division by zero`, in line"),
+        (raises, "`return 1 / x`."),
+        (forgets_return, "returns nothing"),
+        (too_few, "takes 0 positional arguments but 1 was given`."),
+        (42, "without brackets"),
+        (lambda x: "ab" if x else 0, "Expected numbers of shape (), got str `'ab'`"),
+    ],
+)
+def test_a_wrong_answer_is_told_what_is_wrong(answer, fragment):
+    verdict = evaluate(DOUBLE, answer)
+    assert verdict.status == WRONG and fragment in verdict.message
+
+
+def test_an_answer_that_the_check_cannot_read_is_shown():
+    def check_length(answer):
+        len(answer(1))
+
+    exercise = Exercise(**(vars(DOUBLE) | {"check": check_length}))
+    assert "returned int `2`, which is no answer here" in evaluate(exercise, double).message
+
+
+def test_a_check_may_expect_an_exception():
+    def check_refusal(answer):
+        try:
+            answer(-1)
+        except ValueError:
+            return
+        raise mechanism.Wrong("Refuse negative numbers.")
+
+    def refuses(x):
+        raise ValueError("negative")
+
+    exercise = Exercise(**(vars(DOUBLE) | {"check": check_refusal}))
+    assert evaluate(exercise, refuses).status == RIGHT
+    assert evaluate(exercise, double).message == "Refuse negative numbers."
+
+
+def test_shapes_and_values_of_tensors():
+    want = torch.zeros(2, 3)
+    mechanism.expect_close(torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True), want, "")
+    mechanism.expect_shape(want, (2, 3))
+    with pytest.raises(mechanism.Wrong, match=r"shape \(3, 2\), expected \(2, 3\)"):
+        mechanism.expect_close(torch.zeros(3, 2), want, "")
+    with pytest.raises(mechanism.Wrong, match="off by one"):
+        mechanism.expect_close(torch.ones(2, 3), want, "off by one")
+    with pytest.raises(mechanism.Wrong, match=r"not int `1`"):
+        mechanism.expect_shape(1, (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        ({"id": "78.1"}, "the id should be 77.NUMBER"),
+        ({"hints": []}, "no hint"),
+        ({"difficulty": 6}, "from 1 to 5"),
+        ({"reference": lambda x: x}, "the reference is 'wrong'"),
+        ({"wrong": DOUBLE.wrong[:2]}, "three are needed"),
+        ({"wrong": [*DOUBLE.wrong, (double, "x")]}, "wrong answer 4 reads as 'right'"),
+        ({"wrong": [*DOUBLE.wrong, DOUBLE.wrong[0]]}, "same message"),
+        ({"wrong": [*DOUBLE.wrong[:2], (lambda x: -1, "Three")]}, "lacks 'Three'"),
+        ({"stub": "def double(x):\n    return x\n"}, None),
+        ({"stub": "def double(y):\n    ...\n"}, "the stub takes ['y']"),
+        ({"stub": "x = 1"}, "must define one function, not 0"),
+    ],
+)
+def test_the_proof_notices(change, fragment):
+    found = prove.problems(Exercise(**(vars(DOUBLE) | change)), 77)
+    assert (found == []) if fragment is None else any(fragment in each for each in found)
+
+
+def test_check_says_and_records(lesson, capsys):
+    mechanism.check("77.1", lambda x: x * x)
+    assert "❌ 77.1 Doubling: wrong. Three doubled is six." in capsys.readouterr().out
+    mechanism.check("77.1", DOUBLE.stub_function())
+    assert "⬜ 77.1 Doubling: not attempted yet." in capsys.readouterr().out
+    assert not lesson.exists()
+    mechanism.check("77.1", double)
+    assert "✅ 77.1 Doubling: right." in capsys.readouterr().out
+    assert json.loads(lesson.read_text()) == {"passed": ["77.1"]}
+    progress()
+    assert "| 77 | 1 of 1 | ■ |" in capsys.readouterr().out
+
+
+def test_hints_come_one_at_a_time(lesson, capsys):
+    for _ in range(3):
+        hint("77.1")
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(". ")[-1] for line in shown] == ["Add.", "Multiply.", "Add."]
+
+
+def test_the_solution_is_source(lesson, capsys):
+    solution("77.1")
+    assert "```python\ndef double(x):" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong_id", ["77.2", "7.1", "abc", ""])
+def test_an_unknown_id_gets_one_sentence(lesson, capsys, wrong_id):
+    mechanism.check(wrong_id, double)
+    assert "the nearest: 77.1." in capsys.readouterr().out
+
+
+def test_an_id_without_quotes_gets_one_sentence(lesson, capsys):
+    hint(77.1)
+    assert 'in quotes: "77.1"' in capsys.readouterr().out
+
+
+def test_a_corrupt_record_is_kept_aside(lesson):
+    for content in ("{", "[]", '{"passed": 3}', '{"passed": [1]}', '"x"'):
+        lesson.parent.mkdir(exist_ok=True)
+        lesson.write_text(content)
+        assert record.passed() == set()
+        assert lesson.with_name("progress.json.bak").read_text() == content
+    assert record.add("77.1") == "" and record.saved() == {"77.1"}
+
+
+def test_a_record_that_cannot_be_written_is_said(lesson):
+    lesson.parent.write_text("a file where the folder should be")
+    assert "cannot be saved" in record.add("77.1")
+    assert record.passed() == {"77.1"}
+
+
+def test_the_record_lies_where_the_platform_wants_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("MI_PROGRESS", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    for platform in ("linux", "win32"):
+        monkeypatch.setattr(record.sys, "platform", platform)
+        assert record.path() == tmp_path / "mi-course" / "progress.json"
+
+
+def test_code_survives_backticks():
+    assert mechanism.code("a") == "`a`"
+    assert mechanism.code("a `b`\nc") == "`` a `b` c ``"

@@ -1,0 +1,74 @@
+"""The shared figure functions: they draw, they print values, and they refuse what does not fit."""
+
+import io
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from mi_helpers import plots
+
+
+def texts(picture) -> list[str]:
+    return [text.get_text() for axes in picture.axes for text in axes.texts]
+
+
+def test_a_figure_renders_to_the_same_bytes_and_leaves_pyplot_alone():
+    draw = lambda: plots.render(plots.bars({"a": 1.0, "b": 2.0}, "t", xlabel="nats"))  # noqa: E731
+    assert draw() == draw()
+    pixels = matplotlib.image.imread(io.BytesIO(draw()))
+    assert pixels.shape[1] == 8 * plots.DPI
+
+
+def test_a_notebook_shows_a_figure_by_itself():
+    assert plots.lines([0, 1], {"": [0, 1]})._repr_png_().startswith(b"\x89PNG")
+
+
+def test_heatmap_prints_values_and_centres_zero():
+    values = torch.tensor([[-1.0, 0.5], [float("nan"), 0.25]], dtype=torch.bfloat16)
+    picture = plots.heatmap(values, ["x", "y"], ["p", "q"], "t", centre_zero=True)
+    assert texts(picture) == ["-1.00", "0.50", "0.25"]
+    image = picture.axes[0].images[0]
+    assert image.get_clim() == (-1.0, 1.0) and image.cmap.name == plots.EFFECT
+    plots.render(picture)
+
+
+def test_a_large_heatmap_prints_nothing_unless_told():
+    assert texts(plots.heatmap(np.zeros((20, 20)))) == []
+    assert len(texts(plots.heatmap(np.zeros((20, 20)), annotate=True))) == 400
+
+
+def test_a_heatmap_of_nothing_finite_still_draws():
+    plots.render(plots.heatmap(np.full((2, 2), np.nan), centre_zero=True))
+
+
+def test_bars_print_every_value_of_every_series():
+    picture = plots.bars({"before": {"a": 1, "b": 2}, "after": {"a": 3}}, reference=1.5)
+    assert sorted(text for text in texts(picture) if text) == ["1.00", "2.00", "3.00"]
+    assert picture.axes[0].get_legend() is not None
+
+
+def test_lines_differ_by_more_than_colour():
+    picture = plots.lines([1, 2, 3], {"a": [1, 2, 3], "b": [3, 2, 1]}, log_y=True, reference=1)
+    first, second = picture.axes[0].lines[:2]
+    assert first.get_marker() != second.get_marker()
+    assert first.get_linestyle() != second.get_linestyle()
+
+
+def test_what_does_not_fit_is_said():
+    with pytest.raises(ValueError, match="3 labels were given for 2 cells"):
+        plots.heatmap(np.zeros((2, 2)), ["a", "b", "c"])
+    with pytest.raises(ValueError, match="shape"):
+        plots.heatmap(np.zeros(3))
+    with pytest.raises(ValueError, match="'y' has 2 values for 3 places"):
+        plots.lines([1, 2, 3], {"y": [1, 2]})
+
+
+def test_the_style_leaves_no_trace():
+    import matplotlib
+
+    before = matplotlib.rcParams["font.size"]
+    with plots.style():
+        assert matplotlib.rcParams["font.size"] != before
+    assert matplotlib.rcParams["font.size"] == before
