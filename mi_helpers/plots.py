@@ -227,3 +227,128 @@ def lines(
     if any(series):
         axes.legend()
     return picture
+
+
+@style()
+def before_after(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    title: str = "",
+    *,
+    xlabel: str = "",
+    form: str = ".2f",
+    limits: tuple[float, float] | None = None,
+    labels: tuple[str, str] = ("before", "after"),
+    width: float = 9,
+) -> Figure:
+    """One row per name: a hollow circle before, a square after, and both numbers.
+
+    limits  the axis' ends, to keep them under sliders; what lies beyond is drawn at the end
+    """
+    names, places = list(before), np.arange(len(before))
+    first, second = (as_array([values[name] for name in names]) for values in (before, after))
+    low, high = limits or (0.0, 1.05 * float(max(first.max(), second.max(), 1e-9)))
+    left, right = np.clip(first, low, high), np.clip(second, low, high)
+    picture, axes = figure(width, clamp(1.6 + 0.36 * len(names)))
+    axes.hlines(places, left, right, color="0.6", linewidth=3)
+    circle = {"marker": "o", "color": OKABE_ITO[0], "markerfacecolor": "white", "zorder": 4}
+    square = {"marker": "s", "color": OKABE_ITO[5], "zorder": 3}
+    for values, label, look in ((left, labels[0], circle), (right, labels[1], square)):
+        look |= {"linestyle": "", "markersize": 9, "markeredgewidth": 2, "clip_on": False}
+        axes.plot(values, places, label=label, **look)
+    for place, old, new in zip(places, first, second, strict=True):
+        weight = "bold" if abs(new - old) > 0.1 * (high - low) else "normal"
+        text = f"{old:{form}} → {new:{form}}"
+        axes.text(
+            1.04, place, text, transform=axes.get_yaxis_transform(), va="center", weight=weight
+        )
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="0.9")
+    axes.set(title=title, xlabel=xlabel, xlim=(low, high))
+    axes.legend(loc="lower left", bbox_to_anchor=(1.0, 1.0), ncols=1, borderaxespad=0)
+    return picture
+
+
+@style()
+def architecture_map(rows: Sequence, title: str = "", parallel: bool = False) -> Figure:
+    """Every tensor's shape from token ids to logits, beside the stream that the blocks add to.
+
+    rows      what `models.architecture` gives; block 0 is drawn, as the others repeat it
+    parallel  attention and MLP read one and the same stream (GPT-NeoX)
+    After the picture of the residual stream in A Mathematical Framework for Transformer Circuits
+    (2021), section "High-Level Architecture".
+    """
+    branches = stream_branches(rows, parallel)
+    lines = sum(len(steps) for _, steps, *_ in branches) + 1
+    widest = max(per_token(row) for _, steps, *_ in branches[:-1] for row in steps)
+    picture, axes = figure(11, 0.4 * lines + 1.5)
+    axes.set(xlim=(0, 11), ylim=(lines - 0.4, -2.6))
+    axes.axis("off")
+    axes.text(0.2, -2.0, title, fontsize=15, weight="bold", va="center")
+    for x, head in ((0.2, "stream"), (1.4, "step"), (3.0, "weights"), (5.9, "what it gives")):
+        axes.text(x, -1.0, head, color="0.35", va="center")
+    thin = {"color": "0.35", "linewidth": 1.5, "linestyle": "-", "marker": "", "zorder": 1}
+    thick = thin | {"color": OKABE_ITO[0], "linewidth": 8}
+    axes.plot([0.5, 0.5], [0, lines - len(branches[-1][1])], **thick)
+    y, badge = 0, {"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": "0.35"}
+    for number, (name, steps, reads, adds) in enumerate(branches):
+        if number == len(branches) - 1:
+            axes.text(1.4, y, repeats(rows), style="italic", va="center")
+            y += 1
+        end = y + len(steps) - 1
+        axes.plot([1.1, 1.1], [y, end], **thin)
+        axes.text(0.83, (y + end) / 2, name, color="0.35", rotation=90, ha="center", va="center")
+        for place, drawn, sign in ((y, reads, "•"), (end, adds, "+")):
+            if drawn:
+                axes.plot([0.5, 1.1], [place, place], **thin)
+                axes.text(0.5, place, sign, bbox=badge, ha="center", va="center")
+        for row in steps:
+            draw_step(axes, y, row, 2.6 / widest)
+            y += 1
+    return picture
+
+
+def stream_branches(rows: Sequence, parallel: bool) -> list[tuple[str, list, bool, bool]]:
+    """The steps that hang on the stream together: (name, steps, do they read it, are they added)."""
+    block = [row for row in rows if row.name.startswith("blocks.0.")]
+    first = rows.index(block[0])
+    after = [row for row in rows[first:] if not row.name.startswith("blocks.")]
+    mlp = [row.name for row in block].index("blocks.0.ln2")
+    parts = [("attention", block[:mlp], True, True), ("MLP", block[mlp:], True, True)]
+    if parallel:
+        parts = [("attention, MLP", block, True, True)]
+    return [("", list(rows[:first]), False, True), *parts, ("", after, True, False)]
+
+
+def repeats(rows: Sequence) -> str:
+    """The line for the blocks that are not drawn, and which of them see a window only."""
+    said = [row.does.partition(" (")[2].rstrip(")") for row in rows if row.name.endswith(".attn")]
+    some = [number for number, text in enumerate(said) if text]
+    text = f"blocks 1 to {len(said) - 1}: the same shapes" if len(said) > 1 else "one block only"
+    if not some:
+        return text
+    even = some == list(range(0, len(said), 2))
+    which = "even blocks" if even else "blocks " + ", ".join(map(str, some))
+    return f"{text}; attention in {which} sees the {said[some[0]]} only"
+
+
+def per_token(row) -> int:
+    """How many numbers a step gives per token."""
+    return int(np.prod(row.activation[2:]))
+
+
+def draw_step(axes: Axes, y: float, row, scale: float) -> None:
+    """A step's name, its weights, and its output: a bar, one piece per head, and the shape."""
+    weights = ", ".join(" × ".join(map(str, shape)) for shape in row.weights.values())
+    weights = weights or ("embed's, tied" if "(tied)" in row.does else "–")
+    axes.text(1.4, y, row.name.split(".")[-1], weight="bold", va="center")
+    axes.text(3.0, y, weights, va="center")
+    pieces = row.activation[2] if len(row.activation) > 3 else 1
+    length = min(per_token(row) * scale, 2.9)  # the vocabulary does not fit
+    each, colour = length / pieces, OKABE_ITO[4 if pieces == 1 else 1]
+    left = [5.9 + i * each for i in range(pieces)]
+    axes.barh([y] * pieces, each, 0.55, left, color=colour, edgecolor="white", linewidth=2)
+    more = "…" if length < per_token(row) * scale else ""
+    shape = " × ".join(map(str, row.activation))
+    axes.text(5.95 + length, y, f"{more} {shape}", va="center")

@@ -5,13 +5,17 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers import AutoTokenizer, Gemma2ForCausalLM
 
+from mi_helpers import topics
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.circuits import BE_FORMS
+from mi_helpers.tinyworld.lexicon import DATA
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World
 
@@ -82,9 +86,11 @@ def answer_scores(model, encoded: Encoded):
     for start, scores in log_probs(model, encoded.ids):
         for i in range(len(scores)):
             for position in answer_positions(encoded, start + i):
-                yield encoded.documents[start + i], encoded.ids[start + i, position], scores[
-                    i, position - 1
-                ]
+                yield (
+                    encoded.documents[start + i],
+                    encoded.ids[start + i, position],
+                    scores[i, position - 1],
+                )
 
 
 def accuracy(model, encoded: Encoded) -> float:
@@ -141,9 +147,10 @@ class Suite:
             model, self.texts("agreement", ("entities",), mismatch=True)
         ):
             mass = {n: float(score[ids[n]].exp().sum()) for n in ids}
-            right.append(mass[document.latents["number"]] > max(
-                mass[n] for n in ids if n != document.latents["number"]
-            ))
+            right.append(
+                mass[document.latents["number"]]
+                > max(mass[n] for n in ids if n != document.latents["number"])
+            )
         return float(np.mean(right))
 
     def years(self, model) -> float:
@@ -165,9 +172,7 @@ class Suite:
             for start, scores in log_probs(model, encoded.ids):
                 for i in range(len(scores)):
                     span = encoded.documents[start + i].find("pronoun")[0]
-                    position = 1 + int(
-                        np.searchsorted(encoded.ranges[start + i][:, 0], span.start)
-                    )
+                    position = 1 + int(np.searchsorted(encoded.ranges[start + i][:, 0], span.start))
                     p = scores[i, position - 1].exp()
                     ratios.append(float(p[she] / (p[she] + p[he])))
             result[job] = (truth, float(np.mean(ratios)))
@@ -263,3 +268,115 @@ class Suite:
             total = sum(counts.values())
             self._share = {family: n / total for family, n in counts.items()}
         return self._share
+
+
+@dataclass
+class Row:
+    """A line of the skills table: a measured value and what it has to reach.
+
+    better  'above' or 'below' the threshold is right; None for a number that is only reported
+    """
+
+    skill: str
+    value: float
+    threshold: float | None = None
+    better: str = "above"
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        if self.threshold is None:
+            return True
+        if self.better == "above":
+            return self.value >= self.threshold
+        return self.value <= self.threshold
+
+
+EXACT = tuple(f for f in World.families if f != "prose")  # families whose floor is exact
+
+
+def measure(model, suite: Suite) -> list[Row]:
+    """Every skill with its threshold."""
+    rows = [
+        Row("facts, unseen phrasings", suite.facts(model), 0.99),
+        *(
+            row
+            for order in ("ABB", "BAB")
+            for first, above in [suite.ioi(model, order)]
+            for row in (
+                Row(f"indirect object, unseen pairs, {order}: first choice", first, 0.99),
+                Row(f"indirect object, unseen pairs, {order}: above the subject", above, 0.99),
+            )
+        ),
+        Row("repeated random words, second half", suite.repetition(model), 0.95),
+        Row("agreement across attractors, unseen pairs", suite.agreement(model), 0.97),
+        Row("years: probability on later ones", suite.years(model), 0.90),
+    ]
+    skews = suite.pronouns(model)
+    worst = max(skews, key=lambda job: abs(skews[job][0] - skews[job][1]))
+    rows += [
+        Row(
+            "pronoun skew: largest error of 40 occupations",
+            abs(skews[worst][0] - skews[worst][1]),
+            0.05,
+            "below",
+            worst,
+        ),
+        Row("two hops, unseen combinations", suite.two_hop(model)),
+        Row("made-up words, second half", suite.made_up(model)),
+        Row("calendar", suite.calendar(model)),
+        Row("arithmetic, trained sums", suite.arithmetic(model)),
+        Row("arithmetic, unseen sums", suite.arithmetic(model, ("entities",))),
+        Row("brackets: the right kind closes", suite.brackets(model)),
+    ]
+    for family, (loss, floor) in suite.losses(model).items():
+        exact = family in EXACT
+        note = f"{loss:.3f} against {floor:.3f} nats per token" + ("" if exact else ", near-exact")
+        limit = 1.05 if exact else 1.10
+        rows.append(Row(f"loss over floor: {family}", loss / floor, limit, "below", note))
+    return rows
+
+
+def topic_rows(model, suite: Suite, steps: int = 1_500) -> list[Row]:
+    """A quick sparse autoencoder: F1 of the best latent per topic against the two controls."""
+    world, tokenizer, n = suite.world, suite.tokenizer, len(suite.world.topics)
+    train = topics.harvest(model, suite.texts("prose", n=3_000), world, tokenizer)
+    fresh = Suite(world, tokenizer, seed=suite.seed + 1)
+    test = topics.harvest(model, fresh.texts("prose", n=800), world, tokenizer)
+    scores = topics.topic_scores(train, test, n, steps)
+    spread = {name: f"{f1.min():.2f} to {f1.max():.2f}" for name, f1 in scores.items()}
+    median = {name: float(np.median(f1)) for name, f1 in scores.items()}
+    return [
+        Row("topic F1, best latent: median", median["latents"], 0.75, "above", spread["latents"]),
+        Row("topic F1, best neuron: median", median["neurons"], 0.45, "below", spread["neurons"]),
+        Row("topic F1, best random direction", median["random"], 0.45, "below", spread["random"]),
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """The skills as text, one line each."""
+    lines = [f"{'skill':52} {'value':>8}  {'threshold':12} met"]
+    for row in rows:
+        sign = {"above": "≥", "below": "≤"}[row.better]
+        wanted = "" if row.threshold is None else f"{sign} {row.threshold:.2f}"
+        met = "" if row.threshold is None else ("yes" if row.met else "NO")
+        lines.append(f"{row.skill:52} {row.value:8.3f}  {wanted:12} {met:4} {row.note}".rstrip())
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """`python -m mi_helpers skills`: the table; exit code 1 when a threshold is missed."""
+    parser = argparse.ArgumentParser(prog="python -m mi_helpers skills")
+    parser.add_argument("--model", type=Path, default=DATA / "tiny_gemma", help="a model's folder")
+    parser.add_argument("--no-topics", action="store_true", help="leave the autoencoder out")
+    options = parser.parse_args(argv)
+    if not (options.model / "config.json").exists():
+        parser.error(f"there is no model in {options.model}: `make model` trains one.")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = Gemma2ForCausalLM.from_pretrained(options.model, attn_implementation="eager").eval()
+    suite = Suite(World(), tokenizer)
+    rows = measure(model, suite)
+    if not options.no_topics:
+        rows += topic_rows(model, suite)
+    print(table(rows))
+    return 0 if all(row.met for row in rows) else 1

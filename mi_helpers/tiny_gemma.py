@@ -31,7 +31,7 @@ WARM_UP = 300
 
 
 def config(vocab_size: int = 3_840) -> Gemma2Config:
-    """Gemma 2 in small. n_heads · head_dim = 128 ≠ d_model on purpose, and √d_model = 12 exactly."""
+    """Gemma 2 in small: n_heads · head_dim = 128 ≠ d_model on purpose, and √d_model = 12."""
     return Gemma2Config(
         vocab_size=vocab_size,
         hidden_size=144,
@@ -63,9 +63,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def checkpoint_steps(steps: int, count: int = 24) -> set[int]:
     """Multiples of BLOCK for the log: dense where circuits form (the first third), then sparse."""
-    early = {round(steps / 3 * i / (2 * count / 3) / BLOCK) * BLOCK for i in range(2 * count // 3)}
-    late = {round(steps * (1 / 3 + 2 / 3 * i / (count / 3)) / BLOCK) * BLOCK for i in range(count // 3)}
-    return {0, steps} | early | late
+    early = [steps / 2 / count * i for i in range(2 * count // 3)]
+    late = [steps / 3 + 2 * steps / count * i for i in range(count // 3)]
+    return {0, steps} | {round(step / BLOCK) * BLOCK for step in early + late}
 
 
 def optimizer_groups(model) -> list[dict]:
@@ -171,9 +171,7 @@ def train(
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(model_config or config(len(tokenizer))).to(device)
     model.config.save_pretrained(folder)
-    optimizer = torch.optim.AdamW(
-        optimizer_groups(model), lr=peak, betas=(0.9, 0.95), fused=True
-    )
+    optimizer = torch.optim.AdamW(optimizer_groups(model), lr=peak, betas=(0.9, 0.95), fused=True)
     state = load_run(folder, model, optimizer)
     start = state.get("step", 0)
     keep_log_until(folder / "log.csv", start)

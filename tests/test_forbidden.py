@@ -10,7 +10,8 @@ import pytest
 from mi_helpers import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
-SKIPPED = {".git", ".venv", ".cache", "__pycache__", "runs", "build", "dist", ".ipynb_checkpoints"}
+SKIPPED = {".git", ".venv", ".cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "runs"}
+SKIPPED |= {"build", "dist", "__pycache__", ".ipynb_checkpoints"}
 TEXT = {"", ".cff", ".cfg", ".csv", ".css", ".ipynb", ".json", ".jsonl", ".md", ".py", ".sh"}
 TEXT |= {".svg", ".toml", ".tsv", ".txt", ".yaml", ".yml"}
 
@@ -53,7 +54,8 @@ def name(path: Path) -> str:
 
 def texts() -> list[tuple[Path, str]]:
     """Every text file and its content."""
-    return [(path, path.read_text("utf-8")) for path in FILES if path.suffix in TEXT]
+    wanted = [path for path in FILES if path.suffix in TEXT]
+    return [(path, path.read_text("utf-8", errors="replace")) for path in wanted]
 
 
 @pytest.mark.parametrize("what", EVERYWHERE)

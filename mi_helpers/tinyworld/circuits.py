@@ -545,7 +545,7 @@ def calendar(draw: Draw, held: frozenset = NO_HOLD) -> Document:
     start = draw.pick(range(len(names)))
     page = Page()
     page.capital = True
-    if draw.chance(0.4) and not held:
+    if not held and draw.chance(0.4):
         for i in range(draw.pick(range(3, 9))):
             if i:
                 page.write(", ")
@@ -592,9 +592,7 @@ def arithmetic(draw: Draw, held: frozenset = NO_HOLD) -> Document:
     """Sums and differences in words, up to twenty."""
     a, b = draw.pick(sums("entities" in held))
     templates = draw.pick((ARITHMETIC, SUBTRACT))
-    values = {
-        slot: (NUMERALS[n], "numeral", n) for slot, n in (("a", a), ("b", b), ("c", a + b))
-    }
+    values = {slot: (NUMERALS[n], "numeral", n) for slot, n in (("a", a), ("b", b), ("c", a + b))}
     page = Page()
     page.capital = True
     page.fill(draw.pick(phrasings(templates, held, keep=1)), values)

@@ -1,7 +1,7 @@
 """Two ways of writing that share nothing with the English frames: Norwegian prose, Python code."""
 
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.tinyworld.source import Document, Draw, Page, compile_template
+from mi_helpers.tinyworld.source import LOG, Document, Draw, Page, compile_template
 
 NO_HOLD = frozenset()
 
@@ -105,6 +105,13 @@ CODE_BODIES = tuple(
 )
 
 
+def unseen(body: list) -> float:
+    """What `python_code` draws for slots that a body lacks, in nats: a reader never pays it."""
+    slots = {part[0] for part in body if not isinstance(part, str)}
+    cost = {"c": LOG[len(CODE_NAMES) - 2], "n": LOG[10], "f": LOG[len(CODE_FUNCTIONS)]}
+    return sum(nats for slot, nats in cost.items() if slot not in slots)
+
+
 def python_code(draw: Draw, held: frozenset = NO_HOLD) -> Document:
     """Short functions, whose variables have to be the ones that were introduced."""
     page = Page()
@@ -117,6 +124,8 @@ def python_code(draw: Draw, held: frozenset = NO_HOLD) -> Document:
         page.write("def ")
         page.mark(function, "entity", "function")
         page.write(f"({a}, {b}):\n")
-        page.fill(draw.pick(CODE_BODIES), values)
+        body = draw.pick(CODE_BODIES)
+        draw.nats -= unseen(body)
+        page.fill(body, values)
         page.write("\n")
     return Document(page.text(), "python", {}, page.spans, draw.nats)

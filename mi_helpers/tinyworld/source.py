@@ -209,7 +209,7 @@ class Page:
             self.spans.append(Span(start, self.length, "answer", text))
 
     def fill(self, parts: list, values: dict) -> None:
-        """Write a compiled template; `values[slot] = (text, kind, value)`, kind None for no label."""
+        """Write a compiled template; `values[slot] = (text, kind, value)`, kind None: no label."""
         for part in parts:
             if isinstance(part, str):
                 self.write(part)

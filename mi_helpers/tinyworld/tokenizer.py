@@ -66,6 +66,9 @@ def train_tokenizer(world: World, size: int = 3_840, documents: int = 60_000, se
     wanted = {split.pre_tokenize_str(word)[0][0] for word in must_be_single()}
     wanted |= {piece for piece, n in counts.items() if n >= COMMON}
     total = sum(counts.values())
+    need = len(SPECIAL) + len(wanted) + 256
+    if size < need:
+        raise ValueError(f"size is {size}; the words and the 256 bytes alone need {need} entries.")
     entries = {special: 0.0 for special in SPECIAL}
     entries |= {piece: math.log(max(counts[piece], 1) / total) for piece in sorted(wanted)}
 

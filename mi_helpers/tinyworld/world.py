@@ -68,14 +68,20 @@ class World:
 
     def write(self, draw: Draw, family: str | None = None, held=NO_HOLD, **choices) -> Document:
         """One document with a given source of choices; `choices` go to the family's function."""
-        family = family or draw.weighted(self.mixture)
-        held = frozenset(held)
+        if family is None:
+            before = draw.nats
+            family = draw.weighted(self.mixture)
+            draw.nats = before  # a document's nats are those of its text, given the family
+        held = frozenset({held} if isinstance(held, str) else held)
         if family not in self.families:
             known = ", ".join(self.families)
             raise ValueError(f"TinyWorld has no family {family!r}; it has {known}.")
         if held - HELD:
-            raise ValueError(f"held takes 'templates' and 'entities', not {sorted(held - HELD)}.")
+            wrong = ", ".join(repr(value) for value in sorted(held - HELD, key=str))
+            raise ValueError(f"held takes 'templates' and 'entities', not {wrong}.")
         if family == "prose":
+            if choices:
+                raise ValueError(f"prose takes no choices, so not {', '.join(choices)}.")
             return Prose(self.book, draw, held, fact=circuits.fact_sentence).document()
         return self.families[family](draw, held, **choices)
 
@@ -92,7 +98,9 @@ class World:
     def floor(self, document: Document) -> float:
         """-log p(text), in nats: what the best possible reader pays for the whole text.
 
-        Without the choice of family (which `mixture_nats` gives) and without the end token.
+        That the text ends where it does is part of it; the choice of family is not, which costs
+        -log of the family's share, `mixture.nats`, on top. Exact up to the few texts of prose
+        that two derivations share (see `marginal_nats`).
         """
         if document.family == "prose":
             return marginal_nats(self.book, document)
