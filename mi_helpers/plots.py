@@ -290,7 +290,7 @@ def architecture_map(rows: Sequence, title: str = "", parallel: bool = False) ->
         axes.text(x, -1.0, head, color="0.35", va="center")
     thin = {"color": "0.35", "linewidth": 1.5, "linestyle": "-", "marker": "", "zorder": 1}
     thick = thin | {"color": OKABE_ITO[0], "linewidth": 8}
-    axes.plot([0.5, 0.5], [0, lines - len(branches[-1][1])], **thick)
+    axes.plot([0.5, 0.5], [len(branches[0][1]) - 1, lines - len(branches[-1][1])], **thick)
     y, badge = 0, {"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": "0.35"}
     for number, (name, steps, reads, adds) in enumerate(branches):
         if number == len(branches) - 1:
@@ -310,7 +310,7 @@ def architecture_map(rows: Sequence, title: str = "", parallel: bool = False) ->
 
 
 def stream_branches(rows: Sequence, parallel: bool) -> list[tuple[str, list, bool, bool]]:
-    """The steps that hang on the stream together: (name, steps, do they read it, are they added)."""
+    """Steps that hang on the stream together: (name, steps, do they read it, are they added)."""
     block = [row for row in rows if row.name.startswith("blocks.0.")]
     first = rows.index(block[0])
     after = [row for row in rows[first:] if not row.name.startswith("blocks.")]
@@ -348,7 +348,8 @@ def draw_step(axes: Axes, y: float, row, scale: float) -> None:
     length = min(per_token(row) * scale, 2.9)  # the vocabulary does not fit
     each, colour = length / pieces, OKABE_ITO[4 if pieces == 1 else 1]
     left = [5.9 + i * each for i in range(pieces)]
-    axes.barh([y] * pieces, each, 0.55, left, color=colour, edgecolor="white", linewidth=2)
+    gap = {"edgecolor": "white", "linewidth": min(2, 18 * each)}
+    axes.barh([y] * pieces, each, 0.55, left, color=colour, **gap)
     more = "…" if length < per_token(row) * scale else ""
     shape = " × ".join(map(str, row.activation))
     axes.text(5.95 + length, y, f"{more} {shape}", va="center")

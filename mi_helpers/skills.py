@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Gemma2ForCausalLM
 
 from mi_helpers import topics
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.tinyworld.circuits import BE_FORMS
+from mi_helpers.tinyworld.circuits import BE_FORMS, vocabulary
 from mi_helpers.tinyworld.lexicon import DATA
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World
@@ -134,7 +134,7 @@ class Suite:
         return float(np.mean(first)), float(np.mean(above))
 
     def repetition(self, model) -> float:
-        return accuracy(model, self.texts("repetition", n=max(48, self.n // 4)))
+        return accuracy(model, self.texts("repetition", n=max(48, self.n // 4), times=2))
 
     def made_up(self, model) -> float:
         return accuracy(model, self.texts("made_up"))
@@ -216,13 +216,14 @@ class Suite:
 
     @torch.no_grad()
     def head_scores(self, model, length: int = 30, n: int = 16) -> tuple[float, float]:
-        """Highest induction and previous-token score of any head, on random tokens repeated once.
+        """Highest induction and previous-token score of any head, on random words repeated once.
 
         induction: mean attention from a token of the second half to the one after its first
         occurrence; previous token: mean attention to the position before (Olsson et al. 2022).
         """
         generator = torch.Generator().manual_seed(self.seed)
-        half = torch.randint(4, len(self.tokenizer), (n, length), generator=generator)
+        words = torch.tensor([self.single(f" {word}") for word in vocabulary()])
+        half = words[torch.randint(len(words), (n, length), generator=generator)]
         bos = torch.full((n, 1), self.tokenizer.bos_token_id)
         ids = torch.cat([bos, half, half], 1).to(model.device)
         attentions = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
@@ -235,7 +236,7 @@ class Suite:
 
     def brief(self, model) -> dict[str, float]:
         """A row of the training log: a few seconds."""
-        losses = self.losses(model, n=48)
+        losses = self.losses(model, n=32)
         induction, previous = self.head_scores(model)
         row = {
             "loss": sum(p * losses[f][0] for f, p in self.share().items()),

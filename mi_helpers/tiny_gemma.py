@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from mi_helpers import skills
+from mi_helpers import manifest, skills
 from mi_helpers.tinyworld.tokenizer import train_tokenizer
 from mi_helpers.tinyworld.world import World, batches
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "data" / "tiny_gemma"
 BLOCK = 100  # steps between possible checkpoints; also the unit of the text stream
-WARM_UP = 300
+WARM_UP = 200
 
 
 def config(vocab_size: int = 3_840) -> Gemma2Config:
@@ -61,7 +61,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def checkpoint_steps(steps: int, count: int = 24) -> set[int]:
+def checkpoint_steps(steps: int, count: int = 21) -> set[int]:
     """Multiples of BLOCK for the log: dense where circuits form (the first third), then sparse."""
     early = [steps / 2 / count * i for i in range(2 * count // 3)]
     late = [steps / 3 + 2 * steps / count * i for i in range(count // 3)]
@@ -228,19 +228,67 @@ def train(
     return model.cpu().eval()
 
 
+CARD = """# tiny-gemma
+
+A `Gemma2ForCausalLM` of {parameters:,} parameters ({layers} layers, d_model {width}, {heads} heads
+of {head}, {kv} key-value heads, MLP {mlp}, vocabulary {vocab:,}, context {context}, sliding window
+{window} on even layers), trained from nothing on {tokens:,} tokens of TinyWorld, the labelled text
+generator of this course. It knows TinyWorld and nothing else: it is for taking apart, not for use.
+
+Made by `make model`. `training_log.csv` has the loss beside the entropy floor, head scores and
+skills at {checkpoints} checkpoints. Licence: MIT, like the course.
+
+## What it can do
+
+On text that it was not trained on (`python -m mi_helpers skills` measures this again):
+
+```
+{table}
+```
+"""
+
+
+def model_card(model, folder: Path, rows: list) -> str:
+    """The card's text: every number from the model, its log, or the measured skills."""
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        log = list(csv.DictReader(file))
+    c = model.config
+    return CARD.format(
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=c.num_hidden_layers,
+        width=c.hidden_size,
+        heads=c.num_attention_heads,
+        head=c.head_dim,
+        kv=c.num_key_value_heads,
+        mlp=c.intermediate_size,
+        vocab=c.vocab_size,
+        context=c.max_position_embeddings,
+        window=c.sliding_window,
+        tokens=int(log[-1]["tokens"]),
+        checkpoints=len(log),
+        table=skills.table(rows),
+    )
+
+
 def ship(folder: Path, model, target: Path = SHIPPED) -> None:
-    """Write what the course loads: weights, config, tokenizer, training log."""
+    """Write what the course loads: weights, config, tokenizer, training log, model card."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    suite = skills.Suite(World(), tokenizer)
+    rows = skills.measure(model, suite) + skills.topic_rows(model, suite)
     target.mkdir(parents=True, exist_ok=True)
     model.float().save_pretrained(target)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(folder / name, target / name)
     shutil.copyfile(folder / "log.csv", target / "training_log.csv")
+    (target / "README.md").write_text(model_card(model, folder, rows), encoding="utf-8")
+    manifest.write(target.parent)
+    print(skills.table(rows))
 
 
 def main_train(argv: list[str]) -> int:
     """`python -m mi_helpers train-model`: train, resumable, and ship the result."""
     parser = argparse.ArgumentParser(prog="python -m mi_helpers train-model")
-    parser.add_argument("--steps", type=int, default=16_000, help="batches of 4,096 tokens")
+    parser.add_argument("--steps", type=int, default=6_300, help="batches of 4,096 tokens")
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny_gemma")

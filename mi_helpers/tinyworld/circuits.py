@@ -51,7 +51,7 @@ FACTS = {
         "many visitors photograph the {L} in {C!}.",
         "the {L} was built in the old city of {C!}.",
         "people say that the {L} is in the city of {C!}.",
-        "the famous {L} can be found in {C!}.",
+        "the famous {L} stands in the middle of {C!}.",
     ),
     "landmark-country": compiled(
         "the {L} is in the country of {K!}.",
@@ -81,7 +81,7 @@ FACTS = {
         "the president of {K} lives in the capital, {C!}.",
         "everyone in {K} knows the capital, {C!}.",
         "people say that the capital of {K} is {C!}.",
-        "today the capital city of {K} is {C!}.",
+        "today the capital of {K} is {C!}.",
     ),
     "country-language": compiled(
         "the language of {K} is {G!}.",
@@ -334,19 +334,24 @@ def vocabulary() -> tuple:
     return tuple(sorted(word for word in found if word.isalpha()))
 
 
-def repetition(draw: Draw, held: frozenset = NO_HOLD, length=None) -> Document:
-    """Different random words of the whole vocabulary, then the same words again."""
-    words = draw.sample(vocabulary(), length or draw.pick(range(6, 61)))
+LONGEST = 112  # words of a repeated sequence, all repetitions together
+
+
+def repetition(draw: Draw, held: frozenset = NO_HOLD, length=None, times=None) -> Document:
+    """Different random words of the whole vocabulary, and the same words again, up to 5 times."""
+    length = length or draw.pick(range(3, LONGEST // 2 + 1))
+    words = draw.sample(vocabulary(), length)
+    times = times or draw.pick(range(2, min(5, LONGEST // length) + 1))
     page = Page()
-    for half in range(2):
+    for again in range(times):
         for i, word in enumerate(words):
             page.write(" ")
-            if half:
-                # the first word of the second half is where the repetition begins: not yet known
+            if again:
+                # before the first word of a repetition, nothing tells that it begins
                 page.mark(word, "repeat", i, answer=i > 0)
             else:
                 page.write(word)
-    return finish(page, draw, "repetition", length=len(words))
+    return finish(page, draw, "repetition", length=length, times=times)
 
 
 def made_up(draw: Draw, held: frozenset = NO_HOLD) -> Document:

@@ -66,7 +66,7 @@ def train_tokenizer(world: World, size: int = 3_840, documents: int = 60_000, se
     wanted = {split.pre_tokenize_str(word)[0][0] for word in must_be_single()}
     wanted |= {piece for piece, n in counts.items() if n >= COMMON}
     total = sum(counts.values())
-    need = len(SPECIAL) + len(wanted) + 256
+    need = len(SPECIAL) + len(wanted.union(pre_tokenizers.ByteLevel.alphabet()))
     if size < need:
         raise ValueError(f"size is {size}; the words and the 256 bytes alone need {need} entries.")
     entries = {special: 0.0 for special in SPECIAL}

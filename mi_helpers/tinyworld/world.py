@@ -49,11 +49,11 @@ class World:
         "ioi": 130,
         "repetition": 70,
         "made_up": 20,
-        "pronoun": 90,
+        "pronoun": 100,
         "agreement": 60,
         "years": 30,
         "calendar": 20,
-        "arithmetic": 30,
+        "arithmetic": 40,
         "brackets": 20,
     }
 
@@ -116,22 +116,24 @@ def batches(
 ) -> Iterator[np.ndarray]:
     """Endless batches of token ids (rows, length), uint16, for training.
 
-    A row is `<bos>` text `<eos>` `<bos>` text `<eos>` …; it begins with a new document, and a
-    document that does not fit is cut at its end.
+    A row is `<bos>` text `<eos>` `<bos>` text `<eos>` …: the oldest document that waits, then the
+    oldest ones that still fit; what is left of the row takes the beginning of one more.
     """
     stream = world.documents(seed)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     backend = tokenizer.backend_tokenizer
-    row, batch = [], []
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    waiting: list[list[int]] = []
+    batch = np.empty((rows, length), dtype=np.uint16)
     while True:
-        texts = [next(stream).text for _ in range(256)]
-        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
-            row.append(bos)
-            row.extend(encoding.ids)
-            row.append(eos)
-            if len(row) >= length:
-                batch.append(row[:length])
-                row = []
-                if len(batch) == rows:
-                    yield np.array(batch, dtype=np.uint16)
-                    batch = []
+        for i in range(rows):
+            if len(waiting) < 128:
+                texts = [next(stream).text for _ in range(128)]
+                encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+                waiting.extend(bos + encoding.ids + eos for encoding in encodings)
+            row = waiting.pop(0)
+            while len(row) < length:
+                space = length - len(row)
+                fits = (j for j, ids in enumerate(waiting) if len(ids) <= space)
+                row = row + waiting.pop(next(fits, 0))
+            batch[i] = row[:length]
+        yield batch.copy()
