@@ -53,36 +53,36 @@ class Batch:
 
 def make_batch(
     model: LanguageModel,
-    per_family: int = 6,
+    answers: int = 16,
     seed: int = 20_000,
     families: tuple[str, ...] | None = None,
     longest: int = 24,
 ) -> Batch:
-    """`per_family` TinyWorld documents of each family, none longer than `longest` tokens.
+    """TinyWorld documents of each family, until `answers` tokens or more of it are scored.
 
     Scored are the first tokens of the answers (of the pronouns in "pronoun"); in families without
-    answers (prose, Norwegian, Python), whose documents are cut to size, all tokens.
+    answers (prose, Norwegian), whose documents are cut to size, all tokens. No document has more
+    than `longest` tokens, and of each family there are `answers / 4` documents or more.
 
     Raises:
-        ValueError: an unknown family; a family whose documents are all too long.
+        ValueError: an unknown family; a family whose documents are nearly all too long.
     """
     world, rows, scored = World(), [], []
     names = tuple(families or world.families)
     for index, name in enumerate(names):
-        found = 0
-        for document in itertools.islice(world.documents(seed, name), 100 * per_family):
+        start, first = len(scored), len(rows)
+        for document in itertools.islice(world.documents(seed, name), 100 * answers):
             ids = model.tokens(document.text)[0].tolist()
-            answers = answer_positions(model, document)
-            if len(ids) > longest and answers:
+            places = answer_positions(model, document)
+            if len(ids) > longest and places:
                 continue
             ids = ids[:longest]
-            scored += [(len(rows), at, index) for at in answers or range(1, len(ids))]
+            scored += [(len(rows), place, index) for place in places or range(1, len(ids))]
             rows.append(ids)
-            found += 1
-            if found == per_family:
+            if len(scored) - start >= answers and 4 * (len(rows) - first) >= answers:
                 break
-        if not found:
-            raise ValueError(f"No document of {name!r} has {longest} tokens or fewer: allow more.")
+        else:
+            raise ValueError(f"Too few documents of {name!r} have {longest} tokens: allow more.")
     filler = model.tokenizer.pad_token_id or 0
     ids = torch.full((len(rows), max(map(len, rows))), filler)
     for i, row in enumerate(rows):
@@ -180,6 +180,15 @@ def reference_activations(model: LanguageModel, batch: Batch, sites=None) -> dic
     return {key: cache[key][batch.inside()] for key in cache}
 
 
+def last_answer(model: LanguageModel, document, hooks: Mapping | None = None) -> tuple:
+    """(text before the last answer, the answer, what the model says there under `hooks`)."""
+    span = (document.find("answer") or document.find("pronoun"))[-1]
+    prompt, truth = document.text[: span.start].rstrip(), document.text[span.start : span.end]
+    n = len(model.str_tokens(f"{prompt} {truth}")) - len(model.str_tokens(prompt))
+    with model.hooks(hooks or {}):
+        return prompt, truth, model.generate(prompt, n)[len(prompt) :].strip()
+
+
 # ------------------------------------------------------------------------------------- losses
 
 
@@ -216,7 +225,7 @@ class LesionLab:
     ):
         self.model = model
         self.batch = make_batch(model) if batch is None else batch
-        other = make_batch(model, per_family=2, seed=30_000) if reference is None else reference
+        other = make_batch(model, answers=8, seed=30_000) if reference is None else reference
         self.reference = reference_activations(model, other)
         sites = ("resid_pre", "resid_final")
         _, self.clean = model.run_with_cache(self.batch.ids, sites, stop_at_layer=model.n_layers)
@@ -236,11 +245,17 @@ class LesionLab:
             self._known[()] = _losses(self.model, self.batch, self.clean["resid_final"])
         return dict(self._known[()])
 
+    def hooks(self, kind: str, layer: int, head: int | None = None, mode: str = "mean") -> dict:
+        """The lesion's hooks, with this lab's reference."""
+        return lesion(
+            self.model, kind, layer, head, mode, self.reference.get((SITE.get(kind), layer))
+        )
+
     def after(
         self, kind: str, layer: int, head: int | None = None, mode: str = "mean"
     ) -> dict[str, float]:
         """{family: loss} with one part silenced; ValueError as `lesion` raises it."""
-        hooks = self._lesion(kind, layer, head, mode)
+        hooks = self.hooks(kind, layer, head, mode)
         return self._run((kind, layer, head, mode), layer, hooks)
 
     def noise(
@@ -249,7 +264,7 @@ class LesionLab:
         """The control: {family: loss} when the stream is pushed as far as the lesion pushes it,
         at every token, but in a random direction."""
         site = "mlp_out" if kind == "mlp" else "attn_out"
-        change = self._written(site, layer, self._lesion(kind, layer, head, mode))
+        change = self._written(site, layer, self.hooks(kind, layer, head, mode))
         change -= self._written(site, layer, {})  # (n, length, d_model)
         rng = torch.Generator().manual_seed(seed)
         push = F.normalize(torch.randn(change.shape, generator=rng).to(change), dim=-1)
@@ -262,11 +277,6 @@ class LesionLab:
         before = torch.tensor(list(self.before().values()))
         after = [list(self.after(*part, mode=mode).values()) for part in parts]
         return torch.tensor(after) - before
-
-    def _lesion(self, kind: str, layer: int, head: int | None, mode: str) -> dict:
-        return lesion(
-            self.model, kind, layer, head, mode, self.reference.get((SITE.get(kind), layer))
-        )
 
     @torch.no_grad()
     def _run(self, key: tuple, layer: int, hooks: Mapping) -> dict[str, float]:

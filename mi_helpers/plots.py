@@ -89,7 +89,7 @@ def heatmap(
     unit: str = "",
     centre_zero: bool = False,
     annotate: bool | None = None,
-    form: str = ".2f",
+    form: str = "z.2f",
     limit: float | None = None,
     width: float | None = None,
     height: float | None = None,
@@ -164,7 +164,7 @@ def bars(
     title: str = "",
     *,
     xlabel: str = "",
-    form: str = ".2f",
+    form: str = "z.2f",
     reference: float | None = None,
     limits: tuple[float, float] | None = None,
     width: float = 8,
@@ -187,9 +187,11 @@ def bars(
         axes.bar_label(drawn, texts, padding=3)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set(title=title, xlabel=xlabel, xlim=limits)
+    axes.set(title=title, xlabel=xlabel)
     if limits is None:
         axes.margins(x=0.15)
+    else:
+        axes.set_xlim(limits)
     if reference is not None:
         axes.axvline(reference, color="black", linestyle="--", marker="", linewidth=1.5)
     if len(series) > 1:
@@ -222,7 +224,8 @@ def lines(
         axes.plot(x, values, label=label, **({} if x.size <= 40 else {"marker": ""}))
     if reference is not None:
         axes.axhline(reference, color="black", linestyle="--", marker="", linewidth=1.5)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=limits)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set(**({} if limits is None else {"ylim": limits}))
     axes.set(**({"xscale": "log"} if log_x else {}), **({"yscale": "log"} if log_y else {}))
     if any(series):
         axes.legend()
@@ -236,7 +239,7 @@ def before_after(
     title: str = "",
     *,
     xlabel: str = "",
-    form: str = ".2f",
+    form: str = "z.2f",
     limits: tuple[float, float] | None = None,
     labels: tuple[str, str] = ("before", "after"),
     width: float = 9,
@@ -353,3 +356,143 @@ def draw_step(axes: Axes, y: float, row, scale: float) -> None:
     more = "…" if length < per_token(row) * scale else ""
     shape = " × ".join(map(str, row.activation))
     axes.text(5.95 + length, y, f"{more} {shape}", va="center")
+
+
+# -- probing (lesson 02) -----------------------------------------------------------------------
+
+
+@style()
+def layer_panels(
+    names: Sequence[str],
+    panels: Mapping[str, Mapping[str, Sequence]],
+    *,
+    ylabels: Sequence[str] = (),
+    xlabel: str = "layer",
+    references: Sequence[float | None] = (),
+    limits: Sequence[tuple[float, float] | None] = (),
+    mark: int | None = None,
+    width: float = 9.5,
+    height: float = 4.2,
+) -> Figure:
+    """One panel per title, in each one line per label over the layers `names`, with one legend.
+
+    panels      {title: {label: values}}; values (layers,), or (repeats, layers): then the line is
+                their mean and the band goes from the smallest to the largest
+    ylabels, references, limits  one entry per panel; a reference is a dashed horizontal line
+    mark        a layer to point at with a vertical line
+    """
+    picture, axes = figure(width, height, columns=len(panels), squeeze=False)
+    places, missing = np.arange(len(names)), [None] * len(panels)
+    for index, (title, series) in enumerate(panels.items()):
+        one = axes[0, index]
+        for label, values in series.items():
+            values = np.atleast_2d(as_array(values))
+            if values.shape[1] != len(names):
+                raise ValueError(f"'{label}' has {values.shape[1]} values for {len(names)} layers.")
+            (line,) = one.plot(places, values.mean(0), label=label)
+            if len(values) > 1:
+                low, high = values.min(0), values.max(0)
+                one.fill_between(places, low, high, color=line.get_color(), alpha=0.2, lw=0)
+        if (reference := [*references, *missing][index]) is not None:
+            one.axhline(reference, color="black", linestyle="--", marker="", linewidth=1.2)
+        if mark is not None:
+            one.axvline(mark, color="grey", linestyle=":", marker="", linewidth=1.5)
+        one.set_xticks(places, names)
+        one.set(title=title, xlabel=xlabel, ylim=[*limits, *missing][index])
+        one.set_ylabel([*ylabels, *[""] * len(panels)][index])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if len(labels) > 1:
+        picture.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    return picture
+
+
+@style()
+def probe_explorer(
+    names: Sequence[str],
+    scans: Mapping[str, Mapping[str, Sequence[float]]],
+    layer: int,
+    kind: str,
+    chance: Mapping[str, float] | None = None,
+) -> Figure:
+    """Left: accuracy of every property's probe at one layer, its controls beside it. Right: the
+    same series of one property over all layers.
+
+    scans   {property: {series: accuracies (layers,)}}, all with the same series
+    chance  {property: accuracy of always giving the commonest answer}, a small black bar
+    """
+    if not 0 <= layer < len(names):
+        raise ValueError(f"There is no layer {layer}: choose 0 to {len(names) - 1}.")
+    if kind not in scans:
+        raise ValueError(f"There is no property {kind!r}: choose one of {', '.join(scans)}.")
+    picture, (left, right) = figure(
+        11, 1.6 + 0.72 * len(scans), columns=2, gridspec_kw={"width_ratios": [1.25, 1]}
+    )
+    series = list(scans[kind])
+    thick, rows = 0.86 / len(series), np.arange(len(scans))
+    for i, label in enumerate(series):
+        values = as_array([each[label][layer] for each in scans.values()])
+        places = rows + (i - (len(series) - 1) / 2) * thick
+        hatch = ("", "//", "..", "xx")[i % 4]
+        drawn = left.barh(places, values, thick, label=label, hatch=hatch, edgecolor="white")
+        left.bar_label(drawn, [f"{v:.2f}" for v in values], padding=2, fontsize=9)
+        right.plot(range(len(names)), as_array(scans[kind][label]))
+    for row, each in enumerate(scans if chance else ()):
+        left.plot([chance[each]] * 2, [row - 0.45, row + 0.45], "-k", marker="", linewidth=1.5)
+    if chance:
+        right.axhline(chance[kind], color="black", linestyle="-", marker="", linewidth=1.5)
+    left.set_yticks(rows, scans)
+    left.invert_yaxis()
+    left.set(xlim=(0, 1.12), xlabel="accuracy on held-out text", title=f"layer {names[layer]}")
+    right.axvline(layer, color="grey", linestyle=":", marker="", linewidth=1.5)
+    right.set_xticks(range(len(names)), names)
+    right.set(ylim=(0, 1.05), xlabel="layer", title=kind)
+    picture.legend(loc="outside lower center", ncols=len(series))
+    return picture
+
+
+@style()
+def on_a_circle(points, names: Sequence[str], title: str = "", *, width: float = 5.2) -> Figure:
+    """Where each class is put, (n, 2), joined to its true place on the unit circle by a line."""
+    points = as_array(points)
+    if points.shape != (len(names), 2):
+        raise ValueError(f"{len(names)} names need points of shape ({len(names)}, 2).")
+    picture, axes = figure(width, width)
+    angles = 2 * np.pi * np.arange(len(names)) / len(names)
+    turn = np.linspace(0, 2 * np.pi, 200)
+    axes.plot(np.cos(turn), np.sin(turn), color="lightgrey", linestyle="-", marker="")
+    for (x, y), name, angle in zip(points, names, angles, strict=True):
+        true_x, true_y = np.cos(angle), np.sin(angle)
+        axes.plot([true_x, x], [true_y, y], color="grey", linestyle=":", marker="", linewidth=1.5)
+        axes.plot(true_x, true_y, color="black", marker="|", linestyle="")
+        axes.plot(x, y, color=OKABE_ITO[0], marker="o", linestyle="")
+        axes.text(
+            1.17 * true_x, 1.17 * true_y, name, ha="center", va="center", fontsize=11,
+        )  # fmt: skip
+    axes.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal", title=title)
+    axes.set(xlabel="predicted cosine", ylabel="predicted sine")
+    return picture
+
+
+@style()
+def sine_regions(grid, sides: Mapping[str, Sequence], curve, *, columns: int = 3) -> Figure:
+    """Which part of the plane each probe calls 'above', in one panel per title, with the curve.
+
+    grid   (x values (w,), y values (h,)); sides: {title: booleans (h, w)}; curve: y of each x
+    """
+    x, y = (as_array(each) for each in grid)
+    rows = -(-len(sides) // columns)
+    picture, axes = figure(3.4 * columns, 2.5 * rows, rows, columns, squeeze=False, sharey=True)
+    for one, (title, above) in zip(axes.flat, sides.items(), strict=False):
+        above = as_array(above)
+        if above.shape != (len(y), len(x)):
+            raise ValueError(f"'{title}' has shape {above.shape}, expected {(len(y), len(x))}.")
+        one.contourf(x, y, above, levels=[-0.5, 0.5, 1.5], colors=["#DDDDDD", OKABE_ITO[4]])
+        one.plot(x, as_array(curve), color="black", linestyle="-", marker="", linewidth=1.5)
+        one.set(title=title)
+    for one in axes.flat[len(sides) :]:
+        one.set_axis_off()
+    for one in axes[-1]:
+        one.set_xlabel("x")
+    for one in axes[:, 0]:
+        one.set_ylabel("y")
+    return picture

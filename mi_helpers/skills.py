@@ -134,7 +134,13 @@ class Suite:
         return float(np.mean(first)), float(np.mean(above))
 
     def repetition(self, model) -> float:
-        return accuracy(model, self.texts("repetition", n=max(48, self.n // 4), times=2))
+        """Sequences of 16, 32 and 48 random words, written twice: accuracy in the second half."""
+        n = max(16, self.n // 12)
+        scores = [
+            accuracy(model, self.texts("repetition", n=n, length=length, times=2))
+            for length in (16, 32, 48)
+        ]
+        return float(np.mean(scores))
 
     def made_up(self, model) -> float:
         return accuracy(model, self.texts("made_up"))

@@ -335,14 +335,12 @@ def vocabulary() -> tuple:
 
 
 LONGEST = 112  # words of a repeated sequence, all repetitions together
+LENGTHS = (3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56)
+MOST_TIMES = 16
 
 
-def repetition(draw: Draw, held: frozenset = NO_HOLD, length=None, times=None) -> Document:
-    """Different random words of the whole vocabulary, and the same words again, up to 5 times."""
-    length = length or draw.pick(range(3, LONGEST // 2 + 1))
-    words = draw.sample(vocabulary(), length)
-    times = times or draw.pick(range(2, min(5, LONGEST // length) + 1))
-    page = Page()
+def write_again_and_again(page: Page, words: list, times: int) -> None:
+    """The words, `times` times; from the second time on, all but the first word are answers."""
     for again in range(times):
         for i, word in enumerate(words):
             page.write(" ")
@@ -351,13 +349,22 @@ def repetition(draw: Draw, held: frozenset = NO_HOLD, length=None, times=None) -
                 page.mark(word, "repeat", i, answer=i > 0)
             else:
                 page.write(word)
+
+
+def repetition(draw: Draw, held: frozenset = NO_HOLD, length=None, times=None) -> Document:
+    """Different random words of the whole vocabulary, and the same words again and again."""
+    length = length or draw.pick(LENGTHS)
+    words = draw.sample(vocabulary(), length)
+    times = times or draw.pick(range(2, min(MOST_TIMES, LONGEST // length) + 1))
+    page = Page()
+    write_again_and_again(page, words, times)
     return finish(page, draw, "repetition", length=length, times=times)
 
 
 def made_up(draw: Draw, held: frozenset = NO_HOLD) -> Document:
     """The same with words that do not exist, of two or three syllables."""
     sounds = lexicon.words("sound")
-    count = draw.pick(range(3, 9))
+    count, times = draw.pick(range(2, 9)), draw.pick((2, 3, 4))
     words, taken = [], 0.0
     while len(words) < count:
         before = draw.nats
@@ -370,14 +377,8 @@ def made_up(draw: Draw, held: frozenset = NO_HOLD) -> Document:
         taken += math.exp(-surprise)
         words.append(word)
     page = Page()
-    for half in range(2):
-        for i, word in enumerate(words):
-            page.write(" ")
-            if half:
-                page.mark(word, "repeat", i, answer=i > 0)
-            else:
-                page.write(word)
-    return finish(page, draw, "made_up", length=count)
+    write_again_and_again(page, words, times)
+    return finish(page, draw, "made_up", length=count, times=times)
 
 
 # Pronouns --------------------------------------------------------------------------------------

@@ -400,7 +400,7 @@ def marginal_nats(book: Book, document: Document) -> float:
     For the topic, the sum runs over all paths of topics (the forward algorithm).
 
     Exact for a text with one derivation. One sentence in forty has two, nearly always because a
-    name can be a frame's slot or a noun phrase ("Nadal hits the net in straight sets."). For such
+    name can be a frame's slot or a noun phrase ("Nadal chased the net in straight sets."). For such
     a text this is a little too much: by 0.05 nats per document, 0.0008 per word, on average over
     600 documents that a parser (tests/prose_reader.py) summed over all derivations.
     """

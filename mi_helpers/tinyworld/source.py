@@ -106,7 +106,7 @@ class Script(Draw):
         return options.items[i]
 
     def chance(self, p: float) -> bool:
-        yes = self._next(2) == 0
+        yes = p == 1 or (p > 0 and self._next(2) == 0)  # what is certain is no choice
         self.nats -= math.log(p if yes else 1 - p)
         return yes
 

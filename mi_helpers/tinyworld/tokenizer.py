@@ -133,11 +133,18 @@ def offsets(tokenizer, text: str) -> tuple[list[int], np.ndarray]:
 def token_labels(tokenizer, document: Document, kind: str) -> tuple[list[int], list]:
     """Token ids of a document with `<bos>` first, and one label of `kind` per token (or None).
 
-    A token carries a span's value when they share a character other than the leading space.
+    kind  a kind of span: a token carries a span's value when they share a character other than
+          its space; for a document without such spans 'family' or a latent variable ('tense',
+          'voice', …), which every token carries
     """
     ids, ranges = offsets(tokenizer, document.text)
-    labels: list = [None] * len(ids)
-    for span in document.find(kind):
+    spans = document.find(kind)
+    if not spans and (kind == "family" or kind in document.latents):
+        value = document.family if kind == "family" else document.latents[kind]
+        labels = [value] * len(ids)
+    else:
+        labels = [None] * len(ids)
+    for span in spans:
         first = int(np.searchsorted(ranges[:, 1], span.start, side="right"))
         for i in range(first, len(ids)):
             if ranges[i, 0] >= span.end:

@@ -47,7 +47,7 @@ class World:
         "facts": 130,
         "two_hop": 90,
         "ioi": 130,
-        "repetition": 70,
+        "repetition": 110,
         "made_up": 20,
         "pronoun": 100,
         "agreement": 60,
