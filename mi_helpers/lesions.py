@@ -313,9 +313,9 @@ def strongest_dissociation(damage: Tensor) -> tuple[int, int, int, int]:
 
 
 def part_name(part: Part) -> str:
-    """("head", 3, 1) -> "L3 head 1"."""
+    """("head", 3, 1) -> "L3 head 1", ("mlp", 3, None) -> "L3 MLP"."""
     kind, layer, head = part
-    return f"L{layer} head {head}" if kind == "head" else f"L{layer} {kind}"
+    return f"L{layer} " + {"head": f"head {head}", "attn": "attention", "mlp": "MLP"}[kind]
 
 
 def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:

@@ -313,7 +313,7 @@ def fit_probe(x, y, C: float = 0.1, max_iter: int = 200) -> Pipeline:
     if n == 0:
         raise ValueError("The probe has no examples: give at least one of each class.")
     if len(set(y.tolist())) < 2:
-        raise ValueError(f"All {n} labels are {y[0]!r}: a probe needs two classes at least.")
+        raise ValueError(f"All {n} labels are {y.tolist()[0]!r}: a probe needs two classes.")
     sparse = scipy.sparse.issparse(x)
     if not sparse and not np.isfinite(np.asarray(x, dtype=float)).all():
         raise ValueError("Some features are infinite or not numbers: look at the activations.")

@@ -517,8 +517,8 @@ GEOMETRIES = {
 
 # Where each is found, with equal importance: (features, hidden dimensions, sparsity)
 HABITATS = {
-    "tetrahedron": (4, 3, 0.22),
-    "triangle": (3, 2, 0.3),
+    "tetrahedron": (4, 3, 0.45),
+    "triangle": (3, 2, 0.4),
     "antipodal pair": (6, 2, 0.55),
     "pentagon": (5, 2, 0.9),
     "square antiprism": (8, 3, 0.9),
@@ -533,5 +533,5 @@ def band(name: str) -> float:
 def grow(name: str, seed: int = 0, **options) -> Toys:
     """Train where a geometry is at home (`HABITATS`): one instance, the best of 16 restarts."""
     n_features, n_hidden, sparsity = HABITATS[name]
-    options = {"restarts": 16, "steps": 1500, "batch": 128, "lr": 0.03} | options
+    options = {"restarts": 16, "steps": 1200, "batch": 256, "lr": 0.03} | options
     return train(n_features, n_hidden, sparsity, seed=seed, **options)

@@ -4,6 +4,7 @@ Each names the figure of "Toy Models of Superposition" (Elhage and others, 2022)
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -41,7 +42,8 @@ def colours(count: int) -> np.ndarray:
 
 
 def draw_directions(axes, W: np.ndarray, reach: float = 1.35) -> None:
-    """Arrows from the origin to each row of W (n, 2), with the feature's number at the tip."""
+    """A line from the origin to each row of W (n, 2), with the feature's number at the tip."""
+    W = turned(W)
     axes.add_patch(Circle((0, 0), 1, fill=False, color="0.75", linewidth=1))
     tint = colours(len(W))
     lengths = np.linalg.norm(W, axis=1)
@@ -77,48 +79,76 @@ def directions(W, titles: Sequence[str], title: str = "") -> Figure:
     return picture
 
 
-def flat(W: np.ndarray) -> np.ndarray:
-    """Rows of W (n, m) as points of a plane (n, 2): as they are, or their two main axes.
+def turned(W: np.ndarray) -> np.ndarray:
+    """W (n, 2), turned so that feature 0 points to the right, and mirrored so that 1 points up.
 
-    Three dimensions are seen from a little above, so that no corner hides another.
+    Nothing in the model depends on how its hidden plane is turned or mirrored.
+    """
+    first = W[0] / max(np.linalg.norm(W[0]), 1e-6)
+    W = W @ np.array([[first[0], -first[1]], [first[1], first[0]]])
+    return W * np.array([1, -1 if len(W) > 1 and W[1, 1] < 0 else 1])
+
+
+def upright(W: np.ndarray) -> np.ndarray:
+    """W (n, 3) in a frame whose third axis is worth looking along, or up to.
+
+    With six corners or more, it is the axis that all corners are most nearly equally far along,
+    one half this way, the other half that way. With fewer it goes through the first corner.
+    """
+    axis = W[0]
+    if len(W) >= 6:
+        halves = [list(half) for half in itertools.combinations(range(len(W)), len(W) // 2)]
+        sums = [W[half].sum(0) for half in halves]
+        axes = [each / np.linalg.norm(each) for each in sums if np.linalg.norm(each) > 0.5]
+        axis = min(axes, key=lambda each: np.abs(W @ each).std())
+    frame, _ = np.linalg.qr(np.stack([axis, W[1], W[2]], axis=1))
+    return W @ frame[:, [1, 2, 0]] * np.sign(axis @ frame[:, 0])
+
+
+def flat(W: np.ndarray) -> np.ndarray:
+    """Rows of W (n, m) as points of a plane (n, 2).
+
+    Two dimensions are turned (see above), three are seen from an angle at which no corner hides
+    another, and of more only the two main axes are kept.
     """
     if W.shape[1] == 1:
-        return np.concatenate([W, np.zeros_like(W)], axis=1)
+        return turned(np.concatenate([W, np.zeros_like(W)], axis=1))
     if W.shape[1] == 2:
-        return W
-    _, _, axes = np.linalg.svd(W, full_matrices=False)
-    turned = W @ axes.T
+        return turned(W)
     if W.shape[1] > 3:
-        return turned[:, :2]
-    a, b = 0.45, 0.35
-    x = turned[:, 0] * math.cos(a) + turned[:, 2] * math.sin(a)
-    depth = turned[:, 2] * math.cos(a) - turned[:, 0] * math.sin(a)
-    return np.stack([x, turned[:, 1] * math.cos(b) + depth * math.sin(b)], axis=1)
+        _, _, axes = np.linalg.svd(W, full_matrices=False)
+        return W @ axes[:2].T
+    x, y, z = upright(W).T
+    turn, lift = 0.35, (1.5 if len(W) >= 6 else 0.3)  # radians: around the axis, above the horizon
+    x, y = x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn)
+    towards = z * math.sin(lift) - y * math.cos(lift)  # what is near looks larger
+    return np.stack([x, z * math.cos(lift) + y * math.sin(lift)], 1) * (1 + 0.3 * towards[:, None])
 
 
 @style()
 def geometries(shapes: Mapping[str, tuple], title: str = "") -> Figure:
-    """One panel per entry {name: (W (n, m), value)}: the corners, nearest neighbours joined.
+    """One panel per entry {name: (W (n, m), text)}: the corners, joined where they interfere.
 
-    `value` is printed below. Realises the drawings beside the paper's figure of feature
-    dimensionality.
+    Joined are nearest neighbours whose |cos| is above 0.1; `text` stands below the name. Realises
+    the drawings beside the paper's figure of feature dimensionality.
     """
     picture, axes = figure(min(14, 2.7 * len(shapes)), 3.4, 1, len(shapes), squeeze=False)
-    for each, (name, (W, value)) in zip(axes[0], shapes.items(), strict=True):
+    for each, (name, (W, text)) in zip(axes[0], shapes.items(), strict=True):
         W = as_array(W)
-        W = W[np.linalg.norm(W, axis=1) > 0.3]
+        W = W[np.linalg.norm(W, axis=1) > superposition.REPRESENTED]
         points = flat(W)
+        lengths = np.linalg.norm(W, axis=1)
+        cosine = W @ W.T / np.outer(lengths, lengths)
         gaps = np.linalg.norm(W[:, None] - W[None], axis=-1)
-        near = gaps < 1.3 * gaps[gaps > 0.01].min()
-        pairs = [(i, j) for i in range(len(W)) for j in range(i) if near[i, j]]
-        edges = [points[list(pair)] for pair in pairs]
-        spokes = [np.stack([np.zeros(2), point]) for point in points]
-        each.add_collection(LineCollection(spokes, colors="0.8", linewidths=1.5))
+        near = (gaps < 1.3 * gaps[gaps > 0.01].min()) & (np.abs(cosine) > 0.1)
+        edges = [points[[i, j]] for i in range(len(W)) for j in range(i) if near[i, j]]
+        spokes = np.stack([np.zeros_like(points), points], axis=1)
+        each.add_collection(LineCollection(spokes, colors="0.6", linewidths=2))
         each.add_collection(LineCollection(edges, colors=OKABE_ITO[0], linewidths=2))
         each.scatter(points[:, 0], points[:, 1], color=OKABE_ITO[1], s=60, zorder=3)
-        each.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal")
+        each.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
         each.set_axis_off()
-        each.set_title(f"{name}\n{value}", loc="center", fontsize=13)
+        each.set_title(f"{name}\n{text}", loc="center", fontsize=13)
     picture.suptitle(title, x=0.01, ha="left")
     return picture
 
@@ -137,25 +167,26 @@ def sticky(density, per_feature, D, bands: Mapping[str, float], title: str = "")
     picture, (left, right) = figure(12, 4.8, 1, 2)
     for level, text in ((1, "1"), (0.5, "1/2")):
         left.axhline(level, color="0.6", linestyle="--", linewidth=1, marker="")
-        left.text(x.max() * 1.03, level, text, va="center")
+        left.text(1.01, level, text, va="center", transform=left.get_yaxis_transform())
     left.plot(x, per_feature, color=OKABE_ITO[0])
     left.set(
         xlabel="1/(1 − S): 1 is dense, right is sparser",
-        ylabel="dimensions per feature, m/‖W‖²",
+        ylabel="$m / ‖W‖^2_F$",
         title="The whole model",
         ylim=(0, 1.1),
         xscale="log",
     )
     for name, level in bands.items():
         right.axhline(level, color="0.6", linestyle="--", linewidth=1, marker="")
-        right.text(x.max() * 1.06, level, name, va="center", fontsize=11)
+        place = {"va": "center", "fontsize": 12, "transform": right.get_yaxis_transform()}
+        right.text(1.01, level, name, **place)
     jitter = np.linspace(-0.025, 0.025, D.shape[1])
     where = x[:, None] * np.exp(jitter)
     keep = D > 0.02
     right.scatter(where[keep], D[keep], s=14, alpha=0.6, color=OKABE_ITO[5], linewidths=0)
     right.set(
         xlabel="1/(1 − S)",
-        ylabel="feature dimensionality D_i",
+        ylabel="feature dimensionality $D_i$",
         title="Each feature",
         ylim=(0, 1.1),
         xscale="log",
@@ -224,10 +255,10 @@ def neurons(W, titles: Sequence[str], title: str = "") -> Figure:
     W = as_array(W)
     picture, axes = figure(min(14, 4.2 * len(W)), 4.8, 1, len(W), squeeze=False, sharey=True)
     for each, weights, name in zip(axes[0], W, titles, strict=True):
-        image = each.imshow(weights, cmap=EFFECT, norm=Normalize(-2, 2), aspect="auto")
+        image = each.imshow(weights, cmap=EFFECT, norm=Normalize(-1.2, 1.2), aspect="auto")
         for (row, column), value in np.ndenumerate(weights):
             if abs(value) >= 0.15:
-                dark = abs(value) > 1.2
+                dark = abs(value) > 0.8
                 each.text(
                     column,
                     row,
@@ -269,11 +300,11 @@ def packing(series: Mapping[str, tuple], title: str = "", mark: tuple | None = N
         xlabel="dimensions m",
         ylabel="directions with every |cos| ≤ 0.1",
         title=title,
-        ylim=(5, 3e13),
+        ylim=(5, 1e14),
     )
     if mark is not None:
-        axes.axvline(mark[0], color="0.5", linestyle=":", marker="")
-        axes.text(mark[0] * 0.95, 8, mark[1], rotation=90, ha="right", va="bottom", fontsize=12)
+        axes.axvline(mark[0], color="0.5", linestyle=":", marker="", zorder=0)
+        axes.text(mark[0] * 0.93, 30, mark[1], rotation=90, ha="right", va="bottom", fontsize=12)
     axes.legend(loc="upper left")
     return picture
 
@@ -357,10 +388,10 @@ def sketch_directions(sheet, W: np.ndarray) -> None:
 
 
 def sketch_overlaps(sheet, gram: np.ndarray) -> None:
-    """The explorer's middle part: W W^T, from -1 (violet) through 0 (white) to 1 (orange)."""
+    """The explorer's middle part: W W^T, from -1 (orange) through 0 (white) to 1 (violet)."""
     left, bottom, side, count = 3.75, 0.55, 2.6, len(gram)
     box = (left, left + side, bottom, bottom + side)
-    sheet.imshow(gram, cmap=EFFECT + "_r", vmin=-1, vmax=1, extent=box, interpolation="nearest")
+    sheet.imshow(gram, cmap=EFFECT, vmin=-1, vmax=1, extent=box, interpolation="nearest")
     sheet.set(xlim=(0, WIDE), ylim=(0, HIGH))
     cell = side / count
     for i in range(count):

@@ -61,7 +61,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def checkpoint_steps(steps: int, count: int = 21) -> set[int]:
+def checkpoint_steps(steps: int, count: int = 20) -> set[int]:
     """Multiples of BLOCK for the log: dense where circuits form (the first third), then sparse."""
     early = [steps / 2 / count * i for i in range(2 * count // 3)]
     late = [steps / 3 + 2 * steps / count * i for i in range(count // 3)]
@@ -288,7 +288,7 @@ def ship(folder: Path, model, target: Path = SHIPPED) -> None:
 def main_train(argv: list[str]) -> int:
     """`python -m mi_helpers train-model`: train, resumable, and ship the result."""
     parser = argparse.ArgumentParser(prog="python -m mi_helpers train-model")
-    parser.add_argument("--steps", type=int, default=5_000, help="batches of 4,096 tokens")
+    parser.add_argument("--steps", type=int, default=4_500, help="batches of 4,096 tokens")
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny_gemma")

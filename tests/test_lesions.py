@@ -244,7 +244,7 @@ def test_damage_is_after_less_before(lab):
     after, before = lab.after(*parts[3], mode="zero"), lab.before()
     assert damage.shape == (10, len(FAMILIES))
     assert damage[3].tolist() == pytest.approx([after[n] - before[n] for n in FAMILIES], abs=1e-5)
-    assert [lesions.part_name(part) for part in parts[3:5]] == ["L0 head 3", "L0 mlp"]
+    assert [lesions.part_name(part) for part in parts[3:5]] == ["L0 head 3", "L0 MLP"]
 
 
 @pytest.mark.parametrize("part", [("head", 1, 2), ("mlp", 0, None)])
@@ -326,11 +326,12 @@ def test_before_after_prints_both_numbers_and_keeps_its_limits():
 def test_the_widget_of_the_lesson_draws_at_every_corner():
     """The very cell of the notebook, on the shipped model."""
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
-    (source,) = [c.source for c in cells if c.source.startswith("PARTS =")]
+    (source,) = [c.source for c in cells if "PARTS =" in c.source]
     model = load_model()
     shown = {}
     names = {
         "model": model,
+        "early": 1,
         "lab": LesionLab(model, make_batch(model, answers=2)),
         "explore": lambda figure, **controls: shown.update(figure=figure, controls=controls),
         "before_after": plots.before_after,

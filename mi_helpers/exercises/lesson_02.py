@@ -538,7 +538,7 @@ EXERCISES = [
         check=check_24,
         hints=[
             "First list the groups, each once; then draw from that list.",
-            "`random.Random(seed).sample(names, k)`, then ask of each example: is its group drawn?",
+            "`random.Random(seed).sample(names, k)`, then ask of each example: is its group in it?",
         ],
         wrong=[
             (
@@ -570,7 +570,7 @@ EXERCISES = [
         check=check_25,
         hints=[
             "`x[y].mean(0)` is the mean of the true class.",
-            "Project `fresh` minus the midpoint onto the difference of the means: its sign decides.",
+            "Project `fresh` minus the midpoint onto the difference of the means: the sign says.",
         ],
         wrong=[
             (

@@ -62,7 +62,9 @@ def train_tokenizer(world: World, size: int = 3_840, documents: int = 60_000, se
     counts = Counter(must_be_single())
     stream = world.documents(seed)
     for _ in range(documents):
-        counts.update(piece for piece, _ in split.pre_tokenize_str(next(stream).text))
+        document = next(stream)
+        if document.family != "made_up":  # words that do not exist are to be spelled
+            counts.update(piece for piece, _ in split.pre_tokenize_str(document.text))
     wanted = {split.pre_tokenize_str(word)[0][0] for word in must_be_single()}
     wanted |= {piece for piece, n in counts.items() if n >= COMMON}
     total = sum(counts.values())
