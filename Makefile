@@ -60,9 +60,8 @@ notebooks: $(READY)  ## run the notebooks again and save them clean (NAMES="00 0
 model: $(READY)  ## train tiny-gemma again
 	@$(BIN)/python -m mi_helpers train-model
 
-bench: $(READY)  ## time and memory of the heavy parts
-	@if [ -f benchmarks/run.py ]; then $(BIN)/python -m benchmarks.run; \
-	  else echo "There are no benchmarks in this copy yet (benchmarks/run.py is missing)."; fi
+bench: $(READY)  ## time a step of every slider on this machine
+	@$(BIN)/python -m benchmarks.run
 
 doctor: $(READY)  ## say what works on this machine
 	@$(BIN)/python -m mi_helpers doctor

@@ -5,6 +5,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "claims": ("mi_helpers.claims:main", "show the ledger of claims, or measure it anew"),
     "doctor": ("mi_helpers.doctor:main", "say what works on this machine"),
     "exercises": ("mi_helpers.exercises.prove:main", "prove every exercise of every lesson"),
     "manifest": ("mi_helpers.manifest:main", "check or write the checksums of data/"),

@@ -405,10 +405,9 @@ def test_a_pronoun_is_she_with_its_probability_by_brute_force(small_lexicon, out
 
 def spelled(text):
     """-log p of a text of made-up words, from the text alone: drawn without replacement."""
-    words = text.split()
-    words = words[: len(words) // 2]
+    words = list(dict.fromkeys(text.split()))
     syllables = lexicon.words("sound")
-    nats, taken = math.log(6), 0.0
+    nats, taken = math.log(7 * 3), 0.0  # 2 to 8 words, 2 to 4 times
     for word in words:
         n = len(re.findall("[aeiou]", word))  # each syllable has one vowel, at its end
         p = 0.5 * len(syllables) ** -n
@@ -429,7 +428,7 @@ def test_made_up_words_are_never_drawn_twice_and_pay_for_it(small_lexicon):
     for seed in range(300):
         document = WORLD.document(seed, "made_up")
         words = document.text.split()
-        assert len(set(words)) == len(words) / 2
+        assert len(set(words)) == document.latents["length"]
         assert document.nats == pytest.approx(spelled(document.text), abs=1e-9)
 
 
@@ -460,7 +459,8 @@ def test_nats_of_repetition_are_exact(seed):
     document = WORLD.document(seed, "repetition")
     words = document.text.split()
     n, size = len(set(words)), len(circuits.vocabulary())
-    choices = [54, min(5, 112 // n) - 1, *range(size, size - n, -1)]  # length, times, words
+    most = min(circuits.MOST_TIMES, circuits.LONGEST // n)
+    choices = [len(circuits.LENGTHS), most - 1, *range(size, size - n, -1)]  # length, times, words
     assert document.nats == pytest.approx(sum(map(math.log, choices)), abs=1e-9)
 
 
@@ -756,10 +756,10 @@ def test_the_order_of_names_can_be_chosen(order):
     assert {d.latents["order"] for d in sample("ioi", 50, order=order)} == {order}
 
 
-@pytest.mark.parametrize("family, most", [("repetition", 5), ("made_up", 2)])
+@pytest.mark.parametrize("family, most", [("repetition", circuits.MOST_TIMES), ("made_up", 4)])
 def test_a_sequence_is_repeated_word_for_word(family, most):
     seen = Counter()
-    for document in sample(family, 400):
+    for document in sample(family, 1_000):
         words = document.text.split()
         length = len(set(words))
         times = len(words) // length

@@ -104,10 +104,10 @@ def test_the_words_of_the_course_are_single_tokens(tokenizer):
 
 
 def test_a_single_token_stays_single_inside_a_text(tokenizer):
-    ids = ids_of(tokenizer, "When Mary and Peter went to Paris in 1107, Mary sold a book.")
+    ids = ids_of(tokenizer, "When Mary and Peter went to Paris in 1107, Mary gave a book.")
     shown = [tokenizer.decode([i]) for i in ids]
     assert shown[:7] == ["When", " Mary", " and", " Peter", " went", " to", " Paris"]
-    assert shown[7:] == [" in", " 11", "07", ",", " Mary", " sold", " a", " book", "."]
+    assert shown[7:] == [" in", " 11", "07", ",", " Mary", " gave", " a", " book", "."]
 
 
 def test_the_vocabulary_has_the_size_it_should(tokenizer):
@@ -221,12 +221,12 @@ def test_a_kind_without_spans_labels_nothing(tokenizer):
 
 
 def test_a_label_on_part_of_a_token_labels_the_token_but_not_its_space(tokenizer):
-    text = "Mary saw Paris."
+    text = "Mary, virus Paris."
     for start, end, words in (
         (0, 2, ["Mary"]),
-        (8, 9, []),
-        (9, 10, [" Paris"]),
-        (3, 6, ["Mary", " saw"]),
+        (5, 6, []),
+        (6, 7, [" virus"]),
+        (3, 8, ["Mary", ",", " virus"]),
     ):
         document = Document(text, "test", spans=[Span(start, end, "part", 1)])
         ids, labels = token_labels(tokenizer, document, "part")

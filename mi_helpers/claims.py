@@ -1,0 +1,361 @@
+"""The ledger: every result that a lesson reproduces, with its source, ours, and a verdict.
+
+`data/claims.csv` holds what was measured; `CLAIMS` below says what is claimed and which function
+measures it. To add a row, write a function `measure(seed) -> float` in the lesson's module, add a
+`Claim` here, and run `python -m mi_helpers claims --measure LESSON`.
+
+    python -m mi_helpers claims                 the table; exit code 1 when a claim fails
+    python -m mi_helpers claims --measure 1     measure lesson 1 anew over its seeds, write the rows
+    python -m mi_helpers claims --readme        write the table between the markers in README.md
+"""
+
+import argparse
+import csv
+import importlib
+import io
+import math
+import os
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LEDGER = ROOT / "data" / "claims.csv"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
+HOLDS, FAILS, UNMEASURED = "holds", "fails", "not measured"
+COLUMNS = "lesson id claim source published ours sd seeds tolerance verdict".split()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    id         a short name, unique over all lessons
+    claim      what is claimed, with the settings it holds for
+    source     paper with its figure, table or section; or "derived", with the formula
+    published  the source's value, or the derived one, such as "2/5" or "0.784"; "" where the
+               source gives none
+    tolerance  "± 0.02" of the published value, or a bound on ours: ">= 0.9", "<= 1e-5"
+    measure    "module:function" of a function (seed) -> float, imported when it is needed
+    seeds      how many seeds are measured: 0, 1, …
+    fast       whether the tests measure one seed again
+    """
+
+    lesson: int
+    id: str
+    claim: str
+    source: str
+    published: str
+    tolerance: str
+    measure: str
+    seeds: int = 5
+    fast: bool = True
+
+    def value(self, seed: int) -> float:
+        """Measure it once."""
+        module, function = self.measure.split(":")
+        return float(getattr(importlib.import_module(module), function)(seed))
+
+
+TOY = "Elhage et al. 2022, Toy Models of Superposition"
+GEOMETRY = f"{TOY}, feature dimensionality; derived: tight frame, m/n"
+
+CLAIMS = [
+    Claim(
+        1,
+        "pentagon",
+        "Five features in two dimensions, S = 0.9: the feature dimensionality furthest from 2/5",
+        GEOMETRY,
+        "2/5",
+        "± 0.02",
+        "mi_helpers.superposition:grown_pentagon",
+    ),
+    Claim(
+        1,
+        "pentagon-sum",
+        "The same five dimensionalities, summed",
+        GEOMETRY,
+        "2",
+        "± 0.01",
+        "mi_helpers.superposition:grown_pentagon_sum",
+    ),
+    Claim(
+        1,
+        "sticky-one",
+        "m/‖W‖² with equal importance, dense: n = 40, m = 8, S = 0.01",
+        f"{TOY}, dimensions per feature; ARENA 1.3.1",
+        "1",
+        "± 0.02",
+        "mi_helpers.superposition:sticky_one",
+    ),
+    Claim(
+        1,
+        "sticky-half",
+        "m/‖W‖² with equal importance, S = 0.55 to 0.70: the value furthest from 1/2",
+        f"{TOY}, dimensions per feature; ARENA 1.3.1",
+        "1/2",
+        "± 0.03",
+        "mi_helpers.superposition:sticky_half",
+    ),
+    Claim(
+        1,
+        "tetrahedron",
+        "Four features in three dimensions, S = 0.45: the dimensionality furthest from 3/4",
+        GEOMETRY,
+        "3/4",
+        "± 0.05",
+        "mi_helpers.superposition:grown_tetrahedron",
+    ),
+    Claim(
+        1,
+        "triangle",
+        "Three features in two dimensions, S = 0.4: the dimensionality furthest from 2/3",
+        GEOMETRY,
+        "2/3",
+        "± 0.05",
+        "mi_helpers.superposition:grown_triangle",
+    ),
+    Claim(
+        1,
+        "antipodal-pair",
+        "Six features in two dimensions, S = 0.55, those represented: furthest from 1/2",
+        GEOMETRY,
+        "1/2",
+        "± 0.02",
+        "mi_helpers.superposition:grown_pair",
+    ),
+    Claim(
+        1,
+        "square-antiprism",
+        "Eight features in three dimensions, S = 0.9: the dimensionality furthest from 3/8",
+        GEOMETRY,
+        "3/8",
+        "± 0.02",
+        "mi_helpers.superposition:grown_antiprism",
+    ),
+    Claim(
+        1,
+        "interference",
+        "Squared interference of 400 random directions in 50 dimensions, each on with p = 0.05",
+        "derived: p (n - 1) / m",
+        "0.399",
+        "± 0.01",
+        "mi_helpers.superposition:random_interference",
+    ),
+    Claim(
+        1,
+        "phase-diagram",
+        "n = 2, m = 1: share of 144 cells where training finds the closed form's best solution",
+        f"{TOY}, phase diagram; derived: three closed-form losses",
+        "",
+        ">= 0.9",
+        "mi_helpers.superposition:phase_agreement",
+    ),
+    Claim(
+        1,
+        "linear-control",
+        "Negative control, no ReLU: loss over that of principal components, n = 10, m = 3, S = 0.9",
+        "derived: Var x · Σ importance of the features left out",
+        "1",
+        "± 0.02",
+        "mi_helpers.superposition:linear_over_optimum",
+    ),
+]
+
+
+# -- verdicts --------------------------------------------------------------------------------
+
+
+def number(text: str) -> float:
+    """A published value, such as "2/5", "0.784" or "1e-5"."""
+    return float(Fraction(text))
+
+
+def verdict(published: str, ours: float, tolerance: str) -> str:
+    """HOLDS or FAILS. ValueError, with a sentence, for a tolerance that cannot be read."""
+    found = re.fullmatch(r"(±|>=|<=) *(\S+)", tolerance.strip())
+    if not found or (found[1] == "±" and not published):
+        raise ValueError(
+            f"The tolerance '{tolerance}' cannot be applied: write '± 0.02' beside a published "
+            "value, or a bound such as '>= 0.9' or '<= 1e-5'."
+        )
+    sign, limit = found[1], number(found[2])
+    if not math.isfinite(ours):
+        return FAILS
+    if sign == "±":
+        return HOLDS if abs(ours - number(published)) <= limit else FAILS
+    return HOLDS if (ours >= limit if sign == ">=" else ours <= limit) else FAILS
+
+
+def row_of(claim: Claim, values: list[float]) -> dict[str, str]:
+    """The ledger's row of a claim measured over several seeds."""
+    mean = statistics.fmean(values) if values else math.nan
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return described(claim) | {
+        "ours": f"{mean:.6g}" if values else "",
+        "sd": f"{spread:.2g}" if values else "",
+        "seeds": str(len(values)),
+        "verdict": verdict(claim.published, mean, claim.tolerance) if values else UNMEASURED,
+    }
+
+
+def described(claim: Claim) -> dict[str, str]:
+    """What a row says before anything is measured."""
+    names = ("id", "claim", "source", "published", "tolerance")
+    return {"lesson": f"{claim.lesson:02d}"} | {name: getattr(claim, name) for name in names}
+
+
+# -- the file --------------------------------------------------------------------------------
+
+
+def read(path: Path = LEDGER) -> list[dict[str, str]]:
+    """The rows of the ledger; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = csv.DictReader(stream)
+        if rows.fieldnames != COLUMNS:
+            raise ValueError(
+                f"{path.name} has the columns {rows.fieldnames}, expected {COLUMNS}: "
+                "`python -m mi_helpers claims --measure` writes it anew."
+            )
+        return list(rows)
+
+
+def write(rows: Iterable[dict[str, str]], path: Path = LEDGER) -> None:
+    """Write the ledger atomically."""
+    stream = io.StringIO()
+    table = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(stream.getvalue(), "utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def problems(rows: list[dict[str, str]], claims: list[Claim] | None = None) -> list[str]:
+    """What is wrong with the ledger, a sentence each: failing claims, and rows that are not ours.
+
+    Verdicts are computed again from the stored numbers, so that none can be edited by hand.
+    """
+    claims = CLAIMS if claims is None else claims
+    stored = {row["id"]: row for row in rows}
+    known = {claim.id for claim in claims}
+    found = [f"{name}: no claim of this name is declared." for name in stored if name not in known]
+    for claim in claims:
+        row = stored.get(claim.id)
+        if row is None or not row["ours"]:
+            found.append(f"{claim.id}: {UNMEASURED}; run --measure {claim.lesson}.")
+            continue
+        differs = [name for name, text in described(claim).items() if row[name] != text]
+        if differs:
+            found.append(f"{claim.id}: {', '.join(differs)} differs; run --measure {claim.lesson}.")
+        judged = verdict(claim.published, float(row["ours"]), claim.tolerance)
+        if judged != row["verdict"]:
+            found.append(f"{claim.id}: the row says '{row['verdict']}', its numbers '{judged}'.")
+        if judged == FAILS:
+            found.append(f"{claim.id}: {FAILS}. {claim.claim}: {ours(row)}.")
+    return found
+
+
+def measure(lessons: list[int], path: Path = LEDGER, claims: list[Claim] | None = None) -> None:
+    """Measure the claims of these lessons (all of them when empty), keep the others' rows."""
+    claims = CLAIMS if claims is None else claims
+    stored = {row["id"]: row for row in read(path)} if path.is_file() and lessons else {}
+    rows = []
+    for claim in claims:
+        if lessons and claim.lesson not in lessons:
+            rows.append(stored.get(claim.id) or row_of(claim, []))
+            continue
+        rows.append(row_of(claim, [claim.value(seed) for seed in range(claim.seeds)]))
+        print(f"{claim.id}: {ours(rows[-1])}, {rows[-1]['verdict']}", flush=True)
+    write(rows, path)
+
+
+# -- the tables ------------------------------------------------------------------------------
+
+
+def ours(row: dict[str, str]) -> str:
+    """Our value as text: mean ± standard deviation over the seeds."""
+    if not row["ours"]:
+        return UNMEASURED
+    mean, sd = float(row["ours"]), float(row["sd"])
+    digits = 4 if not sd else min(6, max(2, 1 - math.floor(math.log10(sd))))
+    shown = f"{mean:.{digits}f}" if abs(mean) >= 1e-3 or mean == 0 else f"{mean:.1e}"
+    return f"{shown} ± {row['sd']}" if sd else shown
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The ledger for a terminal: two lines per claim."""
+    lines = []
+    for row in rows:
+        mark = {HOLDS: "✓", FAILS: "✗"}.get(row["verdict"], "·")
+        value = f"published {row['published']}" if row["published"] else "nothing published"
+        lines.append(f"{row['lesson']} {mark} {row['claim']}")
+        lines.append(
+            f"       {value}, ours {ours(row)} ({row['seeds']} seeds), "
+            f"tolerance {row['tolerance']}: {row['verdict']}. {row['source']}"
+        )
+    return "\n".join(lines)
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The ledger as a Markdown table, with its markers, for the README."""
+    head = ["| Lesson | Claim | Source | Published or derived | Ours | Seeds | Tolerance | Verdict |"]
+    lines = [*head, "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        names = ("lesson", "claim", "source", "published")
+        cells = [*(row[name] for name in names), ours(row)]
+        cells += [row["seeds"], row["tolerance"], row["verdict"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([BEGIN, "", *lines, "", END])
+
+
+def in_readme(text: str) -> str | None:
+    """The part of a README from the first marker to the second; None where they are missing."""
+    found = re.search(re.escape(BEGIN) + ".*?" + re.escape(END), text, flags=re.DOTALL)
+    return found[0] if found else None
+
+
+def update_readme(rows: list[dict[str, str]], path: Path = README) -> bool:
+    """Put the table between the markers, atomically; False where there are none."""
+    text = path.read_text("utf-8") if path.is_file() else ""
+    old = in_readme(text)
+    if old is None:
+        return False
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text.replace(old, markdown(rows)), "utf-8", newline="\n")
+    os.replace(temporary, path)
+    return True
+
+
+def main(argv: list[str]) -> int:
+    """`python -m mi_helpers claims [--measure [LESSON …]] [--readme]`."""
+    parser = argparse.ArgumentParser(prog="python -m mi_helpers claims", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--measure", nargs="*", type=int, metavar="LESSON", help="measure anew")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--ledger", type=Path, default=LEDGER, help="another claims.csv")
+    options = parser.parse_args(argv)
+    lessons = {claim.lesson for claim in CLAIMS}
+    if unknown := set(options.measure or []) - lessons:
+        parser.error(f"lesson {min(unknown)} has no claims; there are lessons {sorted(lessons)}.")
+    try:
+        if options.measure is not None:
+            measure(options.measure, options.ledger)
+        rows = read(options.ledger)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(rows))
+    if options.readme and not update_readme(rows):
+        print(f"README.md has no markers {BEGIN} … {END}: put them where the table should stand.")
+        return 1
+    found = problems(rows)
+    print("\n".join(["", *found]) if found else f"\nAll {len(rows)} claims hold.")
+    return 1 if found else 0
