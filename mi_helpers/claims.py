@@ -306,8 +306,8 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def markdown(rows: list[dict[str, str]]) -> str:
     """The ledger as a Markdown table, with its markers, for the README."""
-    head = ["| Lesson | Claim | Source | Published or derived | Ours | Seeds | Tolerance | Verdict |"]
-    lines = [*head, "|---|---|---|---|---|---|---|---|"]
+    head = "Lesson,Claim,Source,Published or derived,Ours,Seeds,Tolerance,Verdict".split(",")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         names = ("lesson", "claim", "source", "published")
         cells = [*(row[name] for name in names), ours(row)]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def cosines(V: Tensor) -> Tensor:
-    """The |cos| of all pairs of rows of V (n, m) as (n, n), with 0 on the diagonal."""
-    V = V / V.norm(dim=-1, keepdim=True)
+    """The |cos| of all pairs of rows of V (n, m) as (n, n), 0 on the diagonal and for rows of 0."""
+    V = V / V.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return (V @ V.T).abs().fill_diagonal_(0)
 
 

@@ -425,9 +425,9 @@ def probe_explorer(
     if kind not in scans:
         raise ValueError(f"There is no property {kind!r}: choose one of {', '.join(scans)}.")
     height = 1.7 + 0.7 * len(scans)
-    picture, (left, right) = figure(11, height, columns=2, gridspec_kw={"width_ratios": [1.25, 1]})
-    picture.set_layout_engine("none")  # fixed margins: half the time, for the slider
-    picture.subplots_adjust(0.09, 1.2 / height, 0.985, 1 - 0.4 / height, wspace=0.12)
+    picture = Picture(figsize=(11, height), layout="none")  # fixed margins take half the time
+    picture.subplots_adjust(0.09, 1.1 / height, 0.985, 1 - 0.4 / height, wspace=0.12)
+    left, right = picture.subplots(1, 2, width_ratios=[1.25, 1])
     series = list(scans[kind])
     thick, rows = 0.86 / len(series), np.arange(len(scans))
     for i, label in enumerate(series):

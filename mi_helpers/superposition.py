@@ -455,6 +455,29 @@ def solution_found(W: Tensor) -> Tensor:
     return torch.where(both, 1, torch.where(first >= second, 0, 2))
 
 
+def exact_loss(
+    W: Tensor, b: Tensor, density: Tensor, importance: Tensor, points: int = 64
+) -> Tensor:
+    """The expected loss of n = 2, m = 1 models (instances,), with no sampling noise.
+
+    A sum over the four cases (none, first, second, both present), and in each over midpoints of
+    [0, 1]. W (instances, 2, 1), b (instances, 2), density and importance (instances,).
+    """
+    t = (torch.arange(points) + 0.5) / points
+    none = torch.zeros(1)
+    total = torch.zeros(len(W))
+    weights = torch.stack([torch.ones_like(importance), importance], 1)  # (instances, 2)
+    for first, second, chance in (
+        (none, none, (1 - density) ** 2),
+        (t, none, density * (1 - density)),
+        (none, t, density * (1 - density)),
+        (t, t, density**2),
+    ):
+        x = torch.cartesian_prod(first, second)[None]  # (1, points or points², 2)
+        total += chance * weighted_loss(x, reconstruct(x, W, b), weights)
+    return total
+
+
 def phase_diagram(
     densities: Sequence[float] | Tensor, importances: Sequence[float] | Tensor, **options
 ) -> Toys:

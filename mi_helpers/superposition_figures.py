@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+import ipywidgets
 import numpy as np
 import torch
 from matplotlib import colormaps
@@ -30,6 +31,7 @@ from mi_helpers.plots import (
     style,
 )
 
+WIDE, HIGH = 9.6, 3.9  # inches of the explorer's figure
 SPARSITIES = (0.01, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # what the explorer offers
 
 
@@ -46,16 +48,25 @@ def draw_directions(axes, W: np.ndarray, reach: float = 1.35) -> None:
     W = turned(W)
     axes.add_patch(Circle((0, 0), 1, fill=False, color="0.75", linewidth=1))
     tint = colours(len(W))
-    lengths = np.linalg.norm(W, axis=1)
     segments = np.stack([np.zeros_like(W), W], axis=1)
     axes.add_collection(LineCollection(segments, colors=tint, linewidths=3))
     axes.scatter(W[:, 0], W[:, 1], c=tint, s=45, zorder=3)
-    for i, (tip, length) in enumerate(zip(W, lengths, strict=True)):
-        if length > 0.15:
-            x, y = tip * (1 + 0.2 / length)
-            axes.text(x, y, str(i), ha="center", va="center", fontsize=13)
+    for name, tip in tip_names(W):
+        x, y = tip * (1 + 0.2 / np.linalg.norm(tip))
+        axes.text(x, y, name, ha="center", va="center", fontsize=13)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     axes.set_axis_off()
+
+
+def tip_names(tips: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """A label and a place for each tip (n, 2) away from the origin; tips that coincide share one."""
+    far = [i for i in range(len(tips)) if np.linalg.norm(tips[i]) > 0.15]
+    names = []
+    while far:
+        here = [i for i in far if np.linalg.norm(tips[i] - tips[far[0]]) < 0.12]
+        names.append((", ".join(map(str, here)), tips[here].mean(0)))
+        far = [i for i in far if i not in here]
+    return names
 
 
 @style()
@@ -71,7 +82,7 @@ def directions(W, titles: Sequence[str], title: str = "") -> Figure:
             "W should be (instances, n, 2), with one title per instance."
         )
     count = len(W)
-    picture, axes = figure(min(14, 2.7 * count), 3.2, 1, count, squeeze=False)
+    picture, axes = figure(min(14, max(3.2, 2.7 * count)), 3.2, 1, count, squeeze=False)
     for each, weights, name in zip(axes[0], W, titles, strict=True):
         draw_directions(each, weights)
         each.set_title(name, loc="center", fontsize=13)
@@ -304,7 +315,7 @@ def packing(series: Mapping[str, tuple], title: str = "", mark: tuple | None = N
     )
     if mark is not None:
         axes.axvline(mark[0], color="0.5", linestyle=":", marker="", zorder=0)
-        axes.text(mark[0] * 0.93, 30, mark[1], rotation=90, ha="right", va="bottom", fontsize=12)
+        axes.text(mark[0] * 1.04, 1e9, mark[1], rotation=90, ha="left", va="center", fontsize=12)
     axes.legend(loc="upper left")
     return picture
 
@@ -357,7 +368,8 @@ def explorer(
     picture = Picture(figsize=(WIDE, HIGH), layout="none")
     sheet = picture.add_axes([0, 0, 1, 1], xlim=(0, WIDE), ylim=(0, HIGH))  # 1 unit is 1 inch
     sheet.set_axis_off()
-    sheet.text(0.15, HIGH - 0.3, f"{kept} of {features} features represented in {hidden} dimensions")
+    held = f"{kept} of {features} features represented in {hidden} dimensions"
+    sheet.text(0.15, HIGH - 0.3, held)
     loss = f"loss {toys.loss[0].item():.2g}"
     sheet.text(WIDE - 0.15, HIGH - 0.3, loss, ha="right")
     sketch_directions(sheet, as_array(W))
@@ -366,23 +378,32 @@ def explorer(
     return picture
 
 
-WIDE, HIGH = 9.6, 3.9  # inches of the explorer's figure
+def sliders() -> dict:
+    """The explorer's controls, as `mi_helpers.widgets.explore` takes them."""
+    return {
+        "features": ipywidgets.IntSlider(5, min=2, max=10),
+        "hidden": ipywidgets.IntSlider(2, min=2, max=5, description="hidden dimensions"),
+        "sparsity": ipywidgets.SelectionSlider(options=SPARSITIES, value=0.9),
+        "decay": ipywidgets.FloatSlider(
+            1.0, min=0.5, max=1.0, step=0.05, description="importance, next / this"
+        ),
+        "correlation": ipywidgets.FloatSlider(
+            0.0, min=-1, max=1, step=0.25, description="correlation of pairs"
+        ),
+    }
 
 
 def sketch_directions(sheet, W: np.ndarray) -> None:
     """The explorer's left part: an arrow per feature, and the circle of radius 1."""
     middle, inch = np.array([1.7, 1.7]), 1.05  # inches per unit of W
-    tips, count = flat(W) * inch, len(W)
-    lengths = np.linalg.norm(tips, axis=1).clip(1e-6)
-    tint = colours(count)
+    tips, tint = flat(W) * inch, colours(len(W))
     sheet.add_patch(Circle(middle, inch, fill=False, color="0.75", linewidth=1))
     lines = np.stack([np.zeros_like(tips), tips], axis=1) + middle
     sheet.add_collection(LineCollection(lines, colors=tint, linewidths=3))
     sheet.scatter(*(tips + middle).T, c=tint, s=40, zorder=3)
-    names = middle + tips * (1 + 0.2 / lengths[:, None])
-    for i in range(count):
-        if lengths[i] > 0.15 * inch:
-            sheet.text(*names[i], str(i), ha="center", va="center")
+    for name, tip in tip_names(tips):
+        place = middle + tip * (1 + 0.2 / np.linalg.norm(tip))
+        sheet.text(*place, name, ha="center", va="center")
     text = "directions" if W.shape[1] == 2 else f"directions (2 of {W.shape[1]} axes)"
     sheet.text(middle[0], 0.12, text, ha="center")
 

@@ -288,7 +288,7 @@ def ship(folder: Path, model, target: Path = SHIPPED) -> None:
 def main_train(argv: list[str]) -> int:
     """`python -m mi_helpers train-model`: train, resumable, and ship the result."""
     parser = argparse.ArgumentParser(prog="python -m mi_helpers train-model")
-    parser.add_argument("--steps", type=int, default=4_500, help="batches of 4,096 tokens")
+    parser.add_argument("--steps", type=int, default=6_500, help="batches of 4,096 tokens")
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny_gemma")

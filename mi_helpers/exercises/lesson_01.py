@@ -25,8 +25,8 @@ def reconstruct(x, W, b):
 
 
 def check_11(answer) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, W, b = torch.rand(6, 4, generator=generator), torch.randn(4, 2, generator=generator), None
+    x = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    W = torch.tensor([[1.0, 0.0], [-1.0, 0.2], [0.0, 1.0], [0.3, -1.0]])
     b = torch.tensor([0.3, -0.2, 0.1, -0.4])
     got, want = answer(x, W, b), reconstruct(x, W, b)
     expect_shape(got, (6, 4))
@@ -94,7 +94,7 @@ def dimensionality(W):
 
 def check_13(answer) -> None:
     square = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    uneven = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 0.5]])
+    uneven = torch.tensor([[2.0, 0.0], [-1.0, 1.0], [0.0, 0.5]])
     got = answer(square)
     expect_shape(got, (4,))
     hat = uneven / uneven.norm(dim=1, keepdim=True)
@@ -112,7 +112,7 @@ def check_13(answer) -> None:
         close = torch.is_tensor(result) and result.shape == mistake.shape
         expect(not (close and torch.allclose(result.double(), mistake.double())), message)
     expect_close(got, [0.5] * 4, "Four features as two antipodal pairs should have 1/2 each.")
-    expect_close(result, dimensionality(uneven), "Try W = [[2, 0], [1, 1], [0, 0.5]] by hand.")
+    expect_close(result, dimensionality(uneven), "Try W = [[2, 0], [-1, 1], [0, 0.5]] by hand.")
 
 
 # -- 1.4 -------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def expected_interference(n, m, p):
 
 
 def check_14(answer) -> None:
-    n, m, p = 101, 25, 0.2
+    n, m, p = 101, 25, 0.1
     got = float(answer(n, m, p))
     for mistake, message in (
         (p * n / m, "A feature does not interfere with itself: n - 1 others."),
@@ -144,7 +144,7 @@ def check_14(answer) -> None:
         (p * (n - 1) / m**2, "The *mean square* of a dot product is already 1/m, not 1/m²."),
     ):
         expect(not math.isclose(got, mistake, rel_tol=1e-6), message)
-    expect_close(got, expected_interference(n, m, p), "For n = 101, m = 25, p = 0.2 expect 0.8.")
+    expect_close(got, expected_interference(n, m, p), "For n = 101, m = 25, p = 0.1 expect 0.4.")
     expect_close(answer(2, 1, 1.0), 1.0, "Two directions of one dimension overlap fully.")
 
 
@@ -219,19 +219,22 @@ def at_least(m, epsilon, too_close):
 
 def check_16(answer) -> None:
     too_close = packing.chance_too_close
-    small, large = float(answer(50, 0.1, too_close)), float(answer(2304, 0.1, too_close))
-    P = too_close(2304, 0.1)
+    small, wide = (float(answer(m, 0.1, too_close)) for m in (50, 4000))
+    P = too_close(4000, 0.1)
     for mistake, message in (
         (P, "That is the chance P itself: how many regions of share P cover the whole sphere?"),
-        (2304 / P, "The basis and the argument do not multiply: each gives a number on its own."),
-        (math.sqrt(2 / P), "That is the birthday bound, for all pairs at once; adding one by one "
-         "does better: only *one* new direction must avoid the others."),
+        (4000 / P, "The basis and the argument do not multiply: each gives a number on its own."),
+        (
+            math.sqrt(2 / P),
+            "That is the birthday bound, for all pairs drawn at once. One by one does better: "
+            "only the new direction must avoid the others.",
+        ),
         (1 / P**2, "Once is enough: n regions of share P cover at most n P."),
     ):
-        expect(not math.isclose(large, mistake, rel_tol=1e-3), message)
+        expect(not math.isclose(wide, mistake, rel_tol=1e-3), message)
     expect(small >= 49.99, "In 50 dimensions an orthonormal basis has 50: take the larger.")
-    expect(abs(small - 50) < 0.01, "In 50 dimensions the counting gives less than the basis' 50.")
-    expect(abs(large * P - 1) < 1e-3, f"In 2304 dimensions 1/P is {1 / P:,.0f}; you say {large:g}.")
+    expect(small < 50.01, "In 50 dimensions the counting gives less than the basis' 50.")
+    expect(abs(wide * P - 1) < 1e-3, f"In 4000 dimensions 1/P is {1 / P:.3g}; you say {wide:.3g}.")
 
 
 # -- 1.7 -------------------------------------------------------------------------------------
@@ -411,7 +414,7 @@ EXERCISES = [
         reference=reconstruct,
         check=check_11,
         hints=[
-            "Each row of `x` is one example, so `x @ W` gives the hidden vectors, (batch, n_hidden).",
+            "Each row of `x` is one example, so `x @ W` has the hidden vectors, (batch, n_hidden).",
             "The same W reads out again: its transpose maps hidden vectors back to features.",
         ],
         wrong=[
@@ -470,8 +473,10 @@ EXERCISES = [
             (lambda W: W.square().sum(1) / (hat(W) @ W.T).abs().sum(1), "not their sizes"),
             (lambda W: W.norm(dim=1) / (hat(W) @ W.T).square().sum(1), "*squared* length"),
             (
-                lambda W: W.square().sum(1)
-                / ((hat(W) @ W.T).square().sum(1) - W.square().sum(1)).clamp(min=1e-9),
+                lambda W: (
+                    W.square().sum(1)
+                    / ((hat(W) @ W.T).square().sum(1) - W.square().sum(1)).clamp(min=1e-9)
+                ),
                 "includes j = i",
             ),
         ],
@@ -508,7 +513,7 @@ EXERCISES = [
         reference=phase_transition,
         check=check_15,
         hints=[
-            "`superposition.train(2, 1, [S, S, …], importance=[1, r], restarts=8)` trains them all.",
+            "`superposition.train(2, 1, [S, …], importance=[1, r], restarts=8)` trains them all.",
             "`toys.W` has shape (instances, 2, 1). Which of the two lengths tells?",
             "A feature that was given up has a small length, not exactly zero: compare it with the "
             "other one.",

@@ -1,0 +1,185 @@
+"""The ledger: verdicts by hand, the file's mechanism, and what the repository's own file says."""
+
+import math
+
+import pytest
+
+from mi_helpers import claims
+from mi_helpers.__main__ import main
+from mi_helpers.claims import FAILS, HOLDS, UNMEASURED, Claim
+
+ROWS = claims.read()
+FAST = [claim for claim in claims.CLAIMS if claim.fast]
+
+
+def half(seed: int) -> float:
+    """A measurement to test with: 0.50, 0.51, 0.52, …"""
+    return 0.5 + seed / 100
+
+
+def claim(**changes) -> Claim:
+    values = {
+        "lesson": 77,
+        "id": "half",
+        "claim": "Half of one",
+        "source": "derived: 1/2",
+        "published": "1/2",
+        "tolerance": "± 0.02",
+        "measure": "test_claims:half",
+        "seeds": 3,
+    }
+    return Claim(**(values | changes))
+
+
+# -- the repository's ledger -----------------------------------------------------------------
+
+
+def test_the_ledger_holds():
+    assert claims.problems(ROWS) == []
+    assert main(["claims"]) == 0
+
+
+def test_ids_are_unique_and_every_claim_has_five_seeds_and_a_source():
+    assert len({each.id for each in claims.CLAIMS}) == len(claims.CLAIMS)
+    assert all(each.source and each.seeds >= 5 for each in claims.CLAIMS if each.lesson == 1)
+
+
+@pytest.mark.parametrize("each", FAST, ids=lambda each: each.id)
+def test_one_seed_measured_again_agrees_with_the_ledger(each):
+    (row,) = [row for row in ROWS if row["id"] == each.id]
+    value = each.value(seed=0)
+    assert claims.verdict(each.published, value, each.tolerance) == row["verdict"]
+    spread = max(4 * float(row["sd"]), 0.02 * abs(float(row["ours"])))
+    assert value == pytest.approx(float(row["ours"]), abs=spread)
+
+
+def test_the_readme_shows_the_ledger_as_it_is():
+    text = claims.README.read_text("utf-8") if claims.README.is_file() else ""
+    shown = claims.in_readme(text)
+    if shown is None:
+        pytest.skip("README.md has no markers for the ledger")
+    assert shown == claims.markdown(ROWS)
+
+
+# -- verdicts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("published", "ours", "tolerance", "wanted"),
+    [
+        ("2/5", 0.41, "± 0.02", HOLDS),
+        ("2/5", 0.43, "± 0.02", FAILS),
+        ("0.784", 0.784, "± 0", HOLDS),
+        ("", 0.9, ">= 0.9", HOLDS),
+        ("", 0.89, ">=0.9", FAILS),
+        ("0", 2e-6, "<= 1e-5", HOLDS),
+        ("", 2e-5, "<= 1e-5", FAILS),
+        ("1", math.nan, "± 1", FAILS),
+    ],
+)
+def test_verdicts_by_hand(published, ours, tolerance, wanted):
+    assert claims.verdict(published, ours, tolerance) == wanted
+
+
+@pytest.mark.parametrize(("published", "tolerance"), [("", "± 0.1"), ("1", "about 1"), ("1", "")])
+def test_a_tolerance_that_cannot_be_applied_is_said(published, tolerance):
+    with pytest.raises(ValueError, match="cannot be applied"):
+        claims.verdict(published, 1.0, tolerance)
+
+
+def test_a_row_by_hand():
+    row = claims.row_of(claim(), [0.5, 0.51, 0.52])
+    assert list(row) and set(row) == set(claims.COLUMNS)
+    assert (row["lesson"], row["ours"], row["sd"], row["seeds"]) == ("77", "0.51", "0.01", "3")
+    assert row["verdict"] == HOLDS and claims.ours(row) == "0.510 ± 0.01"
+    assert claims.row_of(claim(), [])["verdict"] == UNMEASURED
+    assert claims.ours(claims.row_of(claim(), [])) == UNMEASURED
+    assert claims.ours(claims.row_of(claim(), [2e-7])) == "2.0e-07"
+
+
+# -- the file --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    """A ledger of two lessons in a folder of its own, measured."""
+    monkeypatch.setattr(claims, "CLAIMS", [claim(), claim(lesson=78, id="other", seeds=1)])
+    path = tmp_path / "claims.csv"
+    claims.measure([], path)
+    return path
+
+
+def test_measured_rows_are_written_and_read_back(ledger):
+    rows = claims.read(ledger)
+    assert [row["id"] for row in rows] == ["half", "other"]
+    assert rows[0]["ours"] == "0.51" and rows[1]["seeds"] == "1"
+    assert claims.problems(rows) == []
+    assert [path.name for path in ledger.parent.iterdir()] == ["claims.csv"]
+
+
+def test_measuring_one_lesson_keeps_the_others(ledger, monkeypatch):
+    rows = claims.read(ledger)
+    rows[1]["ours"] = "0.49"
+    claims.write(rows, ledger)
+    claims.measure([77], ledger)
+    assert [row["ours"] for row in claims.read(ledger)] == ["0.51", "0.49"]
+
+
+def test_a_failing_claim_stays_and_the_command_says_so(ledger, monkeypatch, capsys):
+    monkeypatch.setattr(claims, "CLAIMS", [claim(tolerance="± 0.001")])
+    assert main(["claims", "--measure", "77", "--ledger", str(ledger)]) == 1
+    assert claims.read(ledger)[0]["verdict"] == FAILS
+    assert "half: fails. Half of one: 0.510 ± 0.01." in capsys.readouterr().out
+
+
+def test_a_ledger_that_holds_ends_well(ledger, capsys):
+    assert main(["claims", "--ledger", str(ledger)]) == 0
+    assert "All 2 claims hold." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        ({"verdict": FAILS}, "the row says 'fails', its numbers 'holds'"),
+        ({"ours": "0.7"}, "fails"),
+        ({"ours": ""}, "not measured"),
+        ({"claim": "Another"}, "claim differs"),
+        ({"id": "unknown"}, "no claim of this name is declared"),
+    ],
+)
+def test_problems_are_found(ledger, change, fragment):
+    rows = claims.read(ledger)
+    rows[0] = rows[0] | change
+    assert any(fragment in problem for problem in claims.problems(rows))
+
+
+def test_a_file_with_other_columns_is_refused_in_a_sentence(ledger, capsys):
+    ledger.write_text("a,b\n1,2\n")
+    assert main(["claims", "--ledger", str(ledger)]) == 1
+    assert "expected" in capsys.readouterr().err
+
+
+def test_a_lesson_without_claims_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["claims", "--measure", "99"])
+    assert "lesson 99 has no claims" in capsys.readouterr().err
+
+
+# -- the README ------------------------------------------------------------------------------
+
+
+def test_the_table_goes_between_the_markers(ledger, tmp_path):
+    readme, rows = tmp_path / "README.md", claims.read(ledger)
+    readme.write_text(f"# T\n\n{claims.BEGIN}\nold\n{claims.END}\n\nend\n", "utf-8")
+    assert claims.update_readme(rows, readme)
+    text = readme.read_text("utf-8")
+    assert text.startswith("# T\n\n") and text.endswith("\n\nend\n") and "old" not in text
+    assert claims.in_readme(text) == claims.markdown(rows)
+    assert "| 77 | Half of one | derived: 1/2 | 1/2 | 0.510 ± 0.01 | 3 | ± 0.02 | holds |" in text
+
+
+def test_a_readme_without_markers_stays(ledger, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("# T\n", "utf-8")
+    assert not claims.update_readme(claims.read(ledger), readme)
+    assert readme.read_text("utf-8") == "# T\n"
