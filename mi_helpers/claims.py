@@ -67,6 +67,15 @@ GEOMETRY = f"{TOY}, feature dimensionality; derived: tight frame, m/n"
 
 CLAIMS = [
     Claim(
+        0,
+        "stream-sum",
+        "embed + Σ attn_out + Σ mlp_out against the final residual, relative to its largest entry",
+        "Elhage et al. 2021, A Mathematical Framework, Residual Stream as a Communication Channel",
+        "0",
+        "<= 1e-5",
+        "mi_helpers.lesions:stream_sum_error",
+    ),
+    Claim(
         1,
         "pentagon",
         "Five features in two dimensions, S = 0.9: the feature dimensionality furthest from 2/5",
@@ -266,15 +275,16 @@ def problems(rows: list[dict[str, str]], claims: list[Claim] | None = None) -> l
 def measure(lessons: list[int], path: Path = LEDGER, claims: list[Claim] | None = None) -> None:
     """Measure the claims of these lessons (all of them when empty), keep the others' rows."""
     claims = CLAIMS if claims is None else claims
-    stored = {row["id"]: row for row in read(path)} if path.is_file() and lessons else {}
-    rows = []
+    measured = {}
     for claim in claims:
-        if lessons and claim.lesson not in lessons:
-            rows.append(stored.get(claim.id) or row_of(claim, []))
-            continue
-        rows.append(row_of(claim, [claim.value(seed) for seed in range(claim.seeds)]))
-        print(f"{claim.id}: {ours(rows[-1])}, {rows[-1]['verdict']}", flush=True)
-    write(rows, path)
+        if not lessons or claim.lesson in lessons:
+            row = row_of(claim, [claim.value(seed) for seed in range(claim.seeds)])
+            print(f"{claim.id}: {ours(row)}, {row['verdict']}", flush=True)
+            measured[claim.id] = row
+    stored = {row["id"]: row for row in read(path)} if lessons else {}  # as it is now, not before
+    rows = {claim.id: stored.pop(claim.id, None) or row_of(claim, []) for claim in claims}
+    others = {name: row for name, row in stored.items() if int(row["lesson"]) not in lessons}
+    write((rows | others | measured).values(), path)
 
 
 # -- the tables ------------------------------------------------------------------------------

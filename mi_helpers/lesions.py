@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mi_helpers.models import LanguageModel, materialize
+from mi_helpers.models import LanguageModel, load_model, materialize
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World
 
@@ -325,3 +325,20 @@ def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:
         hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     empty = LanguageModel(hf, model.tokenizer, f"{model.name} (untrained)")
     return materialize(empty, model.dtype, seed, model.device)
+
+
+# -------------------------------------------------------------------------------- for the ledger
+
+
+def stream_sum_error(seed: int) -> float:
+    """max |embed + Σ attn_out + Σ mlp_out - resid_final| / max |resid_final|, on one document.
+
+    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, "Residual
+    Stream as a Communication Channel": the final stream is the sum of all that was written.
+    """
+    model = load_model()
+    text = World().document(seed, "prose").text
+    _, cache = model.run_with_cache(text, ["embed", "attn_out", "mlp_out", "resid_final"])
+    parts = cache["embed"] + cache["attn_out"].sum(0) + cache["mlp_out"].sum(0)
+    final = cache["resid_final"]
+    return float((parts - final).abs().max() / final.abs().max())

@@ -452,25 +452,25 @@ def probe_explorer(
 
 
 @style()
-def on_a_circle(points, names: Sequence[str], title: str = "", *, width: float = 5.2) -> Figure:
-    """Where each class is put, (n, 2), joined to its true place on the unit circle by a line."""
-    points = as_array(points)
-    if points.shape != (len(names), 2):
-        raise ValueError(f"{len(names)} names need points of shape ({len(names)}, 2).")
-    picture, axes = figure(width, width)
-    angles = 2 * np.pi * np.arange(len(names)) / len(names)
+def on_a_circle(panels: Mapping[str, Sequence], names: Sequence[str]) -> Figure:
+    """Where each class is put, points (n, 2), and a dotted line to its true place on the unit
+    circle; one panel per title."""
+    picture, axes = figure(4.6 * len(panels), 4.7, columns=len(panels), squeeze=False)
     turn = np.linspace(0, 2 * np.pi, 200)
-    axes.plot(np.cos(turn), np.sin(turn), color="lightgrey", linestyle="-", marker="")
-    for (x, y), name, angle in zip(points, names, angles, strict=True):
-        true_x, true_y = np.cos(angle), np.sin(angle)
-        axes.plot([true_x, x], [true_y, y], color="grey", linestyle=":", marker="", linewidth=1.5)
-        axes.plot(true_x, true_y, color="black", marker="|", linestyle="")
-        axes.plot(x, y, color=OKABE_ITO[0], marker="o", linestyle="")
-        axes.text(
-            1.17 * true_x, 1.17 * true_y, name, ha="center", va="center", fontsize=11,
-        )  # fmt: skip
-    axes.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal", title=title)
-    axes.set(xlabel="predicted cosine", ylabel="predicted sine")
+    angles = 2 * np.pi * np.arange(len(names)) / len(names)
+    places = np.stack([np.cos(angles), np.sin(angles)], 1)
+    for one, (title, points) in zip(axes[0], panels.items(), strict=True):
+        points = as_array(points)
+        if points.shape != places.shape:
+            raise ValueError(f"{len(names)} names need points of shape ({len(names)}, 2).")
+        one.plot(np.cos(turn), np.sin(turn), color="lightgrey", linestyle="-", marker="")
+        for true, got, name in zip(places, points, names, strict=True):
+            one.plot(*np.stack([true, got], 1), color="grey", linestyle=":", marker="", lw=1.5)
+            one.plot(*true, color="black", marker="|", linestyle="", markersize=8)
+            one.plot(*got, color=OKABE_ITO[0], marker="o", linestyle="")
+            one.text(*(1.2 * true), name, ha="center", va="center", fontsize=11)
+        one.set(xlim=(-1.5, 1.5), ylim=(-1.4, 1.4), aspect="equal", title=title)
+        one.set(xlabel="cosine", ylabel="sine")
     return picture
 
 

@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import numpy as np
 import scipy.sparse
@@ -29,7 +30,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from mi_helpers.models import Key, LanguageModel
+from mi_helpers.models import Key, LanguageModel, load_model
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.circuits import BE_FORMS
 from mi_helpers.tinyworld.prose import REGISTERS, TENSES, VOICES, topic_posterior
@@ -65,9 +66,18 @@ def mark_family(document: Document, rng: random.Random) -> Mark | None:
     return Mark(words[-1].end(), document.family, words[-1][0])
 
 
+def mark_tense(document: Document, rng: random.Random) -> Mark | None:
+    """Present or past, at the end of the first sentence with a verb that shows it."""
+    shown = [end for latent, _, end in document.events if latent == "tense"]
+    ends = [span.end for span in document.find("topic") if shown and span.end >= shown[0]]
+    if not ends:
+        return None
+    return Mark(ends[0], document.latents["tense"], document.text[: shown[0]].split()[-1])
+
+
 def mark_voice(document: Document, rng: random.Random) -> Mark | None:
     """Praise, neutral or blame: just before an evaluative word, when one to three were read."""
-    spans = document.find("evaluation")[:4]
+    spans = [span for span in document.find("evaluation") if span.start < 240][:4]
     if len(spans) < 2:
         return None
     before, here = spans[-2:]
@@ -114,6 +124,12 @@ def mark_country(document: Document, rng: random.Random) -> Mark | None:
     return Mark(span.end, country, name, name) if count[country] >= 3 else None
 
 
+def mark_asked(document: Document, rng: random.Random) -> Mark | None:
+    """The same country in a sentence that ends with it, at the token before it is said."""
+    found = mark_country(document, rng)
+    return found and replace(found, end=document.find("answer")[0].start - 1)
+
+
 def _calendar(document: Document, unit: str) -> Mark | None:
     if document.latents["unit"] != unit:
         return None
@@ -137,12 +153,14 @@ def mark_month(document: Document, rng: random.Random) -> Mark | None:
 Marker = Callable[[Document, random.Random], Mark | None]
 KINDS: dict[str, Marker] = {
     "family": mark_family,
-    "voice": mark_voice,
+    "tense": mark_tense,
     "topic": mark_topic,
+    "voice": mark_voice,
     "head": mark_head,
     "attractor": mark_attractor,
     "number": mark_number,
     "country": mark_country,
+    "asked": mark_asked,
     "day": mark_day,
     "month": mark_month,
 }
@@ -273,9 +291,37 @@ def collect(
     )
 
 
-def documents(family: str | None, n: int, seed: int, held=(), **choices) -> list[Document]:
+def documents(family: str, n: int, seed: int, held=(), **choices) -> list[Document]:
     """n documents of TinyWorld; `held` names what comes from its held-out part."""
     return list(itertools.islice(World().documents(seed, family, held, **choices), n))
+
+
+SOURCE: dict[str, tuple[str, dict]] = {  # kind -> family and choices of the documents it is read in
+    **dict.fromkeys(("tense", "topic", "voice"), ("prose", {})),
+    **dict.fromkeys(("head", "attractor", "number"), ("agreement", {})),
+    "country": ("facts", {"relation": "landmark-city", "count": 1}),
+    "asked": ("facts", {"relation": "landmark-country", "count": 1}),
+}
+
+
+def documents_for(kind: str, n: int, seed: int, held: bool = False) -> list[Document]:
+    """n documents that `kind` can be read in; with `held`, of phrasings (and, where there are such,
+    pairs of words) that the model was never trained on.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"There is no kind {kind!r}; there are: {', '.join(KINDS)}.")
+    apart = ("templates", "entities") if held else ()
+    if kind == "family":
+        each = [documents(family, n, seed, apart) for family in World.families]
+        return [document for row in zip(*each, strict=True) for document in row][:n]
+    if kind in ("day", "month"):
+        stream = World().documents(seed, "calendar", apart)
+        return list(itertools.islice((d for d in stream if d.latents["unit"] == kind), n))
+    family, choices = SOURCE[kind]
+    return documents(family, n, seed, apart, **choices)
 
 
 def split_by_group(groups, share: float = 0.3, seed: int = 0) -> np.ndarray:
@@ -392,16 +438,20 @@ def scan(
     untrained model  the activations of `blank`, a model of the same shape with random weights
     two tokens       the token that is read and the one before it, without any model
     """
-    one, two = (collect(model, side, kind, sites, seed) for side in (train, test))
-    other = [collect(blank, side, kind, sites, seed) for side in (train, test)]
-    bags = [token_features(model, side.tokens) for side in (one, two)]
-    tokens = fit_probe(bags[0], one.y, C=1.0).score(bags[1], two.y)
+    one, two = (collect(model, each, kind, sites, seed) for each in (train, test))
+    other = [collect(blank, each, kind, sites, seed) for each in (train, test)]
     return {
         "probe": accuracies(one, two),
         "control task": accuracies(one, two, *control_labels(one, two, seed)),
         "untrained model": accuracies(*other),
-        "two tokens": dict.fromkeys(one.x, tokens),
+        "two tokens": dict.fromkeys(one.x, two_tokens(model, one, two)),
     }
+
+
+def two_tokens(model: LanguageModel, train: Readings, test: Readings) -> float:
+    """The accuracy of a probe on `token_features`: without any activations."""
+    bags = [token_features(model, each.tokens) for each in (train, test)]
+    return fit_probe(bags[0], train.y, C=1.0).score(bags[1], test.y)
 
 
 # --------------------------------------------------------------------------------------- the bound
@@ -562,6 +612,16 @@ class NumberTask:
             for place, at in self.places.items()
         }
 
+    @cached_property
+    def stream(self) -> dict[str, dict[Key, np.ndarray]]:
+        """`features` of the embedding and of every resid_post."""
+        return self.features()
+
+    @cached_property
+    def clean(self) -> np.ndarray:
+        """`margins` of the model as it is."""
+        return self.margins()
+
     @torch.no_grad()
     def margins(self, hooks: Mapping | None = None) -> np.ndarray:
         """log p(is or was) - log p(are or were) before the verb, in nats, (n,), under `hooks`;
@@ -602,6 +662,58 @@ class NumberTask:
 
 def _float32(vector) -> Tensor:
     return torch.as_tensor(np.asarray(vector), dtype=torch.float32)
+
+
+def balanced(documents: Iterable[Document]) -> list[Document]:
+    """As many agreement sentences of each of the four kinds: subject singular or plural, last noun
+    singular or plural. So neither number says anything of the other, not even by chance."""
+    cells: dict[tuple, list[Document]] = {}
+    for document in documents:
+        spans = document.find("number")
+        cells.setdefault((spans[0].value, spans[-1].value), []).append(document)
+    if len(cells) < 4:
+        raise ValueError(f"Only {len(cells)} of the four kinds of sentences are there: give more.")
+    fewest = min(map(len, cells.values()))
+    return [document for cell in cells.values() for document in cell[:fewest]]
+
+
+def find_direction(x, y, method: str = "mean difference", seed: int = 0) -> np.ndarray:
+    """A direction for y (n,) in x (n, d): "mean difference", "probe" or, as a control, "random"."""
+    if method == "mean difference":
+        return mean_difference(x, y)
+    if method == "probe":
+        return probe_direction(fit_probe(x, y))
+    if method == "random":
+        return np.random.default_rng(seed).normal(size=np.shape(x)[1])
+    raise ValueError(f"There is no method {method!r}: mean difference, probe or random.")
+
+
+def removal(
+    train: NumberTask,
+    test: NumberTask,
+    key: Key,
+    place: str,
+    method: str = "mean difference",
+    noun: str | None = None,
+    seed: int = 0,
+) -> tuple[float, np.ndarray]:
+    """How well a noun's number is read out at one token, and what its removal there costs.
+
+    Args:
+        train: sentences in which the direction is found; test: others, in which it is removed.
+        place: the token, "head" or "last".
+        noun: whose number: that of the noun at `place`, unless told otherwise.
+        method, seed: see `find_direction`.
+
+    Returns:
+        the accuracy on `test` of a probe fitted on `train`; and for each sentence of `test` the
+        part of the mean margin that is lost, (n,): 0 for no effect, 1 when nothing is left of it.
+    """
+    x, y = train.stream[place][key], train.plural[noun or place]
+    accuracy = fit_probe(x, y).score(test.stream[place][key], test.plural[noun or place])
+    direction = find_direction(x, y, method, seed)
+    after = test.margins(test.remove(key, place, direction, midpoint(x, y)))
+    return accuracy, (test.clean - after) / test.clean.mean()
 
 
 def bootstrap(values, seed: int = 0, draws: int = 1000) -> tuple[float, float, float]:
@@ -739,3 +851,94 @@ class SineNets:
                 for i in range(self.nets)
             ]
         )
+
+
+# --------------------------------------------------------------------------- rows of the ledger
+
+
+@cache
+def _shipped() -> LanguageModel:
+    return load_model("tiny-gemma")
+
+
+def sine_gain(seed: int) -> float:
+    """Accuracy of a probe on the last hidden layer less that on the input, mean of three nets."""
+    found = SineNets(nets=3, seed=seed).train().accuracies().mean(0)
+    return float(found[-1] - found[0])
+
+
+def distance_to_floor(seed: int) -> float:
+    """The smallest, over the layers, of a topic probe's cross-entropy less H(topic | words)."""
+    world, model = World(), _shipped()
+    train = collect(model, documents_for("topic", 1_000, 2 * seed), "topic")
+    test = collect(model, documents_for("topic", 400, 2 * seed + 1, held=True), "topic")
+    classes = np.unique(train.y)
+    ideal = surprise(posteriors(world, test, "topic", classes), test.y, classes).mean()
+    return min(
+        surprise(fit_probe(train[key], train.y).predict_proba(test[key]), test.y, classes).mean()
+        - ideal
+        for key in train.x
+    )
+
+
+def number_tasks(model: LanguageModel, seed: int, n: int = 300) -> tuple[NumberTask, NumberTask]:
+    """Balanced agreement sentences to find directions in, and others, held out, to test them on."""
+    train = balanced(documents_for("number", n, 1_000 + 2 * seed))
+    test = balanced(documents_for("number", n // 2, 1_001 + 2 * seed, held=True))
+    return NumberTask(model, train), NumberTask(model, test)
+
+
+def lost_without_the_subjects_number(seed: int) -> float:
+    """The share of the verb's margin that is lost when the subject's number is removed."""
+    return removal(*number_tasks(_shipped(), seed), ("resid_post", 1), "head")[1].mean()
+
+
+def lost_without_the_other_nouns_number(seed: int) -> float:
+    """The same for the number of the last noun before the verb, at that noun."""
+    return removal(*number_tasks(_shipped(), seed), ("resid_post", 1), "last")[1].mean()
+
+
+def both_numbers_read_out(seed: int) -> float:
+    """The lower accuracy of the two probes, each at its own noun."""
+    tasks = number_tasks(_shipped(), seed)
+    return min(removal(*tasks, ("resid_post", 1), place)[0] for place in ("head", "last"))
+
+
+def left_of_the_mean_difference(seed: int) -> float:
+    """|difference of the class means| after it is projected out, as a share of what it was."""
+    train, _ = number_tasks(_shipped(), seed, n=100)
+    x, y = train.stream["head"]["resid_post", 1], train.plural["head"]
+    difference = mean_difference(x, y)
+    left = mean_difference(project_out(x.astype(float), difference), y)
+    return float(np.linalg.norm(left) / np.linalg.norm(difference))
+
+
+def month_error(seed: int, shuffled: bool = False) -> float:
+    """Degrees between where months are put by a probe that never saw them, and where they are, in
+    the middle layer; with `shuffled`, the median over random orders of the months."""
+    model = _shipped()
+    key = ("resid_post", model.n_layers // 2)
+    read = collect(model, documents_for("month", 400, seed), "month", [key])
+    weights = held_out_weights(class_means(read[key], read.y, 12))
+    orders = all_orders(12, most=300, seed=seed)
+    errors = [circle_error(weights, order) for order in (orders[1:] if shuffled else orders[:1])]
+    return float(np.median(errors))
+
+
+def shuffled_month_error(seed: int) -> float:
+    """The control of `month_error`."""
+    return month_error(seed, shuffled=True)
+
+
+def unseen_landmarks(seed: int, kind: str = "country") -> float:
+    """Accuracy of a probe for the country on landmarks it was not trained on, middle layer."""
+    model = _shipped()
+    key = ("resid_post", model.n_layers // 2)
+    read = collect(model, documents_for(kind, 600, seed), kind, [key])
+    test = split_by_group(read.groups, 0.3, seed)
+    return accuracies(read.where(~test), read.where(test))[key]
+
+
+def unseen_landmarks_asked(seed: int) -> float:
+    """The same where the country is the next word to be said."""
+    return unseen_landmarks(seed, "asked")

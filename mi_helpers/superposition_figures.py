@@ -16,7 +16,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Circle
+from matplotlib.patches import Circle, PathPatch
+from matplotlib.path import Path
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import Affine2D
 
 from mi_helpers import superposition
 from mi_helpers.plots import (
@@ -52,14 +55,14 @@ def draw_directions(axes, W: np.ndarray, reach: float = 1.35) -> None:
     axes.add_collection(LineCollection(segments, colors=tint, linewidths=3))
     axes.scatter(W[:, 0], W[:, 1], c=tint, s=45, zorder=3)
     for name, tip in tip_names(W):
-        x, y = tip * (1 + 0.2 / np.linalg.norm(tip))
+        x, y = tip * (1 + (0.15 + 0.05 * len(name)) / np.linalg.norm(tip))
         axes.text(x, y, name, ha="center", va="center", fontsize=13)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     axes.set_axis_off()
 
 
 def tip_names(tips: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """A label and a place for each tip (n, 2) away from the origin; tips that coincide share one."""
+    """A label and a place for each tip (n, 2) off the origin; tips that coincide share one."""
     far = [i for i in range(len(tips)) if np.linalg.norm(tips[i]) > 0.15]
     names = []
     while far:
@@ -369,9 +372,8 @@ def explorer(
     sheet = picture.add_axes([0, 0, 1, 1], xlim=(0, WIDE), ylim=(0, HIGH))  # 1 unit is 1 inch
     sheet.set_axis_off()
     held = f"{kept} of {features} features represented in {hidden} dimensions"
-    sheet.text(0.15, HIGH - 0.3, held)
-    loss = f"loss {toys.loss[0].item():.2g}"
-    sheet.text(WIDE - 0.15, HIGH - 0.3, loss, ha="right")
+    words(sheet, [(0.15, HIGH - 0.25, held)], align="left")
+    words(sheet, [(WIDE - 0.15, HIGH - 0.25, f"loss {toys.loss[0].item():.2g}")], align="right")
     sketch_directions(sheet, as_array(W))
     sketch_overlaps(sheet, as_array(W @ W.T))
     sketch_dimensionalities(sheet, as_array(D))
@@ -393,19 +395,39 @@ def sliders() -> dict:
     }
 
 
+@functools.lru_cache(maxsize=4096)
+def outline(text: str, size: float, align: str) -> Path:
+    """A text as the outline of its letters, in inches, around its anchor."""
+    path = TextPath((0, 0), text, size=size)
+    shift = {"left": 0, "center": -0.5, "right": -1}[align] * path.vertices[:, 0].max()
+    return path.transformed(Affine2D().translate(shift, -0.36 * size).scale(1 / 72))
+
+
+def words(sheet, places, size: float = 13, align: str = "center", colour: str = "black") -> None:
+    """Write [(x, y, text), …] as one patch: ten times faster than as many text artists."""
+    drawn = [
+        outline(text, size, align).transformed(Affine2D().translate(x, y)) for x, y, text in places
+    ]
+    if drawn:
+        path = Path.make_compound_path(*drawn)
+        sheet.add_artist(PathPatch(path, facecolor=colour, linewidth=0, zorder=4))
+
+
 def sketch_directions(sheet, W: np.ndarray) -> None:
     """The explorer's left part: an arrow per feature, and the circle of radius 1."""
-    middle, inch = np.array([1.7, 1.7]), 1.05  # inches per unit of W
+    middle, inch = np.array([1.7, 1.75]), 1.05  # inches per unit of W
     tips, tint = flat(W) * inch, colours(len(W))
     sheet.add_patch(Circle(middle, inch, fill=False, color="0.75", linewidth=1))
     lines = np.stack([np.zeros_like(tips), tips], axis=1) + middle
     sheet.add_collection(LineCollection(lines, colors=tint, linewidths=3))
     sheet.scatter(*(tips + middle).T, c=tint, s=40, zorder=3)
-    for name, tip in tip_names(tips):
-        place = middle + tip * (1 + 0.2 / np.linalg.norm(tip))
-        sheet.text(*place, name, ha="center", va="center")
+    names = [
+        (name, middle + tip * (1 + (0.15 + 0.05 * len(name)) / np.linalg.norm(tip)))
+        for name, tip in tip_names(tips)
+    ]
+    words(sheet, [(x, y, name) for name, (x, y) in names])
     text = "directions" if W.shape[1] == 2 else f"directions (2 of {W.shape[1]} axes)"
-    sheet.text(middle[0], 0.12, text, ha="center")
+    words(sheet, [(middle[0], 0.2, text)])
 
 
 def sketch_overlaps(sheet, gram: np.ndarray) -> None:
@@ -414,32 +436,31 @@ def sketch_overlaps(sheet, gram: np.ndarray) -> None:
     box = (left, left + side, bottom, bottom + side)
     sheet.imshow(gram, cmap=EFFECT, vmin=-1, vmax=1, extent=box, interpolation="nearest")
     sheet.set(xlim=(0, WIDE), ylim=(0, HIGH))
-    cell = side / count
-    for i in range(count):
-        sheet.text(left - 0.15, bottom + side - (i + 0.5) * cell, str(i), ha="center", va="center")
-        for j in range(count if count <= 6 else 0):
-            if abs(gram[i, j]) >= 0.05:
-                x, y = left + (j + 0.5) * cell, bottom + side - (i + 0.5) * cell
-                colour = "white" if abs(gram[i, j]) > 0.7 else "black"
-                text = f"{gram[i, j]:.1f}"
-                sheet.text(x, y, text, ha="center", va="center", fontsize=11, color=colour)
-    sheet.text(left + side / 2, 0.12, "overlaps W·Wᵀ", ha="center")
+    middles = (np.arange(count) + 0.5) * side / count
+    rows, columns = bottom + side - middles, left + middles
+    words(sheet, [(left - 0.15, y, str(i)) for i, y in enumerate(rows)])
+    size = min(11, 60 / count)
+    for colour, chosen in (("black", np.abs(gram) <= 0.7), ("white", np.abs(gram) > 0.7)):
+        cells = zip(*np.nonzero(chosen & (np.abs(gram) >= 0.05)), strict=True)
+        places = [(columns[j], rows[i], f"{gram[i, j]:.1f}") for i, j in cells]
+        words(sheet, places, size=size, colour=colour)
+    words(sheet, [(left + side / 2, 0.2, "overlaps W·Wᵀ")])
 
 
 def sketch_dimensionalities(sheet, D: np.ndarray) -> None:
     """The explorer's right part: a bar per feature, D_i from 0 to 1, with its value."""
     left, bottom, width, height, count = 7.05, 0.55, 1.9, 2.6, len(D)
-    y = bottom + height * (1 - (np.arange(count) + 0.5) / count)
-    bars = [[(left, each), (left + width * d, each)] for each, d in zip(y, D, strict=True)]
+    rows = bottom + height * (1 - (np.arange(count) + 0.5) / count)
+    bars = [[(left, y), (left + width * d, y)] for y, d in zip(rows, D, strict=True)]
     thick = min(16, 0.6 * 72 * height / count)
     sheet.add_collection(
         LineCollection(bars, colors=OKABE_ITO[0], linewidths=thick, capstyle="butt")
     )
     rules = [[(left + width * at, bottom), (left + width * at, bottom + height)] for at in (0.5, 1)]
     sheet.add_collection(LineCollection(rules, colors="0.6", linestyles="--", linewidths=1))
-    for at, text in ((0.5, "½"), (1, "1")):
-        sheet.text(left + width * at, bottom + height + 0.08, text, ha="center", fontsize=11)
-    for i, (each, d) in enumerate(zip(y, D, strict=True)):
-        sheet.text(left - 0.15, each, str(i), ha="center", va="center")
-        sheet.text(left + width + 0.12, each, f"{d:.2f}", va="center", fontsize=11)
-    sheet.text(left + width / 2, 0.12, "dimensionality D", ha="center")
+    top = bottom + height + 0.13
+    words(sheet, [(left + width / 2, top, "½"), (left + width, top, "1")], size=11)
+    words(sheet, [(left - 0.15, y, str(i)) for i, y in enumerate(rows)])
+    values = [(left + width + 0.12, y, f"{d:.2f}") for y, d in zip(rows, D, strict=True)]
+    words(sheet, values, size=11, align="left")
+    words(sheet, [(left + width / 2, 0.2, "dimensionality D")])

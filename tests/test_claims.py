@@ -125,6 +125,15 @@ def test_measuring_one_lesson_keeps_the_others(ledger, monkeypatch):
     assert [row["ours"] for row in claims.read(ledger)] == ["0.51", "0.49"]
 
 
+def test_rows_that_others_declare_are_kept_until_their_lesson_is_measured(ledger, monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", [claim()])
+    claims.measure([77], ledger)
+    assert [row["id"] for row in claims.read(ledger)] == ["half", "other"]
+    assert claims.problems(claims.read(ledger)) == ["other: no claim of this name is declared."]
+    claims.measure([], ledger)
+    assert [row["id"] for row in claims.read(ledger)] == ["half"]
+
+
 def test_a_failing_claim_stays_and_the_command_says_so(ledger, monkeypatch, capsys):
     monkeypatch.setattr(claims, "CLAIMS", [claim(tolerance="± 0.001")])
     assert main(["claims", "--measure", "77", "--ledger", str(ledger)]) == 1
@@ -170,10 +179,10 @@ def test_a_lesson_without_claims_is_refused(capsys):
 
 def test_the_table_goes_between_the_markers(ledger, tmp_path):
     readme, rows = tmp_path / "README.md", claims.read(ledger)
-    readme.write_text(f"# T\n\n{claims.BEGIN}\nold\n{claims.END}\n\nend\n", "utf-8")
+    readme.write_text(f"# T\n\n{claims.BEGIN}\nOUTDATED\n{claims.END}\n\nend\n", "utf-8")
     assert claims.update_readme(rows, readme)
     text = readme.read_text("utf-8")
-    assert text.startswith("# T\n\n") and text.endswith("\n\nend\n") and "old" not in text
+    assert text.startswith("# T\n\n") and text.endswith("\n\nend\n") and "OUTDATED" not in text
     assert claims.in_readme(text) == claims.markdown(rows)
     assert "| 77 | Half of one | derived: 1/2 | 1/2 | 0.510 ± 0.01 | 3 | ± 0.02 | holds |" in text
 

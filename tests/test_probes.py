@@ -23,9 +23,6 @@ from mi_helpers.tinyworld.world import World
 from mi_helpers.widgets import corners
 
 WORLD = World()
-FAMILY_OF = {"voice": "prose", "topic": "prose", "country": "facts", "family": None}
-FAMILY_OF |= dict.fromkeys(("head", "attractor", "number"), "agreement")
-FAMILY_OF |= dict.fromkeys(("day", "month"), "calendar")
 
 
 def texts(family, n=40, seed=0, held=(), **choices):
@@ -44,8 +41,8 @@ def quiet_machine():
 def tokenizer():
     """One token per word of what the tests read, split as TinyWorld's own tokenizer splits."""
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    read = [d.text for family in set(FAMILY_OF.values()) for d in texts(family, 300)]
-    read += [d.text for d in texts("agreement", 200, 1)] + [" is was are were"]
+    families = ("prose", "agreement", "facts", "calendar")
+    read = [d.text for family in families for d in texts(family, 300)] + [" is was are were"]
     words = sorted({piece for text in read for piece, _ in split.pre_tokenize_str(text)})
     names = ["<pad>", "<eos>", "<bos>", "<unk>"]
     made = Tokenizer(WordLevel({w: i for i, w in enumerate(names + words)}, unk_token="<unk>"))
@@ -356,7 +353,7 @@ def test_angles_go_the_shorter_way_round():
 
 def marked(kind, n=60):
     found = []
-    for document in texts(FAMILY_OF[kind], n):
+    for document in probes.documents_for(kind, n, 0):
         if (mark := KINDS[kind](document, random.Random(0))) is not None:
             found.append((document, mark))
     return found
@@ -577,7 +574,7 @@ def test_the_other_figures_draw():
     picture = plots.layer_panels(NAMES, panels, references=[None, 0.5], ylabels=["u", "v"], mark=1)
     assert [axes.get_title(loc="left") for axes in picture.axes] == ["a", "b"]
     plots.render(picture)
-    plots.render(plots.on_a_circle(probes.on_circle(range(7), 7), "ABCDEFG"))
+    plots.render(plots.on_a_circle({"a": probes.on_circle(range(7), 7)}, "ABCDEFG"))
     grid = np.linspace(-1, 1, 5), np.linspace(-1, 1, 4)
     sides = {str(i): np.zeros((4, 5), bool) for i in range(4)}
     plots.render(plots.sine_regions(grid, sides, np.sin(grid[0])))
@@ -587,6 +584,45 @@ def test_figures_say_what_does_not_fit():
     with pytest.raises(ValueError, match="'x' has 2 values for 3 layers"):
         plots.layer_panels(NAMES, {"a": {"x": [1, 2]}})
     with pytest.raises(ValueError, match="3 names need points"):
-        plots.on_a_circle(np.zeros((2, 2)), NAMES)
+        plots.on_a_circle({"a": np.zeros((2, 2))}, NAMES)
     with pytest.raises(ValueError, match="expected"):
         plots.sine_regions(([0, 1], [0, 1]), {"a": np.zeros((3, 2), bool)}, [0, 0])
+
+
+# -- rows of the ledger ----------------------------------------------------------------------
+
+
+def test_documents_for_every_kind_can_be_read_in():
+    for kind in KINDS:
+        for held in (False, True):
+            found = probes.documents_for(kind, 28, 0, held)
+            assert len(found) == 28
+            assert sum(KINDS[kind](d, random.Random(0)) is not None for d in found) >= 7
+    assert len({d.family for d in probes.documents_for("family", 28, 0)}) == 14
+    with pytest.raises(ValueError, match="no kind 'mood'"):
+        probes.documents_for("mood", 3, 0)
+
+
+def test_balanced_sentences_have_independent_numbers(model):
+    task = probes.NumberTask(model, probes.balanced(texts("agreement", 60)))
+    pairs = list(zip(task.plural["head"], task.plural["last"], strict=True))
+    assert len({pairs.count(pair) for pair in set(pairs)}) == 1 and len(set(pairs)) == 4
+    with pytest.raises(ValueError, match="Only 1 of the four kinds"):
+        probes.balanced(texts("agreement", 1))
+
+
+def test_a_removal_costs_nothing_where_nobody_reads(model):
+    train, test = probes.number_tasks(model, 0, n=60)
+    accuracy, lost = probes.removal(train, test, ("resid_post", 2), "head")
+    assert 0 <= accuracy <= 1 and np.allclose(lost, 0, atol=1e-4)
+    accuracy, lost = probes.removal(train, test, ("resid_post", 2), "last", noun="head")
+    assert lost.shape == (len(test),) and not np.allclose(lost, 0, atol=1e-4)
+    random_ = probes.find_direction(np.zeros((4, 16)), [0, 1, 0, 1], "random", seed=3)
+    assert random_.shape == (16,)
+    with pytest.raises(ValueError, match="no method 'pca'"):
+        probes.removal(train, test, ("resid_post", 2), "last", "pca")
+
+
+def test_the_mean_difference_leaves_no_difference(model, monkeypatch):
+    monkeypatch.setattr(probes, "_shipped", lambda: model)
+    assert probes.left_of_the_mean_difference(0) < 1e-9

@@ -336,8 +336,14 @@ def test_no_projection_beats_the_linear_optimum(n, m, seed):
 
 
 def test_the_linear_model_never_superposes():
-    importance = 0.8 ** torch.arange(6)
-    options = {"importance": importance, "output": "linear", "steps": 600, "samples": 65536}
+    importance = 0.5 ** torch.arange(6)
+    options = {
+        "importance": importance,
+        "output": "linear",
+        "steps": 600,
+        "lr": 0.04,
+        "samples": 65536,
+    }
     toys = superposition.train(6, 2, [0.05, 0.5, 0.95], **options)
     for W in toys.W:
         assert superposition.represented(W).tolist() == [True, True] + [False] * 4
