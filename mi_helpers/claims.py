@@ -295,7 +295,7 @@ def ours(row: dict[str, str]) -> str:
     if not row["ours"]:
         return UNMEASURED
     mean, sd = float(row["ours"]), float(row["sd"])
-    digits = 4 if not sd else min(6, max(2, 1 - math.floor(math.log10(sd))))
+    digits = 4 if not sd else min(4, max(2, 1 - math.floor(math.log10(sd))))
     shown = f"{mean:.{digits}f}" if abs(mean) >= 1e-3 or mean == 0 else f"{mean:.1e}"
     return f"{shown} ± {row['sd']}" if sd else shown
 
@@ -358,6 +358,7 @@ def main(argv: list[str]) -> int:
     try:
         if options.measure is not None:
             measure(options.measure, options.ledger)
+            print("Now write the checksums of data/: python -m mi_helpers manifest --write\n")
         rows = read(options.ledger)
     except ValueError as error:
         print(error, file=sys.stderr)
