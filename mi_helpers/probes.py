@@ -513,6 +513,17 @@ def surprise(p: np.ndarray, y, classes: Sequence) -> np.ndarray:
     return -np.log(np.maximum(p[np.arange(len(p)), index], 1e-300))
 
 
+@torch.no_grad()
+def mass_on(model: LanguageModel, readings: Readings, words: Mapping[str, Sequence[str]]):
+    """What the model itself goes on with: the probability of each group's words as the next one,
+    (n, groups). Needs "resid_final"; of a word of several tokens, the first one counts."""
+    final = torch.tensor(readings["resid_final"]).to(model.device, model.dtype)
+    p = model.unembed(final).float().softmax(-1)  # (n, d_vocab)
+    first = {w: int(model.tokens(f" {w}", False)[0, 0]) for group in words.values() for w in group}
+    columns = [p[:, sorted({first[word] for word in group})].sum(-1) for group in words.values()]
+    return torch.stack(columns, -1).cpu().numpy()
+
+
 def entropy(p: np.ndarray) -> np.ndarray:
     """-Σ p log p over the last axis, in nats; 0 log 0 is 0."""
     return -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)

@@ -434,7 +434,7 @@ def test_a_kind_may_be_a_function_and_long_texts_are_left_out(model):
 
 
 def test_readings_and_sites_that_are_not_there(model):
-    with pytest.raises(ValueError, match="no kind 'mood'; there are: family, voice"):
+    with pytest.raises(ValueError, match="no kind 'mood'; there are: family, tense"):
         probes.collect(model, texts("prose", 1), "mood")
     with pytest.raises(ValueError, match="nothing|anything to read"):
         probes.collect(model, texts("facts", 2), "voice")
@@ -467,6 +467,15 @@ def test_the_majority_is_the_training_sets(model):
     )
     common = "plural" if (train.y == "plural").mean() > 0.5 else "singular"
     assert probes.majority(train, test) == np.mean(test.y == common)
+
+
+def test_mass_on_words_is_the_models_own_softmax(model):
+    read = probes.collect(model, texts("agreement", 4), "number", ["resid_final"])
+    got = probes.mass_on(model, read, {"singular": ["is", "was"], "plural": ["are", "were"]})
+    cut = read.documents[2].text[: read.marks[2].end]
+    p = model.forward(cut)[0, -1].softmax(-1)
+    want = sum(p[model.to_single_token(f" {word}")] for word in ("are", "were"))
+    assert got.shape == (4, 2) and math.isclose(got[2, 1], want.item(), rel_tol=1e-4)
 
 
 # -- does the model use it? ------------------------------------------------------------------

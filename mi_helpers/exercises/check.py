@@ -203,7 +203,7 @@ def fingerprint(function: types.FunctionType) -> tuple:
 
 
 def where(watched: Watched) -> str:
-    """", in line 3: `text`" for the deepest line of the answer's own file, or ""."""
+    """ ", in line 3: `text`" for the deepest line of the answer's own file, or ""."""
     line, number, step = "", None, watched.trace
     own = inspect.unwrap(watched.answer)
     while step is not None:
