@@ -140,6 +140,14 @@ def test_training_is_repeatable_and_keeps_the_best_restart():
     assert one.sparsity.tolist() == pytest.approx([0.5, 0.9])
 
 
+def test_training_uses_one_core_and_gives_the_others_back():
+    before = torch.get_num_threads()
+    assert superposition.on_one_core(torch.get_num_threads)() == 1
+    with pytest.raises(ValueError):
+        superposition.train(5, 2, 0.0)
+    assert torch.get_num_threads() == before
+
+
 def test_the_expected_loss_counts_blanks_exactly():
     toys = superposition.train(2, 1, 0.7, restarts=2, steps=50)
     x = superposition.sample(toys.sparsity, 2, 400_000, 0.0, generator())
