@@ -11,6 +11,8 @@ import torch
 from scipy.special import betainc
 from torch import Tensor
 
+from mi_helpers.superposition import on_one_core
+
 
 def cosines(V: Tensor) -> Tensor:
     """The |cos| of all pairs of rows of V (n, m) as (n, n), 0 on the diagonal and for rows of 0."""
@@ -81,6 +83,7 @@ def constructed(m: int, epsilon: float) -> float:
     return max(best, 2.0 * float(p) ** degree) if p > 2 and degree >= 2 else best
 
 
+@on_one_core
 def pack(n: int, m: int, epsilon: float = 0.1, steps: int = 600, seed: int = 0) -> Tensor | None:
     """n unit vectors in m dimensions (n, m) with every |cos| ≤ ε, or None where none were found.
 

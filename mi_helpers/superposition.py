@@ -11,8 +11,9 @@ After Elhage and others, "Toy Models of Superposition" (2022); the paper writes 
 W_i is the direction in which feature i is written, and the one along which it is read.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +57,25 @@ class Toys:
         """The instances with these numbers."""
         names = ("W", "b", "importance", "sparsity", "correlation", "loss")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+
+def on_one_core(function: Callable) -> Callable:
+    """A decorator: PyTorch uses one thread inside, and as many as before afterwards.
+
+    Toy matrices are so small that handing parts of them to other cores costs more than it saves,
+    many times more when these are busy.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return call
 
 
 # -- the data --------------------------------------------------------------------------------
@@ -154,6 +174,7 @@ def gradients(
     return torch.baddbmm(delta.mT @ h, x.mT, back), delta.sum(1)
 
 
+@on_one_core
 def expected_loss(toys: Toys, samples: int = 8192, seed: int = 1_000_003) -> Tensor:
     """The loss of every instance (instances,), on fresh inputs; blank ones are counted exactly."""
     generator = torch.Generator().manual_seed(seed)
@@ -170,6 +191,7 @@ def expected_loss(toys: Toys, samples: int = 8192, seed: int = 1_000_003) -> Ten
     return (1 - blank) * total / chunks + blank * on_blank
 
 
+@on_one_core
 def train(
     n_features: int,
     n_hidden: int,
@@ -382,6 +404,7 @@ def expected_interference(n: int, m: int, p: float = 1.0) -> float:
     return p * (n - 1) / m
 
 
+@on_one_core
 def measured_interference(
     n: int, m: int, p: float, samples: int = 500, draws: int = 10, seed: int = 0
 ) -> float:
@@ -455,6 +478,7 @@ def solution_found(W: Tensor) -> Tensor:
     return torch.where(both, 1, torch.where(first >= second, 0, 2))
 
 
+@on_one_core
 def exact_loss(
     W: Tensor, b: Tensor, density: Tensor, importance: Tensor, points: int = 64
 ) -> Tensor:

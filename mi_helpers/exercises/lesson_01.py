@@ -312,6 +312,7 @@ def search(n, m, epsilon):
     return unit.detach()
 
 
+@superposition.on_one_core
 def check_18(answer) -> None:
     n, m, epsilon = 52, 40, 0.1
     V = answer(n, m, epsilon)
