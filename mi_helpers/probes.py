@@ -21,16 +21,17 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.utils.parallel import ThreadpoolController
 from torch import Tensor
 
 from mi_helpers.models import Key, LanguageModel, load_model
+from mi_helpers.superposition import on_one_core
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.circuits import BE_FORMS
 from mi_helpers.tinyworld.prose import REGISTERS, TENSES, VOICES, topic_posterior
@@ -360,15 +361,20 @@ def fit_probe(x, y, C: float = 0.1, max_iter: int = 200) -> Pipeline:
         raise ValueError("The probe has no examples: give at least one of each class.")
     if len(set(y.tolist())) < 2:
         raise ValueError(f"All {n} labels are {y.tolist()[0]!r}: a probe needs two classes.")
-    sparse = scipy.sparse.issparse(x)
+    sparse = hasattr(x, "toarray")
     if not sparse and not np.isfinite(np.asarray(x, dtype=float)).all():
         raise ValueError("Some features are infinite or not numbers: look at the activations.")
     probe = make_pipeline(
         StandardScaler(with_mean=not sparse), LogisticRegression(C=C, max_iter=max_iter)
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _libraries().limit(limits=1):  # small: one core is faster
         warnings.simplefilter("ignore", ConvergenceWarning)  # to stop early is a penalty, too
         return probe.fit(x if sparse else np.asarray(x, dtype=np.float64), y)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _same_length(n: int, labels: int) -> None:
@@ -407,16 +413,12 @@ def control_labels(train: Readings, test: Readings, seed: int = 0) -> tuple:
     return tuple(np.array([table[word] for word in side.words]) for side in (train, test))
 
 
-def token_features(model: LanguageModel, tokens: np.ndarray) -> scipy.sparse.csr_matrix:
-    """What a model without context could use, (n, 2 · d_vocab): the previous token, and this one.
+def token_features(model: LanguageModel, tokens: np.ndarray):
+    """What a model without context could use: the previous token, and this one, each one-hot.
 
-    tokens (n, 2), as in `Readings.tokens`; each row has a 1 in either half.
+    tokens (n, 2), as in `Readings.tokens`; the result is sparse, (n, 2 · d_vocab).
     """
-    n = len(tokens)
-    columns = (tokens + [0, model.d_vocab]).ravel()
-    rows = np.repeat(np.arange(n), 2)
-    shape = (n, 2 * model.d_vocab)
-    return scipy.sparse.csr_matrix((np.ones(2 * n), (rows, columns)), shape)
+    return OneHotEncoder(categories=[range(model.d_vocab)] * 2).fit_transform(tokens)
 
 
 SERIES = ("probe", "control task", "untrained model", "two tokens")
@@ -829,6 +831,7 @@ class SineNets:
         """(nets, n): above 0 means y > sin x."""
         return (self.hidden(inputs)[-1] @ self.weights[-1] + self.biases[-1])[..., 0]
 
+    @on_one_core
     def train(self, steps: int = 1_000, rate: float = 1e-2, batch: int = 256) -> SineNets:
         """Adam on the logistic loss of fresh points, the rate falling to zero; returns itself."""
         parameters = [p.requires_grad_() for p in (*self.weights, *self.biases)]

@@ -100,7 +100,7 @@ def test_a_probe_of_names_and_of_sparse_counts():
     x, y = clouds()
     named = np.where(y, "plural", "singular")
     assert list(probes.fit_probe(x, named).classes_) == ["plural", "singular"]
-    features = probes.scipy.sparse.csr_matrix(np.stack([y, ~y], 1).astype(float))
+    features = probes.OneHotEncoder().fit_transform(y[:, None])
     assert probes.fit_probe(features, y).score(features, y) == 1
 
 
