@@ -904,24 +904,24 @@ def number_tasks(model: LanguageModel, seed: int, n: int = 300) -> tuple[NumberT
 
 def lost_without_the_subjects_number(seed: int) -> float:
     """The share of the verb's margin that is lost when the subject's number is removed."""
-    return removal(*number_tasks(_shipped(), seed), ("resid_post", 1), "head")[1].mean()
+    return removal(*number_tasks(_shipped(), seed), ("resid_post", 0), "head")[1].mean()
 
 
 def lost_without_the_other_nouns_number(seed: int) -> float:
     """The same for the number of the last noun before the verb, at that noun."""
-    return removal(*number_tasks(_shipped(), seed), ("resid_post", 1), "last")[1].mean()
+    return removal(*number_tasks(_shipped(), seed), ("resid_post", 0), "last")[1].mean()
 
 
 def both_numbers_read_out(seed: int) -> float:
     """The lower accuracy of the two probes, each at its own noun."""
     tasks = number_tasks(_shipped(), seed)
-    return min(removal(*tasks, ("resid_post", 1), place)[0] for place in ("head", "last"))
+    return min(removal(*tasks, ("resid_post", 0), place)[0] for place in ("head", "last"))
 
 
 def left_of_the_mean_difference(seed: int) -> float:
     """|difference of the class means| after it is projected out, as a share of what it was."""
     train, _ = number_tasks(_shipped(), seed, n=100)
-    x, y = train.stream["head"]["resid_post", 1], train.plural["head"]
+    x, y = train.stream["head"]["resid_post", 0], train.plural["head"]
     difference = mean_difference(x, y)
     left = mean_difference(project_out(x.astype(float), difference), y)
     return float(np.linalg.norm(left) / np.linalg.norm(difference))
