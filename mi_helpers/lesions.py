@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mi_helpers.models import LanguageModel, load_model, materialize
+from mi_helpers.architecture import materialize
+from mi_helpers.models import LanguageModel, load_model
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World
 

@@ -14,9 +14,10 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mi_helpers import lesions, plots, widgets
+from mi_helpers.architecture import architecture, empty_gemma2_2b
 from mi_helpers.exercises import lesson_00
 from mi_helpers.lesions import LesionLab, family_losses, lesion, make_batch
-from mi_helpers.models import LanguageModel, architecture, empty_gemma2_2b, load_model
+from mi_helpers.models import LanguageModel, load_model
 from mi_helpers.tinyworld import World
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "00_meet_the_model.ipynb"

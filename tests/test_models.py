@@ -14,7 +14,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mi_helpers import models
+from mi_helpers.architecture import architecture, empty_gemma2_2b, materialize
 from mi_helpers.models import LanguageModel, ModelError, load_model
+from mi_helpers.parity import parity_report
 
 TEXT = "The Eiffel Tower is in the city of Paris"  # 10 tokens with BOS, more than any window
 WORDS = [*TEXT.split(), "Rome", "cat", "sat"]
@@ -143,7 +145,7 @@ def hook_count(model):
 
 
 def test_parity_with_hugging_face(model, record_property):
-    report = models.parity_report(model)
+    report = parity_report(model)
     for site, gaps in report.items():
         record_property(site, gaps)
         print(f"{model.family:12} {site:15} {gaps}")
@@ -316,7 +318,7 @@ def test_norm_gain(model):
 
 def test_every_site_can_be_changed(model):
     plain = model(TEXT)
-    for site in models.parity_report(model):
+    for site in parity_report(model):
         if site in models.SITES:
             key = site if site in ("embed", "pos_embed", "resid_final") else (site, 1)
             noise = torch.Generator().manual_seed(0)
@@ -646,7 +648,7 @@ def test_dtype_and_modes(folders):
     assert model.dtype == torch.bfloat16 and model(TEXT).dtype == torch.bfloat16
     assert model.device.type == "cpu" and not model.hf.training
     assert model.config._attn_implementation == "eager"
-    report = models.parity_report(model)
+    report = parity_report(model)
     assert all(gap == 0 for gaps in report.values() for gap in gaps.values())
 
 
@@ -731,11 +733,11 @@ def test_offline_for_real(monkeypatch, tmp_path):
 
 
 def test_gemma2_2b_without_weights():
-    model = models.empty_gemma2_2b()
+    model = empty_gemma2_2b()
     assert model.n_parameters == 2_614_341_888
     assert (model.n_layers, model.d_model, model.n_heads, model.n_kv_heads) == (26, 2304, 8, 4)
     assert (model.d_head, model.d_mlp, model.d_vocab, model.n_ctx) == (256, 9216, 256_000, 8192)
-    rows = models.architecture(model)
+    rows = architecture(model)
     assert sum(row.parameters for row in rows) == 2_614_341_888
     assert rows[0].parameters == 589_824_000 and rows[0].weights == {"weight": (256_000, 2304)}
     with pytest.raises(ModelError, match=r"materialize\(model\)"):
@@ -743,7 +745,7 @@ def test_gemma2_2b_without_weights():
 
 
 def test_architecture_counts_every_parameter_once(model):
-    rows = models.architecture(model)
+    rows = architecture(model)
     assert sum(row.parameters for row in rows) == model.n_parameters
     names = [row.name for row in rows]
     assert len(set(names)) == len(names)
@@ -753,7 +755,7 @@ def test_architecture_counts_every_parameter_once(model):
 
 
 def test_architecture_of_a_gemma_block(gemma):
-    rows = [row for row in models.architecture(gemma) if row.name.startswith("blocks.0.")]
+    rows = [row for row in architecture(gemma) if row.name.startswith("blocks.0.")]
     order = ["ln1", "q", "k", "v", "rotary", "attn", "o", "ln1_post"]
     order += ["ln2", "gate", "in", "out", "ln2_post"]
     assert [row.name.removeprefix("blocks.0.") for row in rows] == order
@@ -761,14 +763,14 @@ def test_architecture_of_a_gemma_block(gemma):
     assert by_name["k"].weights == {"weight": (12, 20)}
     assert by_name["k"].activation == ("batch", "pos", 2, 6)
     assert "last 3 tokens" in by_name["attn"].does and by_name["attn"].parameters == 0
-    assert models.architecture(gemma)[-1].name == "softcap"
+    assert architecture(gemma)[-1].name == "softcap"
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "llama", "gpt2", "gpt_neox"])
 def test_materialize(family):
     """A meta model, materialised, given a normal model's weights: the same logits."""
     normal = build(family)
-    model, again = (models.materialize(build_empty(family), seed=3) for _ in range(2))
+    model, again = (materialize(build_empty(family), seed=3) for _ in range(2))
     ids = model.tokens(TEXT)
     random = model(ids)
     assert random.isfinite().all() and model.n_parameters == sum(
@@ -780,9 +782,9 @@ def test_materialize(family):
 
 
 def test_materialize_in_bf16_keeps_rotary_in_float32():
-    model = models.materialize(build_empty("gemma2"), torch.bfloat16)
+    model = materialize(build_empty("gemma2"), torch.bfloat16)
     with pytest.raises(ModelError, match="has weights already"):
-        models.materialize(model)
+        materialize(model)
     assert model.dtype == torch.bfloat16
     assert model.decoder.rotary_emb.inv_freq.dtype == torch.float32
     assert model.W_E.data_ptr() == model.lm_head.weight.data_ptr()

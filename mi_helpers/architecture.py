@@ -1,0 +1,152 @@
+"""What a model is made of: every step from token ids to logits, read off its own modules.
+
+`empty_gemma2_2b` is Gemma 2 2B's shape without weights; `materialize` fills such a shape.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+from mi_helpers.models import LanguageModel, ModelError
+
+
+def empty_gemma2_2b() -> LanguageModel:
+    """Gemma 2 2B's architecture on the meta device: every shape, no weights, no tokenizer.
+
+    The numbers are those of google/gemma-2-2b's config.json: 2,614,341,888 parameters.
+    """
+    config = Gemma2Config(
+        vocab_size=256_000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        max_position_embeddings=8192,
+        sliding_window=4096,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        rms_norm_eps=1e-6,
+        bos_token_id=2,
+    )
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return LanguageModel(hf, None, "google/gemma-2-2b (empty)")
+
+
+def materialize(
+    model: LanguageModel,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> LanguageModel:
+    """Give a meta model random weights, in place: for benchmarks, where only the shape matters.
+
+    Buffers that no checkpoint holds (rotary frequencies in float32, Gemma's embedding scale) are
+    filled again with their true values. The tie of the embedding is kept.
+
+    Raises:
+        ModelError: the model has weights already.
+    """
+    hf = model.hf
+    if model.device.type != "meta":
+        raise ModelError(f"{model.name} has weights already: materialize is for a meta model.")
+    for parameter in hf.parameters():
+        parameter.data = parameter.data.to(dtype)
+    hf.to_empty(device=device)
+    hf.tie_weights()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        hf.initialize_weights()
+    return LanguageModel(hf, model.tokenizer, model.name)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of the data flow; `activation` is its output's shape, batch and pos symbolic."""
+
+    name: str
+    module: str
+    does: str
+    weights: dict[str, tuple[int, ...]]
+    activation: tuple[str | int, ...]
+    parameters: int
+
+
+def architecture(model: LanguageModel) -> list[Row]:
+    """Every step from token ids to logits, read off the loaded modules; true on meta as well.
+
+    The parameter counts sum to `model.n_parameters`, as a tied unembedding counts as none.
+    """
+    m, config, rows = model, model.config, []
+    stream, heads = ("batch", "pos", m.d_model), ("batch", "pos", m.n_heads, m.d_head)
+    keys, neurons = ("batch", "pos", m.n_kv_heads, m.d_head), ("batch", "pos", m.d_mlp)
+    act = next(
+        getattr(config, n)
+        for n in ("hidden_activation", "hidden_act", "activation_function")
+        if getattr(config, n, None)
+    )
+    gated = m.layout.w_gate is not None
+    cap = getattr(config, "attn_logit_softcapping", None)
+    mix = f"soft-cap at {cap:g}, mask, softmax" if cap else "mask, softmax"
+
+    def add(name, module, does, activation, counted=True):
+        own = dict(module.named_parameters()) if counted and module is not None else {}
+        shapes = {n: tuple(p.shape) for n, p in own.items()}
+        kind = type(module).__name__ if module is not None else "function"
+        rows.append(Row(name, kind, does, shapes, activation, sum(p.numel() for p in own.values())))
+
+    qkv = (
+        [("qkv", "q", "queries, keys and values in one matrix", (*heads[:3], 3 * m.d_head))]
+        if m.layout.fused
+        else [
+            ("q", "q", "queries", heads),
+            ("k", "k", "keys", keys),
+            ("v", "v", "values", keys),
+            ("q_norm", "q_norm", "normalise each query", heads),
+            ("k_norm", "k_norm", "normalise each key", keys),
+        ]
+    )
+    steps = [
+        ("ln1", "ln1", "normalise the stream for attention", stream),
+        *qkv,
+        ("rotary", "rotary", "turn queries and keys by their position", heads),
+        ("attn", "attn", f"{mix}; each head mixes values: z", heads),
+        ("o", "o", "heads back to the stream's width, summed", stream),
+        ("ln1_post", "ln1_post", "normalise what attention adds", stream),
+        ("ln2", "ln2", "normalise the stream for the MLP", stream),
+        ("gate", "w_gate", f"gate of each neuron, through {act}", neurons),
+        ("in", "w_in", "times the gate" if gated else f"each neuron, through {act}", neurons),
+        ("out", "w_out", "neurons back to the stream's width", stream),
+        ("ln2_post", "ln2_post", "normalise what the MLP adds", stream),
+    ]
+    scale = getattr(m.part("embed"), "scalar_embed_scale", None)
+    does = f"look up each token's row, times {scale:g}" if scale else "look up each token's row"
+    add("embed", m.part("embed"), does, stream)
+    if m.layout.pos_embed:
+        add("pos_embed", m.part("pos_embed"), "add each position's row", stream)
+    for layer in range(m.n_layers):
+        local = _window(m, layer)
+        for name, part, does, activation in steps:
+            if getattr(m.layout, part) is not None:
+                does += f" (last {local} tokens)" if part == "attn" and local else ""
+                module, counted = m.part(part, layer), part not in ("attn", "rotary")
+                add(f"blocks.{layer}.{name}", module, does, activation, counted)
+    add("ln_final", m.ln_final, "normalise the stream", stream)
+    tied = m.lm_head.weight is m.part("embed").weight
+    logits = ("batch", "pos", m.d_vocab)
+    does = "a logit per token" + (", with the embedding's rows (tied)" if tied else "")
+    add("unembed", m.lm_head, does, logits, counted=not tied)
+    if m.softcap:
+        add("softcap", None, f"{m.softcap:g} tanh(logit / {m.softcap:g})", logits)
+    return rows
+
+
+def _window(model: LanguageModel, layer: int) -> int | None:
+    """The sliding window of a layer, the token itself included; None for full attention."""
+    kinds = getattr(model.config, "layer_types", None)
+    window = getattr(model.config, "sliding_window", None)
+    return window if kinds is None or kinds[layer] == "sliding_attention" else None
