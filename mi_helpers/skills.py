@@ -44,7 +44,7 @@ def encode(tokenizer, documents: list) -> Encoded:
             kept.append(document)
             rows.append([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id])
             ranges.append(where)
-    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id or 0)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
     return Encoded(kept, ids, torch.tensor([len(row) for row in rows]), ranges)

@@ -1,0 +1,100 @@
+"""`python -m benchmarks.graph_cost`: what an attribution graph costs, in seconds and memory.
+
+    tiny      16 tokens on tiny-gemma, random transcoders of 2,304 latents, 32 of them at a token
+    gemma     16 tokens on a model of Gemma 2 2B's shape with random weights, random transcoders of
+              16,384 latents, 64 of them at a token, on two layers; 5.2 GB of weights in bfloat16
+
+Each case runs in a process of its own, so that its peak memory is its own. Times depend on the
+machine; tests time nothing.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+
+import torch
+
+from mi_helpers.architecture import empty_gemma2_2b, materialize
+from mi_helpers.circuits import attribution_graph
+from mi_helpers.coders import SparseCoder
+from mi_helpers.graphs import FEATURE, Graph, graph_scores, prune
+from mi_helpers.models import load_model
+
+PROMPT = "the capital of the country of the Colosseum is the city of the old people"  # 16 tokens
+CASES = ("tiny", "gemma")
+
+
+def random_coders(d_model: int, latents: int, k: int, layers: list[int]) -> dict[int, SparseCoder]:
+    """A random TopK transcoder for each of these layers."""
+    return {i: SparseCoder(d_model, latents, d_model, k=k, seed=2 * i) for i in layers}
+
+
+def tiny_case(layers: list[int] | None, max_features: int | None) -> tuple[float, Graph]:
+    """Seconds and graph of tiny-gemma."""
+    model = load_model("tiny-gemma")
+    coders = random_coders(model.d_model, 2304, 32, list(range(model.n_layers)))
+    attribution_graph(model, coders, PROMPT, max_features=10)  # the first call pays for warming up
+    return timed(model, coders, PROMPT, max_features)
+
+
+def gemma_case(layers: list[int] | None, max_features: int | None) -> tuple[float, Graph]:
+    """Seconds and graph of a model of Gemma 2 2B's shape; its MLPs elsewhere are all error."""
+    model = materialize(empty_gemma2_2b(), torch.bfloat16)
+    coders = random_coders(model.d_model, 16_384, 64, layers or [6, 18])
+    ids = torch.randint(3, model.d_vocab, (15,), generator=torch.Generator().manual_seed(0))
+    return timed(model, coders, [2, *ids.tolist()], max_features)
+
+
+def timed(model, coders, prompt, max_features) -> tuple[float, Graph]:
+    start = time.perf_counter()
+    options = {"max_features": max_features, "allow_missing": True}
+    graph = attribution_graph(model, coders, prompt, **options)
+    return time.perf_counter() - start, graph
+
+
+def peak_gib() -> float:
+    """The most memory this process has held, GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def report(case: str, layers: list[int] | None, max_features: int | None) -> None:
+    """Run one case and print its numbers."""
+    seconds, graph = {"tiny": tiny_case, "gemma": gemma_case}[case](layers, max_features)
+    start = time.perf_counter()
+    small = prune(graph, 0.95, 0.98)
+    pruning = time.perf_counter() - start
+    replacement, completeness = graph_scores(graph)
+    print(
+        f"{case}: {seconds:.2f} s with {torch.get_num_threads()} threads, "
+        f"peak {peak_gib():.2f} GiB; {len(graph)} nodes, {int(graph.mask(FEATURE).sum())} "
+        f"features, {int((graph.adjacency != 0).sum())} edges; edge error "
+        f"{graph.edge_error.absolute:.1e} (of the terms: {graph.edge_error.scaled:.1e}); pruned to "
+        f"{len(small)} nodes in {pruning:.2f} s; replacement {replacement:.2f}, completeness "
+        f"{completeness:.2f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Every case named on the command line, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", help=f"some of {', '.join(CASES)}; all by default")
+    parser.add_argument("--layers", type=int, nargs="+", help="of gemma's transcoders: 6 18")
+    parser.add_argument("--max-features", type=int, help="as attribution_graph takes it")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.cases) - set(CASES):
+        parser.error(f"there is no case {', '.join(sorted(unknown))}: choose of {CASES}")
+    for case in chosen.cases or CASES:
+        arguments = (case, chosen.layers, chosen.max_features)
+        process = multiprocessing.get_context("spawn").Process(target=report, args=arguments)
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"{case} ended with exit code {process.exitcode}")
+
+
+if __name__ == "__main__":
+    main()

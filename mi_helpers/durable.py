@@ -1,0 +1,160 @@
+"""Files that survive: written whole or not at all, checked when they are read.
+
+A file is written under another name, flushed to the disk, and then renamed, so whoever opens it
+finds the old content or the new one, also after a SIGKILL or a power cut. Tensors are safetensors
+files that carry the checksum of their own content.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+PART, META = ".part", "mi_helpers"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class RunError(ValueError):
+    """What stopped a run, and what to do about it: in one sentence."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write(temporary path)`, flush it to the disk, rename it to `path`.
+
+    Raises:
+        RunError: the disk is full, or the file cannot be written; what was there before is intact.
+    """
+    temporary = path.with_name(path.name + PART)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(why_not_written(path, error)) from error
+
+
+def flush(path: Path) -> None:
+    """fsync of a file, or of a folder (which makes a rename in it durable; not on Windows)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def why_not_written(path: Path, error: BaseException) -> str:
+    """One sentence for a failed write: a full disk is named as one."""
+    message = str(error)
+    full = getattr(error, "errno", None) in FULL
+    if full or any(f"(os error {code})" in message for code in FULL):
+        return (
+            f"The disk is full: {path.name} could not be written to {path.parent}. Free some "
+            "space and run the same command again: nothing that was written before is lost."
+        )
+    return f"{path} could not be written: {message}."
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, atomically."""
+    write_atomically(path, lambda to: to.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def write_json(path: Path, value) -> None:
+    """A JSON file, atomically, with sorted keys."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file; RunError names it when it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing.") from None
+    except ValueError:
+        raise RunError(f"{path} is damaged: it is not JSON. Delete it and run again.") from None
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over name, dtype, shape and bytes of every tensor, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping | None = None) -> str:
+    """Tensors and a JSON-able `about`, atomically; returns the checksum that is saved with them."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest = checksum(held)
+    said = {"sha256": digest, "about": dict(about or {})}
+    metadata = {META: json.dumps(said, sort_keys=True)}  # one entry: their order is not kept
+    write_atomically(path, lambda to: save_file(held, to, metadata))
+    return digest
+
+
+def load_tensors(path: Path, check: bool = True, advice: str = "") -> tuple[dict, dict]:
+    """(tensors, about) of a file that `save_tensors` wrote.
+
+    Raises:
+        RunError: it is missing, truncated, or not what was written; `advice` says what to do.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            said = read_said(file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing. {advice}".strip()) from None
+    except (SafetensorError, OSError) as error:
+        reason = f"{path} is truncated or damaged ({error})."
+        raise RunError(f"{reason} {advice}".strip()) from None
+    if check and said["sha256"] != checksum(tensors):
+        raise RunError(f"{path} is not what was written: its checksum differs. {advice}".strip())
+    return tensors, said["about"]
+
+
+def read_said(file) -> dict:
+    """What `save_tensors` wrote into an open file's head."""
+    try:
+        return json.loads(file.metadata()[META])
+    except (KeyError, TypeError, ValueError):
+        return {"sha256": None, "about": {}}
+
+
+def read_about(path: Path) -> tuple[str, dict]:
+    """(checksum as written, about) from a file's head alone; RunError when it is truncated."""
+    try:
+        with safe_open(path, "pt") as file:
+            said = read_said(file)
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing.") from None
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} is truncated or damaged ({error}).") from None
+    return said["sha256"] or "", said["about"]
+
+
+def need_space(folder: Path, needed: float, what: str) -> None:
+    """RunError, before any work, when the disk of `folder` has less than `needed` bytes free."""
+    there = folder
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise RunError(
+            f"{what} needs {needed / 1e9:.1f} GB of disk and {folder} has {free / 1e9:.1f} GB "
+            "free: free some space, or ask for fewer tokens."
+        )

@@ -1,0 +1,70 @@
+"""One process or many: what `torchrun` starts, and what the processes say to each other.
+
+processes = start()          # reads RANK and WORLD_SIZE; alone where torchrun was not used
+processes.sum_(tensor)       # the sum over all processes, in place
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RENDEZVOUS = "MI_RENDEZVOUS"  # such as file:///path, in place of torchrun's address and port
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process is number `rank` of `size`; number 0 writes what is written once."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def share(self, n: int) -> slice:
+        """This process's part of n rows, contiguous; the parts differ by at most one row."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+
+ALONE = Processes()
+
+
+def start(device: str | None = None) -> Processes:
+    """Join the processes that torchrun started: nccl on CUDA devices, gloo elsewhere."""
+    size, rank = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", local % torch.cuda.device_count())
+    if size == 1:
+        return Processes(device=where)
+    if not dist.is_initialized():
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        dist.init_process_group(
+            backend, os.environ.get(RENDEZVOUS, "env://"), rank=rank, world_size=size
+        )
+    return Processes(rank, size, where)
+
+
+def finish() -> None:
+    """Leave the group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,422 @@
+"""Lesson 03: pairs of prompts, gates, paths and the pronoun skew, by hand and on tiny models."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_model, word_tokenizer
+
+from mi_helpers import patching_figures as figures
+from mi_helpers import patching_lab as lab
+from mi_helpers import plots
+from mi_helpers.lesions import LesionLab, make_batch
+from mi_helpers.models import ModelError, load_model
+from mi_helpers.patching import activation_patch
+from mi_helpers.tinyworld import lexicon
+from mi_helpers.widgets import corners
+
+FAMILIES = ("gemma2", "llama", "gpt_neox")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet_machine():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_model("tiny-gemma")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model(tokenizer=word_tokenizer())
+
+
+def small_pairs(model):
+    texts = [("the cat sat on the", "the dog sat on the"), ("a hat was in the", "a mat was in the")]
+    return lab.make_pairs(model, texts, [(" mat", " hat"), (" cat", " dog")])
+
+
+# -- gates -----------------------------------------------------------------------------------
+
+
+def test_gates_are_logic_on_bits():
+    for bits in ([0, 0], [0, 1], [1, 0], [1, 1]):
+        wires = torch.tensor(bits, dtype=torch.float32)
+        assert lab.gate_and(wires) == float(all(bits))
+        assert lab.gate_or(wires) == float(any(bits))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_two_directions_contradict_each_other(n):
+    for wire in range(n):
+        assert lab.gate_effects(lab.gate_and, n, wire) == {"denoise": 0.0, "noise": 1.0}
+        assert lab.gate_effects(lab.gate_or, n, wire) == {"denoise": 1.0, "noise": 0.0}
+
+
+def test_a_gate_of_another_kind_is_measured_as_it_is():
+    mean = lab.gate_effects(lambda wires: wires.mean(-1), 4, 1)
+    assert mean == {"denoise": 0.25, "noise": 0.25}
+
+
+@pytest.mark.parametrize(("n", "wire"), [(1, 0), (2, 2), (3, -1)])
+def test_a_wire_that_is_not_there(n, wire):
+    with pytest.raises(ValueError, match=f"Wire {wire} of {n} is no choice"):
+        lab.gate_effects(lab.gate_or, n, wire)
+
+
+# -- pairs -----------------------------------------------------------------------------------
+
+
+def test_pairs_line_up(tiny):
+    pairs = small_pairs(tiny)
+    assert len(pairs) == 2 and pairs.clean.shape == pairs.corrupted.shape == (2, 6)
+    assert pairs.subject == [2]
+    assert tiny.str_tokens(pairs.clean[1])[2] == " hat"
+    assert tiny.str_tokens(pairs.corrupted[1])[2] == " mat"
+    assert pairs.answer == [tiny.to_single_token(" mat"), tiny.to_single_token(" cat")]
+    one = pairs[1]
+    assert len(one) == 1 and one.texts == [pairs.texts[1]] and one.wrong == pairs.wrong[1:]
+    assert torch.equal(one.clean, pairs.clean[1:])
+    assert pairs.columns(tiny) == ["<bos>", "the", "name", "sat", "on", "the"]
+
+
+def test_pairs_that_do_not_line_up(tiny):
+    with pytest.raises(ModelError, match="4 to 5 tokens"):
+        lab.make_pairs(tiny, [("the cat sat", "the old dog sat")], [(" mat", " hat")])
+    with pytest.raises(ModelError, match="2 tokens"):
+        lab.make_pairs(tiny, [("the cat sat", "the dog sat")], [(" big hat", " hat")])
+
+
+def test_landmarks_of_one_length_in_different_cities(shipped):
+    pairs = lab.fact_pairs(shipped, 8, seed=1)
+    city = {place.name: place.city for place in lexicon.landmarks()}
+    cut = slice(len("The "), -len(" is in the city of"))
+    for (a, b), right, wrong in zip(pairs.texts, pairs.answer, pairs.wrong, strict=True):
+        assert city[a[cut]] != city[b[cut]]
+        assert shipped.tokenizer.decode([right]) == " " + city[a[cut]]
+        assert shipped.tokenizer.decode([wrong]) == " " + city[b[cut]]
+    assert pairs.texts == lab.fact_pairs(shipped, 8, seed=1).texts
+    assert pairs.texts != lab.fact_pairs(shipped, 8, seed=2).texts
+    alike = lab.fact_pairs(shipped, 8, seed=1, same_city=True)
+    assert all(city[a[cut]] == city[b[cut]] for a, b in alike.texts)
+    assert all(right != wrong for right, wrong in zip(alike.answer, alike.wrong, strict=True))
+
+
+def test_a_model_without_the_words(tiny):
+    with pytest.raises(ValueError, match="too few landmarks"):
+        lab.fact_pairs(tiny, 2, seed=0)
+
+
+def test_a_landmark_as_long_as_another(shipped):
+    place = lab.as_long_as(shipped, "Eiffel Tower", "Rome")
+    assert place.city == "Rome"
+    lengths = [len(shipped.str_tokens(name)) for name in ("The Eiffel Tower", f"The {place.name}")]
+    assert lengths[0] == lengths[1]
+    assert lab.as_long_as(shipped, "Eiffel Tower", "Nowhere").city not in ("Paris", "Nowhere")
+    with pytest.raises(ValueError, match="no landmark 'Ivory Tower'"):
+        lab.as_long_as(shipped, "Ivory Tower", "Rome")
+
+
+def test_swapped_words_leave_the_possible_answers_where_they_stand(shipped):
+    pairs = lab.swap_pairs(shipped, 4, seed=0)
+    clean, corrupted = pairs.clean, pairs.corrupted
+    assert pairs.subject == [4, 7]
+    assert torch.equal(clean[:, 4], corrupted[:, 7]) and torch.equal(clean[:, 7], corrupted[:, 4])
+    assert torch.equal(clean[:, -1], clean[:, 4]) and torch.equal(clean[:, -1], corrupted[:, -1])
+    assert clean[:, 5].tolist() == pairs.answer and clean[:, 8].tolist() == pairs.wrong
+    with pytest.raises(ValueError, match="too short"):
+        lab.swap_pairs(shipped, 1, 0, length=5)
+
+
+# -- over many pairs -------------------------------------------------------------------------
+
+
+def test_the_ruler_of_prompts_that_agree(tiny):
+    pairs = small_pairs(tiny)
+    ruler = lab.in_units_of(pairs, tiny, 2.0, pairs.corrupted)
+    raw = pairs.metric(tiny)
+    logits = [tiny.forward(ids)[:, -1] for ids in (pairs.corrupted, pairs.clean)]
+    assert float(ruler(logits[0])) == pytest.approx(0, abs=1e-5)
+    assert float(ruler(logits[1])) == pytest.approx((raw.clean - raw.corrupted) / 2, abs=1e-4)
+
+
+def test_the_way_from_one_run_to_the_other(tiny):
+    one = small_pairs(tiny)[0]
+    whole = activation_patch(tiny, one.clean, one.corrupted, "resid_pre", one.metric(tiny))
+    way = lab.along(tiny, one, "resid_pre", 1, 2, [0, 0.5, 1])
+    assert way.shape == (3,)
+    assert way[0] == pytest.approx(0, abs=1e-4)
+    assert way[2] == pytest.approx(float(whole[1, 2]), abs=1e-4)
+
+
+def test_true_effects_and_estimates_have_the_same_cells(tiny):
+    pairs = small_pairs(tiny)
+    for site, cells in (("mlp_out", 3 * 4), ("z", 3 * 2 * 4)):
+        for mode in ("denoise", "noise"):
+            true, guess = lab.true_and_guess(tiny, pairs, site, mode)
+            assert true.shape == guess.shape == (2, cells)
+    one = pairs[1]
+    effect = activation_patch(tiny, one.clean, one.corrupted, "mlp_out", one.metric(tiny), "noise")
+    true, _ = lab.true_and_guess(tiny, pairs, "mlp_out", "noise")
+    assert np.allclose(true[1], effect[:, 2:].numpy().ravel() - 1, atol=1e-5)
+
+
+def test_ranks_and_the_strongest():
+    assert lab.rank_correlation([1, 2, 3], [10, 20, 1000]) == pytest.approx(1)
+    assert lab.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert lab.strongest([[0.1, 0.9], [0.5, -2.0]], 3) == [(0, 1), (1, 0), (0, 0)]
+
+
+# -- the pronoun skew --------------------------------------------------------------------------
+
+
+def test_the_slope_is_the_share_of_the_skew():
+    truth = lab.true_log_odds()
+    assert lab.skew(truth) == pytest.approx(1)
+    assert lab.skew(0.3 * truth + 5) == pytest.approx(0.3)
+    assert lab.skew(np.ones(len(truth))) == pytest.approx(0)
+    jobs = ["nurse", "farmer"]
+    assert np.allclose(lab.true_log_odds(jobs), [np.log(9), -np.log(9)])
+
+
+def test_nats_lost_is_a_divergence():
+    assert lab.nats_lost(lab.true_log_odds()) == pytest.approx(0)
+    even = lab.nats_lost(np.zeros(2), ["nurse", "farmer"])  # both 0.9 and 0.1 against one half
+    assert even == pytest.approx(np.log(2) + 0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+
+
+def test_sentences_differ_in_the_occupation_only():
+    texts = lab.pronoun_texts(3, ["nurse", "farmer", "judge"])
+    frames = {
+        text.replace(job, "X")
+        for text, job in zip(texts, ["nurse", "farmer", "judge"], strict=True)
+    }
+    assert len(frames) == 1 and not {" she", " he"} & {texts[0][-4:], texts[0][-3:]}
+    assert lab.pronoun_texts(3, ["nurse"]) == texts[:1]
+    assert any(lab.pronoun_texts(s, ["nurse"]) != texts[:1] for s in range(6))
+
+
+def test_sides_are_the_ends():
+    she, he = lab.sides(["nurse", "farmer", "judge", "doctor"], share=0.25)
+    assert (she, he) == (["judge"], ["farmer"])
+
+
+def test_pronoun_pairs_go_from_he_to_she(shipped):
+    pairs = lab.pronoun_pairs(shipped, 6, seed=0)
+    p = lexicon.occupations()
+    for clean, corrupted in pairs.texts:
+        (a,) = set(clean.replace(",", "").split()) - set(corrupted.replace(",", "").split())
+        (b,) = set(corrupted.replace(",", "").split()) - set(clean.replace(",", "").split())
+        assert p[a] > 0.6 and p[b] < 0.4
+    metric = pairs.metric(shipped)
+    assert metric.clean > 0 > metric.corrupted
+
+
+def test_the_models_log_odds_are_those_of_its_probabilities(shipped):
+    texts = ["The nurse said that", "In the evening the farmer knew that"]  # unequal lengths
+    found = lab.log_odds(shipped, texts)
+    for text, value in zip(texts, found, strict=True):
+        p = shipped(text)[0, -1].softmax(-1)
+        she, he = (p[shipped.to_single_token(word)] for word in (" she", " he"))
+        assert value == pytest.approx(float((she / he).log()), abs=1e-3)
+
+
+def test_hooks_together_are_applied_in_turn(tiny):
+    parts = [{("z", 1): lambda x: x + 1}, {("z", 1): lambda x: x * 2, "embed": lambda x: x}]
+    joined = lab.together(parts)
+    assert set(joined) == {("z", 1), "embed"}
+    assert torch.equal(joined["z", 1](torch.ones(2)), torch.full((2,), 4.0))
+
+
+def test_other_heads_are_as_many_in_the_same_layers(tiny):
+    wide = tiny_model(num_attention_heads=4, num_key_value_heads=2, tokenizer=word_tokenizer())
+    spared = [(0, 1), (2, 0), (2, 3)]
+    for seed in range(5):
+        other = lab.random_heads(wide, 3, seed, spared)
+        assert len(set(other)) == 3 and not set(other) & set(spared)
+        assert sorted(layer for layer, _ in other) == [0, 2, 2]
+    assert lab.random_heads(wide, 3, 0, spared) == lab.random_heads(wide, 3, 0, spared)
+    assert len(set(lab.random_heads(tiny, 3, 0, [(0, 0)]))) == 3
+
+
+def test_a_direction_taken_out_is_level_with_the_centre(tiny):
+    key, v, centre = ("resid_post", 1), np.arange(1.0, 13.0), np.linspace(-1, 1, 12)
+    with tiny.hooks(lab.without_direction(key, v, centre)):
+        _, after = tiny.run_with_cache("the cat sat on the mat", key)
+    _, before = tiny.run_with_cache("the cat sat on the mat", key)
+    unit = v / np.linalg.norm(v)
+    level = (after[key][0, 1:].numpy() - centre) @ unit
+    assert np.allclose(level, 0, atol=1e-4)
+    change = (after[key] - before[key])[0].numpy()
+    assert np.allclose(change[0], 0) and not np.allclose(change[1:], 0)
+    assert np.allclose(change - np.outer(change @ unit, unit), 0, atol=1e-4)  # along v alone
+
+
+def test_the_skew_has_a_direction_and_its_removal_spares_the_rest(shipped):
+    key = ("resid_post", shipped.n_layers // 2)
+    learn, test = lab._halves()
+    assert not set(learn) & set(test) and len(learn) == len(test) == 20
+    hooks = lab.without_direction(key, *lab.skew_direction(shipped, key, learn, range(3)))
+    intact, after = (lab.mean_log_odds(shipped, test, h, range(3)) for h in (None, hooks))
+    assert lab.skew(intact, test) > 0.8
+    assert lab.skew(after, test) < 0.6 * lab.skew(intact, test)
+    batch = make_batch(shipped, answers=4, families=("facts", "repetition", "agreement"))
+    assert max(lab.damage(shipped, batch, hooks).values()) < 0.5
+    assert lab.damage(shipped, batch, {}) == dict.fromkeys(batch.names, 0.0)
+
+
+def test_silenced_heads_are_silenced_together(shipped):
+    batch = make_batch(shipped, answers=4, families=("facts",))
+    surgery = LesionLab(shipped, batch, batch)
+    hooks = lab.without_heads(surgery, [(0, 1), (0, 3), (2, 0)])
+    with shipped.hooks(hooks):
+        _, cache = shipped.run_with_cache(batch.ids, ["z"])
+    means = {key: x.mean(0) for key, x in surgery.reference.items()}
+    for layer, head in ((0, 1), (0, 3), (2, 0)):
+        assert torch.allclose(cache["z", layer][:, 1:, head], means["z", layer][head], atol=1e-4)
+
+
+# -- paths -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_attention_adds_changes_as_in_a_patched_run(family):
+    model = tiny_model(family=family, tokenizer=word_tokenizer())
+    pairs = small_pairs(model)
+    _, other = model.run_with_cache(pairs.corrupted, "z")
+    _, before = model.run_with_cache(pairs.clean, "attn_out")
+
+    def put_in(z):
+        z[:, :, 1] = other["z", 1][:, :, 1]
+        return z
+
+    with model.hooks({("z", 1): put_in}):
+        _, after = model.run_with_cache(pairs.clean, "attn_out")
+    found = lab.written_change(model, pairs, 1, 1)
+    assert torch.allclose(found, after["attn_out", 1] - before["attn_out", 1], atol=1e-5)
+    bare = lab.written_change(model, pairs, 1, 1, post_norm=False)
+    _, z = model.run_with_cache(pairs.clean, "z")
+    by_hand = (other["z", 1] - z["z", 1])[:, :, 1] @ model.weight("W_O", 1)[1]
+    assert torch.allclose(bare, by_hand, atol=1e-5)
+    assert torch.allclose(found, bare, atol=1e-5) == (family != "gemma2")
+
+
+def test_a_direct_effect_reaches_the_final_norm_alone(tiny):
+    pairs = small_pairs(tiny)
+    delta = lab.written_change(tiny, pairs, 0, 1)
+    _, cache = tiny.run_with_cache(pairs.clean, "resid_final")
+    logits = tiny.unembed(cache["resid_final"][:, -1] + delta[:, -1])
+    want = 1 - float(pairs.metric(tiny)(logits))
+    assert lab.direct_effect(tiny, pairs, 0, 1) == pytest.approx(want, abs=1e-4)
+    assert want != 0
+
+
+def test_who_writes_and_who_reads():
+    effect = np.zeros((4, 2, 3))  # layers, heads, positions
+    effect[2, 0, -1] = effect[3, 1, -1] = 0.5  # they read
+    effect[0, 1, 1], effect[1, 0, 0], effect[3, 0, 1] = 0.2, 0.6, 0.9  # the last is too late
+    effect[1, 1, 1] = 0.05  # too little
+    assert lab.writers_and_readers(torch.tensor(effect)) == ([(1, 0), (0, 1)], [2, 3])
+    for nothing in (np.zeros((4, 2, 3)), effect * (np.arange(3) == 2), effect[2:]):
+        with pytest.raises(ValueError, match="No two heads"):
+            lab.writers_and_readers(nothing)
+
+
+def test_the_path_goes_through_the_keys_and_not_through_the_values():
+    assert lab.path_through_keys(0) > 0.5
+    assert abs(lab.path_through_values(0)) < 0.25
+
+
+# -- figures ---------------------------------------------------------------------------------
+
+
+def test_positions_are_named_by_both_prompts(tiny):
+    pairs = small_pairs(tiny)
+    names = figures.token_names(tiny, pairs.clean[0], pairs.corrupted[0])
+    assert names == ["0 <bos>", "1 the", "2 cat/dog", "3 sat", "4 on", "5 the"]
+
+
+def test_the_explorer_draws_every_state(shipped):
+    explorer = figures.PatchingExplorer(shipped)
+    controls = {
+        "clean": "The Eiffel Tower is in the city of",
+        "corrupted": "The Trevi Fountain is in the city of",
+        "answers": "",
+        "site": list(figures.SITES),
+        "mode": ["denoise", "noise"],
+    }
+    for values in corners(**controls):
+        assert plots.render(explorer(**values)).startswith(b"\x89PNG")
+
+
+def test_the_explorer_patches_a_pair_once(shipped, monkeypatch):
+    explorer = figures.PatchingExplorer(shipped)
+    state = ("The judge said that", "The butcher said that", "", "attn_out", "noise")
+    explorer(*state)
+    monkeypatch.setattr(figures, "activation_patch", None)
+    explorer(*state)
+
+
+def test_the_explorer_takes_answers_of_ones_own(shipped):
+    explorer = figures.PatchingExplorer(shipped)
+    prompts = ("The keys near the cabinet", "The key near the cabinet")
+    assert "are over is" in explorer(*prompts, "are/is", "heads", "noise").axes[0].get_title("left")
+    _, metric, _ = explorer.prompts(*prompts, "are/is")
+    assert metric.clean > 0 > metric.corrupted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"corrupted": "The Colosseum is in the city of"}, "9 tokens and the corrupted one 8"),
+        ({"corrupted": "The Moulin Rouge is in the city of"}, "completed with 'Paris'"),
+        ({"clean": ""}, "is empty"),
+        ({"corrupted": "The Eiffel Tower is in the city of"}, "are the same"),
+        ({"site": "head"}, "no site 'head'"),
+        ({"answers": "Paris"}, "two words with a slash"),
+        ({"answers": "Paris / Paris"}, "the same token"),
+        ({"answers": "Paris / Lutetia Parisiorum"}, "tokens|vocabulary"),
+    ],
+)
+def test_the_explorer_says_what_is_wrong(shipped, change, message):
+    values = {
+        "clean": "The Eiffel Tower is in the city of",
+        "corrupted": "The Trevi Fountain is in the city of",
+        "answers": "",
+        "site": "heads",
+        "mode": "denoise",
+    }
+    with pytest.raises(ValueError, match=message) as raised:
+        figures.PatchingExplorer(shipped)(**values | change)
+    assert "\n" not in str(raised.value)
+
+
+def test_maps_keep_their_numbers():
+    picture = figures.effect_maps(
+        {"a": [[0.0, 0.5], [-1.0, 0.001]], "b": np.zeros((2, 2))}, ["0 x", "1 yy"], ["0", "1"]
+    )
+    first = picture.axes[0]
+    assert [text.get_text() for text in first.texts] == ["0.50", "-1.00"]  # no zeros
+    assert np.array_equal(first.images[0].get_array(), [[0.0, 0.5], [-1.0, 0.001]])
+    with pytest.raises(ValueError, match=r"'a' has shape \(2, 2\), expected \(1, 2\)"):
+        figures.effect_maps({"a": np.zeros((2, 2))}, ["0", "1"], ["0"])
+
+
+def test_curves_and_clouds():
+    picture = figures.along_the_way([0, 0.5, 1], {"task": ([0, 0.9, 1.0], 0.3)})
+    true, line = picture.axes[0].lines[:2]
+    assert np.allclose(true.get_ydata(), [0, 0.9, 1]) and np.allclose(
+        line.get_ydata(), [0, 0.15, 0.3]
+    )
+    with pytest.raises(ValueError, match="2 values for 3 shares"):
+        figures.along_the_way([0, 0.5, 1], {"task": ([0, 1], 0.3)})
+    picture = figures.true_against_guess({"cities": ([[0, 1]], [[0.1, 0.4]])})
+    assert np.allclose(picture.axes[0].lines[1].get_xydata(), [[0, 0.1], [1, 0.4]])
+    picture = figures.skew_clouds([-1, 1], {"model": [-0.9, 1.1]})
+    assert np.allclose(picture.axes[0].lines[1].get_ydata(), [-0.9, 1.1])
+    with pytest.raises(ValueError, match="1 values for 2 occupations"):
+        figures.skew_clouds([-1, 1], {"model": [0.5]})

@@ -1,0 +1,308 @@
+"""Lesson 06: sparse coding of images, the SAE laboratory, its figures, and what it ships."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import Lasso
+
+from mi_helpers import coder_files, image_coding, sae_figures, sae_lab
+from mi_helpers.coders import SparseCoder
+from mi_helpers.features import Features
+from mi_helpers.models import load_model
+from mi_helpers.plots import render
+from mi_helpers.scores import Firings
+from mi_helpers.widgets import corners
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("tiny-gemma")
+
+
+def directions(n, d, seed=0):
+    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def sparse_rows(n, true, k=2, seed=0):
+    """Sums of k of the true directions."""
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.rand(n, len(true), generator=generator).topk(k).indices
+    size = 1 + torch.rand(n, k, generator=generator)
+    return (size[..., None] * true[which]).sum(1)
+
+
+# -- images ----------------------------------------------------------------------------------
+
+
+def test_whitening_makes_the_spectrum_of_an_image_flat():
+    rng = np.random.default_rng(0)
+    f = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.fftfreq(256)[None])
+    noise = np.fft.fft2(rng.normal(size=(256, 256)))
+    natural = np.fft.ifft2(noise / np.maximum(f, 1 / 256)).real  # amplitude 1/f
+    white = image_coding.whiten(natural)
+    assert white.std() == pytest.approx(1)
+    power = np.abs(np.fft.fft2(white)) ** 2
+    low, high = power[(f > 0.02) & (f < 0.05)].mean(), power[(f > 0.15) & (f < 0.2)].mean()
+    assert low == pytest.approx(high, rel=0.25)
+    before = np.abs(np.fft.fft2(natural)) ** 2
+    assert before[(f > 0.02) & (f < 0.05)].mean() > 10 * before[(f > 0.15) & (f < 0.2)].mean()
+
+
+def test_patches_are_pieces_of_the_images_and_depend_on_the_seed():
+    images = [np.arange(400.0).reshape(20, 20), 1000 + np.arange(300.0).reshape(15, 20)]
+    x = image_coding.patches(images, 7, size=3, seed=1)
+    assert x.shape == (7, 9) and sum(row[0] >= 1000 for row in x.tolist()) == 3
+    for row in x.reshape(-1, 3, 3):
+        assert torch.equal(row - row[0, 0], torch.tensor([[0.0, 1, 2], [20, 21, 22], [40, 41, 42]]))
+    assert torch.equal(x, image_coding.patches(images, 7, size=3, seed=1))
+    assert not torch.equal(x, image_coding.patches(images, 7, size=3, seed=2))
+    with pytest.raises(ValueError, match="Image 1 has 15 × 20 pixels"):
+        image_coding.patches(images, 7, size=16)
+
+
+def test_gaussian_rows_have_the_covariance_of_the_rows_they_are_like():
+    x = sparse_rows(20_000, directions(12, 4), seed=3)
+    like = image_coding.gaussian_like(x, seed=1)
+    assert torch.allclose(torch.cov(like.T), torch.cov(x.T), atol=0.05)
+    assert torch.allclose(like.mean(0), x.mean(0), atol=0.05)
+
+
+def test_sparse_codes_are_the_lasso_of_scikit_learn():
+    filters, x = directions(20, 9), sparse_rows(6, directions(20, 9), k=3)
+    codes = image_coding.sparse_codes(x, filters, penalty=0.2, steps=400)
+    lasso = Lasso(alpha=0.2 / 9, fit_intercept=False, tol=1e-6, max_iter=100_000)
+    for row, code in zip(x, codes, strict=True):
+        want = lasso.fit(filters.T.double().numpy(), row.double().numpy()).coef_
+        assert code.numpy() == pytest.approx(want, abs=1e-3)
+    assert 0 < (codes != 0).float().mean() < 0.6
+
+
+def test_learning_finds_the_filters_that_patches_were_made_of():
+    true = directions(9, 9, seed=5)
+    found = image_coding.learn(sparse_rows(4_000, true), 9, penalty=0.1, steps=300, batch=200)
+    best = (found @ true.T).abs().max(0).values
+    assert (best > 0.98).sum() >= 8
+    blank = image_coding.learn(image_coding.gaussian_like(sparse_rows(4_000, true)), 9, 0.1, 300)
+    assert ((blank @ true.T).abs().max(0).values > 0.98).sum() <= 2
+
+
+def test_spread_and_orientation_by_hand():
+    point, flat = np.zeros((2, 8, 8))
+    point[3, 5], flat[:] = 1, 1
+    stripes = np.tile(np.cos(np.pi / 2 * np.arange(8)), (8, 1))
+    dots = stripes * stripes.T
+    filters = np.stack([point, flat, stripes, dots]).reshape(4, 64)
+    assert image_coding.spread(filters)[:2] == pytest.approx([0, 1])
+    assert image_coding.spread(filters)[2] > 0.9
+    found = image_coding.orientation(filters)
+    assert found[0] < 0.05 and found[2] > 0.8 and found[3] < 0.1
+    local = stripes * np.exp(-((np.arange(8) - 3) ** 2 + (np.arange(8)[:, None] - 4) ** 2) / 4)
+    three = np.stack([local, stripes, point]).reshape(3, 64)
+    assert image_coding.localised_and_oriented(three) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="no square"):
+        image_coding.spread(np.ones((2, 12)))
+
+
+def test_photographs_give_localised_oriented_filters_and_their_components_do_not():
+    assert image_coding.learned_share(0) > 0.35
+    assert image_coding.component_share(0) < 0.05
+
+
+# -- training --------------------------------------------------------------------------------
+
+
+def test_fit_finds_the_directions_that_rows_are_sums_of():
+    true = directions(24, 12, seed=2)
+    x = sparse_rows(6_000, true) + 3.0  # a common mean, which b_dec has to take up
+    coder = sae_lab.fit(x, 48, 2, steps=400, batch=256)
+    cosines = (F.normalize(coder.W_dec, dim=1) @ true.T).max(0).values
+    assert (cosines > 0.95).float().mean() > 0.9
+    assert sae_lab.explained_variance(x, coder(x)) > 0.95
+    assert float(coder.scale_in) == 1.0
+    again = sae_lab.fit(x, 48, 2, steps=400, batch=256)
+    assert torch.equal(coder.W_dec, again.W_dec)
+    assert not torch.equal(coder.W_dec, sae_lab.fit(x, 48, 2, steps=5, seed=1, batch=256).W_dec)
+
+
+def test_an_l1_penalty_makes_it_sparse_and_too_short():
+    x = sparse_rows(4_000, directions(24, 12, seed=2))
+    light, heavy = (
+        sae_lab.fit(x, 24, activation="relu", sparsity=each, steps=200, batch=256)
+        for each in (0.01, 0.3)
+    )
+    with torch.no_grad():
+        l0 = [(coder.encode(x) > 0).float().sum(1).mean() for coder in (light, heavy)]
+        short = [sae_lab.shrinkage(x, coder(x)) for coder in (light, heavy)]
+    assert l0[1] < l0[0] and short[1] < short[0] < 1.02
+    assert sae_lab.shrinkage(x, x.mean(0) + 0.8 * (x - x.mean(0))) == pytest.approx(0.8, abs=1e-4)
+
+
+# -- concepts, splitting, sharing ------------------------------------------------------------
+
+
+def made_firings():
+    """10 rows; concept A at rows 0-4, B at 5-9. Latent 0: rows 0-3 · 1: rows 5-9 and 0 ·
+    2: rows 0-9 · 3: row 4 · 4: never."""
+    rows = [[0, 1, 2, 3], [0, 5, 6, 7, 8, 9], list(range(10)), [4], []]
+    row = np.concatenate(rows).astype(int)
+    latent = np.repeat(np.arange(5), [len(each) for each in rows])
+    firings = Firings(row, latent, np.ones(len(row), np.float32), 10, 5)
+    return firings, np.stack([np.arange(10) < 5, np.arange(10) >= 5], 1)
+
+
+def test_latents_of_a_concept_by_hand():
+    firings, truth = made_firings()
+    assert sae_lab.latents_of(firings, truth).tolist() == [2, 1]
+    assert sae_lab.latents_of(firings, truth, precision=0.9).tolist() == [2, 0]
+    assert sae_lab.latents_of(firings, truth, recall=0.5).tolist() == [1, 1]
+    assert sae_lab.latents_of(firings, truth, precision=0.4).tolist() == [3, 2]
+
+
+def test_the_union_of_a_concepts_latents_is_chosen_on_the_first_half():
+    """Rows 0-5 and 6-11 are alike; two latents share a concept, a third misleads in one half."""
+    truth = np.tile([True, True, True, False, False, False], 2)[:, None]
+    entries = [(0, 0), (1, 1), (6, 0), (7, 1), (2, 2), (3, 2), (4, 2), (8, 2)]
+    row, latent = np.array(entries).T
+    firings = Firings(row, latent, np.ones(8, np.float32), 12, 3)
+    (f1,) = sae_lab.union_f1(firings, truth)
+    assert f1 == pytest.approx(2 * 2 / (2 + 3))  # latents 0 and 1 say rows 6 and 7; 8 is missed
+
+
+def test_matching_is_one_to_one_and_by_cosine():
+    rows = torch.tensor([[2.0, 0, 0], [1, 0.1, 0]])
+    others = torch.tensor([[0.5, 0, 0], [0, 1, 0], [0, 0, 7]])
+    cosines = sae_lab.matched_cosines(rows, others)
+    assert cosines == pytest.approx([1.0, 0.1 / 1.01**0.5], abs=1e-5)
+    assert sae_lab.shared(rows, others) == 0.5
+    assert sae_lab.shared(rows, torch.cat([others, rows])) == 1.0
+    like = sae_lab.random_like(directions(500, 6) + torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    assert like.norm(dim=1) == pytest.approx(torch.ones(500)) and like[:, 0].mean() > 0.5
+
+
+def test_token_purity_by_hand():
+    top = np.array([[0, 1, 2, 3], [4, 5, -1, -1], [0, 4, 5, 1]])
+    blank = np.zeros((3, 4))
+    features = Features(6, blank, blank, blank, top, blank, top, blank)
+    tokens = np.array([7, 7, 7, 9, 8, 8])
+    assert sae_lab.token_purity(features, tokens, least=4).tolist() == [0.75, 0.5]
+    assert sae_lab.token_purity(features, tokens, least=2).tolist() == [0.75, 1.0, 0.5]
+
+
+def test_ground_and_scores_on_the_model(model):
+    ground = sae_lab.make_ground(model, 3_000, seed=5)
+    assert len(ground.x) == len(ground.neurons) == len(ground.truth) == len(ground.tokens)
+    assert ground.x.shape[1] == model.d_model and ground.neurons.shape[1] == model.d_mlp
+    assert (ground.truth.sum(1) == 1).all() and "norwegian" in ground.names
+    text = model.tokenizer.decode(ground.tokens[ground.only(["norwegian"]).truth[:, 0]])
+    assert sum(word in text.split() for word in ("er", "den", "og", "det")) >= 3
+    coder = SparseCoder(model.d_model, 300, k=4)
+    found = sae_lab.concept_scores(coder, ground, ["norwegian"])
+    assert set(found) == {"latent", "neuron", "random direction"}
+    planted = sae_lab.both_signs(torch.tensor(ground.truth[:, :1] * -1.0))
+    best = sae_lab.score_units(planted, ground.truth[:, :1], ["planted"]).best()[0]
+    assert (best.unit, best.f1) == (1, 1.0)
+
+
+# -- the table -------------------------------------------------------------------------------
+
+
+def test_a_plane_in_logarithms_is_found_again():
+    width, k = np.meshgrid([100, 200, 400], [2, 4, 8])
+    y = 3 * width**-0.25 * k**-0.5
+    plane = sae_lab.fit_plane(width.ravel(), k.ravel(), y.ravel())
+    assert (plane.width_slope, plane.k_slope) == pytest.approx((-0.25, -0.5))
+    assert plane.r_squared == pytest.approx(1) and plane(300, 3) == pytest.approx(
+        3 * 300**-0.25 * 3**-0.5
+    )
+
+
+def test_curves_are_read_between_their_points():
+    assert sae_lab.at_equal_l0(4, {2: 1.0, 8: 3.0}) == pytest.approx(2)
+    with pytest.raises(ValueError, match="from L0 2.0 to 8.0, not to 9.0"):
+        sae_lab.at_equal_l0(9, {2: 1.0, 8: 3.0})
+
+
+def test_what_ships_is_made_the_same_twice(model, tmp_path):
+    small = {"widths": (1, 2), "ks": (4,), "penalties": (0.02,)}
+    made = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        files = sae_lab.make_sae(
+            model, folder, tokens=5_000, steps=4, grid_steps=4, grid=small, say=lambda _: None
+        )
+        made.append([(path.name, path.read_bytes()) for path in files])
+    assert made[0] == made[1]
+    assert [name for name, _ in made[0]] == ["grid.csv", "cfg.json", "sae_weights.safetensors"]
+    rows = sae_lab.read_grid(tmp_path / "one" / "grid.csv")
+    assert [(r["activation"], r["width"], r["seed"]) for r in rows] == [
+        ("topk", 144, 0),
+        ("topk", 288, 0),
+        ("topk", 144, 1),
+        ("topk", 288, 1),
+        ("relu", 288, 0),
+    ]
+    assert rows[0]["shared"] is None and 0 <= rows[2]["shared"] <= 1
+
+
+def test_the_shipped_autoencoder_and_table_are_of_the_shipped_model(model):
+    coder = coder_files.load(sae_lab.CODER)
+    assert (coder.d_in, coder.d_latent, coder.k) == (model.d_model, 8 * model.d_model, sae_lab.K)
+    assert coder.W_dec.norm(dim=1) == pytest.approx(torch.ones(coder.d_latent), abs=1e-4)
+    ground = sae_lab.make_ground(model, 3_000, seed=77)
+    with torch.no_grad():
+        assert sae_lab.explained_variance(ground.x, coder(ground.x)) > 0.8
+    rows = sae_lab.select(sae_lab.read_grid(), activation="topk", seed=0)
+    cells = {(row["width"], row["k"]) for row in rows}
+    assert cells == {(w * model.d_model, k) for w in sae_lab.WIDTHS for k in sae_lab.KS}
+
+
+def test_a_missing_table_is_said(tmp_path):
+    with pytest.raises(ValueError, match="make-sae"):
+        sae_lab.read_grid(tmp_path / "none.csv")
+
+
+# -- figures ---------------------------------------------------------------------------------
+
+
+def test_the_explorer_at_every_corner():
+    rows = sae_lab.read_grid()
+    runs = sae_lab.select(rows, activation="topk", seed=0)
+    widths, ks = (sorted({row[name] for row in runs}) for name in ("width", "k"))
+    for values in corners(width=widths, k=ks):
+        assert len(render(sae_figures.sparsity_explorer(rows, **values))) > 10_000
+    with pytest.raises(ValueError, match="No run has k 3"):
+        sae_figures.sparsity_explorer(rows, widths[0], 3)
+
+
+def test_figures_draw():
+    rows = sae_lab.read_grid()
+    runs = sae_lab.select(rows, activation="topk", seed=0)
+    plane = sae_lab.fit_plane(*([row[name] for row in runs] for name in ("width", "k", "nmse")))
+    filters = {"one": directions(10, 16), "two": directions(7, 16)}
+    for figure in (
+        sae_figures.frontier(rows),
+        sae_figures.scaling(rows, plane),
+        sae_figures.filter_panels(filters, columns=4),
+        sae_figures.filter_map(filters),
+        sae_figures.images({"a": np.eye(9), "b": np.ones((9, 5))}),
+        sae_figures.curves([{"step": 1, "a": 2.0}, {"step": 2, "a": 1.0}], {"a": "a title"}),
+        sae_figures.histograms({"a": [0.1, 0.2], "b": [2.0]}, mark=0.7),
+    ):
+        assert len(render(figure)) > 5_000
+
+
+def test_a_mosaic_keeps_every_filter_in_its_place():
+    tiles = sae_figures.mosaic(np.arange(1, 13.0).reshape(3, 4), columns=2)
+    assert tiles.shape == (5, 5)
+    assert tiles[:2, :2].ravel() == pytest.approx(np.array([1, 2, 3, 4]) / 4)
+    assert tiles[3:, :2].ravel() == pytest.approx(np.array([9, 10, 11, 12]) / 12)
+    assert np.isnan(tiles[2]).all()

@@ -1,0 +1,241 @@
+"""The commands: settings, a whole run on a tiny model, dry runs, sentences for bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import sentences, tiny_model
+from transformers import AutoConfig
+
+from mi_helpers import estimate, pipeline
+from mi_helpers.__main__ import main
+from mi_helpers.durable import RunError
+from mi_helpers.estimate import Stage, blocks_needed, verdict
+from mi_helpers.pipeline import Settings, read_settings
+from mi_helpers.training import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model's folder and a text."""
+    folder = tmp_path_factory.mktemp("place")
+    model = tiny_model()
+    model.hf.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("\n\n".join(sentences(120)))
+    return folder
+
+
+def options(place, folder, **more):
+    numbers = {
+        "tokens": 1_000,
+        "context": 12,
+        "shard-tokens": 200,
+        "batch-tokens": 60,
+        "latents": 48,
+        "k": 4,
+        "batch": 64,
+        "steps": 30,
+        "held-out": 64,
+        "log-every": 10,
+        "layer": 1,
+        "loss-tokens": 200,
+        "products": "float32",
+    }
+    given = {"model": place / "model", "text": place / "text.txt", "folder": folder}
+    pairs = (given | numbers | more).items()
+    return [part for name, value in pairs for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["run", *options(place, folder)]) == 0
+    return folder
+
+
+def files(folder):
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_a_run_leaves_every_stages_files(run):
+    names = {name for name in files(run) if "shard" not in name}
+    assert names == {
+        "harvest/plan.json",
+        "harvest/manifest.json",
+        "recipe.json",
+        "log.csv",
+        "seconds.json",
+        "coder/cfg.json",
+        "coder/sae_weights.safetensors",
+        "report.json",
+        "report.md",
+        "curves.png",
+        "features.safetensors",
+        "latents.jsonl",
+    }
+    config = json.loads((run / "coder/cfg.json").read_text())
+    assert config["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
+    assert len((run / "latents.jsonl").read_text().splitlines()) == 48
+
+
+def test_a_second_run_changes_nothing_and_stages_agree_with_it(run, place, tmp_path, capsys):
+    before = files(run)
+    assert main(["run", *options(place, run)]) == 0
+    assert files(run) == before
+    for stage in ("harvest", "train", "report", "features"):
+        assert main([stage, *options(place, tmp_path)]) == 0
+    single = files(tmp_path)
+    apart = {"seconds.json", "report.md"}  # the time is theirs
+    assert {k: v for k, v in single.items() if k not in apart} == {
+        k: v for k, v in before.items() if k not in apart
+    }
+    assert "1,000 tokens" in capsys.readouterr().out
+
+
+def test_the_order_of_stages_is_said(place, tmp_path, capsys):
+    assert main(["train", *options(place, tmp_path)]) == 2
+    assert "run the harvest first" in capsys.readouterr().err
+    assert main(["harvest", *options(place, tmp_path)]) == 0
+    assert main(["features", *options(place, tmp_path)]) == 2
+    assert "run the training first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"k": 49}, "k is 49, and the dictionary has 48 latents"),
+        ({"tokens": 63}, "63 tokens are fewer than one batch of 64"),
+        ({"layer": 3}, "needs a layer from 0 to 2"),
+        ({"site": "resid"}, "There is no site 'resid'"),
+        ({"text": "nothing.txt"}, "There is no text at 'nothing.txt'"),
+        ({"model": "./nowhere"}, "there is no such folder"),
+        ({"dtype": "int8"}, "dtype is 'int8': choose one of bfloat16"),
+        ({"config": "none.toml"}, "There is no configuration at none.toml"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(place, tmp_path, change, says, capsys):
+    assert main(["run", *options(place, tmp_path / "run", **change)]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not list(tmp_path.rglob("shard*"))
+
+
+# -- settings --------------------------------------------------------------------------------
+
+
+def toml(tmp_path, text):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return path
+
+
+def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = toml(tmp_path, 'k = 7\nsteps = 9\noutlier = 5\nsite = "z"\n')
+    found = read_settings({"k": 3}, path)
+    assert (found.k, found.steps, found.outlier, found.site, found.batch) == (3, 9, 5.0, "z", 4_096)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("latent = 5", "unknown key 'latent': did you mean 'latents'"),
+        ("k = 'x'", "k is 'x' in .*: it has to be of type int"),
+        ("k = true", "k is True in .*: it has to be of type int"),
+        ("k 5", "is not TOML"),
+        ('activation = "tanh"', "activation is 'tanh': choose one of topk, batchtopk, relu"),
+    ],
+)
+def test_a_bad_file_is_said(tmp_path, text, says):
+    with pytest.raises(RunError, match=says):
+        read_settings({}, toml(tmp_path, text))
+
+
+def test_sites_default_to_the_middle_layer():
+    assert Settings().sites(26) == (("resid_post", 13), None)
+    assert Settings(layer=12).sites(26) == (("resid_post", 12), None)
+    both = Settings(site="mlp_in", target="mlp_out", layer=2).sites(6)
+    assert both == (("mlp_in", 2), ("mlp_out", 2))
+    assert Settings(site="embed").sites(6) == (("embed", None), None)
+    assert Settings().recipe(144).latents == 1_152
+
+
+def test_every_setting_of_a_recipe_can_be_set():
+    assert {f for f in Recipe.__dataclass_fields__} <= {f for f in Settings.__dataclass_fields__}
+
+
+def test_the_reference_runs_configuration_is_the_reference_run():
+    found = read_settings({}, ROOT / "config" / "gemma_2_2b.toml")
+    assert found.sites(26) == (("resid_post", 12), None)
+    recipe = found.recipe(2_304)
+    assert (found.tokens, recipe.latents, recipe.k) == (500_000, 18_432, 32)
+    assert (recipe.batch, recipe.steps, recipe.latents // 2_304) == (4_096, 5_000, 8)
+
+
+# -- dry runs --------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_hours_memory_and_disk_and_writes_nothing(place, tmp_path, capsys):
+    assert main(["run", *options(place, tmp_path / "run"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["harvest", "train", "features", "together"]
+    assert "1,000 tokens through 2 of 3 blocks" in said and "30 steps of 64 rows" in said
+    assert "fits" in lines[-1] and "GB of disk free" in lines[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_the_reference_model_without_its_weights():
+    config = estimate.configuration("google/gemma-2-2b")
+    assert estimate.parameters(config) == 2_614_341_888
+    with pytest.raises(RunError.__bases__[0], match="configuration of no/such-model"):
+        estimate.configuration("no/such-model")
+
+
+def test_the_estimate_scales_as_it_should(place):
+    config = AutoConfig.from_pretrained(place / "model")
+    site = [("resid_post", 1)]
+    small = estimate.harvest_stage(config, torch.float32, site, 1_000, 12, 60)
+    large = estimate.harvest_stage(config, torch.float32, site, 50_000, 12, 60)
+    assert large.disk == 50 * small.disk and large.seconds > 5 * small.seconds
+    one = estimate.train_stage(Recipe(latents=64, k=4, batch=64, steps=10), 12, None, 1_000, 1)
+    two = estimate.train_stage(Recipe(latents=128, k=4, batch=64, steps=10), 12, None, 1_000, 1)
+    assert two.disk == 2 * one.disk and two.memory > one.memory
+
+
+def test_blocks_that_a_site_needs():
+    sites = {
+        ("embed", None): 0,
+        ("resid_pre", 3): 3,
+        ("resid_post", 3): 4,
+        ("resid_final", None): 6,
+    }
+    assert {site: blocks_needed(site, 6) for site in sites} == sites
+
+
+def test_the_verdict():
+    assert verdict(1e9, 1e9, 2e9, 2e9) == "it fits."
+    assert "barely" in verdict(1.9e9, 1e9, 2e9, 2e9)
+    assert "memory is too small" in verdict(3e9, 1e9, 2e9, 2e9)
+    assert "disk is too small" in verdict(1e9, 3e9, 2e9, 2e9)
+    lines = estimate.sentences([Stage("harvest", "how", 7_200, 3e9, 1e9)], ROOT)
+    assert lines[0].startswith("harvest       2.0 h  memory   3.0 GB  disk   1.0 GB  how")
+
+
+def test_help_lists_the_options(capsys):
+    with pytest.raises(SystemExit):
+        pipeline.main_train(["--help"])
+    shown = capsys.readouterr().out
+    assert "--warm-up" in shown and "(4096)" in shown and "--dry-run" in shown

@@ -1,0 +1,273 @@
+"""Training on a harvest: schedule, metrics, checkpoints, kills, several processes."""
+
+import math
+import random
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from made_harvest import made_harvest, sparse_data
+from pipeline_worker import (
+    RECIPE,
+    context,
+    die_at,
+    finish_run,
+    killed_after,
+    one_of_many,
+    results,
+    work,
+    write_text,
+)
+
+from mi_helpers import training
+from mi_helpers.coders import SparseCoder
+from mi_helpers.durable import RunError
+from mi_helpers.training import Recipe, learning_rate, peak_rate, quality, read_log, train
+
+LEARN = Recipe(
+    latents=64,
+    k=3,
+    products="float32",
+    batch=256,
+    steps=300,
+    held_out=500,
+    log_every=50,
+    save_every=100,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    return made_harvest(tmp_path_factory.mktemp("h"), sparse_data(5_000), shard_rows=900)
+
+
+@pytest.fixture(scope="module")
+def trained(held, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return train(held, folder, LEARN, progress=False), folder
+
+
+# -- the schedule and the metrics ------------------------------------------------------------
+
+
+def test_the_rate_rises_stays_and_falls():
+    recipe = Recipe(latents=64, steps=100, rate=1.0, warm_up=0.1, decay=0.5)
+    rates = [learning_rate(step, recipe) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10:50] == [1.0] * 40
+    assert rates[50:] == pytest.approx([i / 50 for i in range(50, 0, -1)])
+    assert learning_rate(50, replace(recipe, rate=0.0)) == peak_rate(64)
+
+
+def test_the_rule_falls_with_the_width():
+    assert peak_rate(16) == peak_rate(4_096)
+    assert peak_rate(16_384) == pytest.approx(peak_rate(4_096) / 2)
+
+
+def test_quality_by_hand():
+    """One latent along each axis, k = 1: the smaller coordinate is lost."""
+    coder = SparseCoder(2, 2, k=1)
+    with torch.no_grad():
+        coder.W_enc.copy_(torch.eye(2)), coder.W_dec.copy_(torch.eye(2))
+    x = torch.tensor([[3.0, 1.0], [1.0, 2.0], [5.0, 0.0], [-1.0, -2.0]])
+    found = quality(coder, x, chunk=3)
+    error = 1 + 1 + 0 + 5
+    spread = 1 + 1 + 9 + 9 + 0.75**2 + 1.75**2 + 0.25**2 + 2.25**2  # around (2, 0.25)
+    assert found["nmse"] == pytest.approx(error / spread)
+    assert found["explained_variance"] == pytest.approx(1 - error / spread)
+    assert found["relative_error"] == pytest.approx(error / (10 + 5 + 25 + 5))
+    assert found["l0"] == 3 / 4
+
+
+def test_it_learns_and_the_log_says_so(trained, held):
+    coder, folder = trained
+    log = read_log(folder / "log.csv")
+    assert [row["step"] for row in log] == [50, 100, 150, 200, 250, 300]
+    assert log[-1]["explained_variance"] > max(0.86, log[0]["explained_variance"])
+    assert all(row["l0"] <= 3 for row in log) and 0 <= log[-1]["dead"] <= 1
+    n = training.split(held, LEARN)
+    assert n == 4_500
+    x, _ = held.slice(n, held.rows)
+    again = quality(coder, x)
+    assert again["explained_variance"] == pytest.approx(log[-1]["explained_variance"], abs=1e-4)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "coder",
+        "log.csv",
+        "recipe.json",
+        "seconds.json",
+    ]
+
+
+def test_held_out_rows_are_never_trained_on(held, tmp_path, monkeypatch):
+    asked = []
+    real = training.Shuffled.rows
+    monkeypatch.setattr(
+        training.Shuffled, "rows", lambda s, a, b: asked.append(s.n) or real(s, a, b)
+    )
+    train(held, tmp_path, replace(LEARN, steps=3), progress=False)
+    assert set(asked) == {4_500}
+
+
+def test_a_transcoder_learns_its_target(tmp_path):
+    x = sparse_data(4_000, d=12)
+    target = torch.relu(x @ torch.randn(12, 9, generator=torch.Generator().manual_seed(1)))
+    held = made_harvest(tmp_path / "h", x, target)
+    coder = train(held, tmp_path, replace(LEARN, k=6), progress=False)
+    assert (coder.d_in, coder.d_out) == (12, 9)
+    log = read_log(tmp_path / "log.csv")
+    assert log[-1]["explained_variance"] > 0.8 > log[0]["explained_variance"]
+
+
+# -- bad input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"batch": 4_600}, "4,500 rows to train on, fewer than one batch of 4,600"),
+        ({"steps": 0}, "steps is 0: it has to be 1 or more"),
+        ({"k": 65}, "k is 65, and the dictionary has 64 latents"),
+        ({"products": "fast"}, "products is 'fast': choose one of measured, float32, bfloat16"),
+        ({"activation": "softmax"}, "no activation 'softmax'"),
+    ],
+)
+def test_bad_recipes_are_said_before_anything_is_written(held, tmp_path, change, says):
+    with pytest.raises(ValueError, match=says):
+        train(held, tmp_path / "run", replace(LEARN, **change), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_recipe_or_harvest_in_a_folder_is_said(trained, held, tmp_path):
+    with pytest.raises(RunError, match="holds a run with k 3, not 5"):
+        train(held, trained[1], replace(LEARN, k=5), progress=False)
+    other = made_harvest(tmp_path, sparse_data(5_000, seed=1))
+    with pytest.raises(RunError, match="holds a run with another harvest"):
+        train(other, trained[1], LEARN, progress=False)
+
+
+def test_a_loss_that_is_not_finite_is_said(held, tmp_path, monkeypatch):
+    step = training.SparseStep.__call__
+    monkeypatch.setattr(
+        training.SparseStep, "__call__", lambda s, *a: step(s, *a) | {"loss": math.nan}
+    )
+    with pytest.raises(RunError, match="The loss became nan at step 50: choose a lower rate"):
+        train(held, tmp_path, LEARN, progress=False)
+
+
+# -- killed ----------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 99, 100, 149, 150, 299])
+def test_stopped_after_any_step_it_ends_the_same(trained, held, tmp_path, at, monkeypatch):
+    real = training.Run.advance
+
+    def stops(run):
+        if run.step_number == at:
+            raise Stopped
+        return real(run)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training.Run, "advance", stops)
+        train(held, tmp_path, LEARN, progress=False)
+    with open(tmp_path / "log.csv", "a") as log:
+        log.write("350,0.1")  # a torn line
+    train(held, tmp_path, LEARN, progress=False)
+    assert results(tmp_path) == results(trained[1])
+
+
+def test_a_damaged_checkpoint_is_named(held, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training, "save_coder", lambda *_: (_ for _ in ()).throw(Stopped))
+        train(held, tmp_path, LEARN, progress=False)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RunError, match="checkpoint.safetensors is truncated.*Delete it to train"):
+        train(held, tmp_path, LEARN, progress=False)
+
+
+needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    write_text(folder)
+    work(folder / "run", folder)
+    return folder, results(folder / "run")
+
+
+@needs_fork
+def test_killed_at_chosen_places_of_writing_it_ends_with_the_same_bytes(uninterrupted, tmp_path):
+    """One run, SIGKILLed again and again at places of its writing, each time a few calls later."""
+    text, expected = uninterrupted
+    killed = 0
+    for call in (0, 1, 2, 3, 5, 8, 4, 9, 13, 6, 11, 3):
+        process = context().Process(target=die_at, args=(call, tmp_path / "run", text))
+        process.start()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= 8
+    assert finish_run(tmp_path / "run", text) == 0
+    assert results(tmp_path / "run") == expected
+
+
+@needs_fork
+def test_killed_at_random_times_it_ends_with_the_same_bytes(uninterrupted, tmp_path):
+    text, expected = uninterrupted
+    rng, killed = random.Random(0), 0
+    for _ in range(5):
+        killed += killed_after(0.3 + rng.random(), tmp_path / "run", text)
+    assert killed
+    assert finish_run(tmp_path / "run", text) == 0
+    assert results(tmp_path / "run") == expected
+
+
+# -- several processes -----------------------------------------------------------------------
+
+
+@needs_fork
+def test_two_processes_equal_one(uninterrupted, tmp_path):
+    """The harvest is the same to the last bit; the training but for the order of its sums."""
+    text, expected = uninterrupted
+    folder = tmp_path / "run"
+    folder.mkdir()
+    ranks = [context().Process(target=one_of_many, args=(r, 2, folder, text)) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    found = results(folder)
+    assert found.keys() == expected.keys()
+    same = [name for name in expected if name.startswith("h/") or name == "recipe.json"]
+    assert len(same) > 6 and all(found[name] == expected[name] for name in same)
+    one, two = (SparseCoder.load(each / "coder") for each in (text / "run", folder))
+    for name, tensor in one.state_dict().items():
+        assert torch.allclose(tensor, two.state_dict()[name], atol=2e-4), name
+    logs = [read_log(each / "log.csv") for each in (text / "run", folder)]
+    for a, b in zip(*logs, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_a_batch_that_cannot_be_shared_is_said(held, tmp_path):
+    three = training.Processes(0, 3)
+    with pytest.raises(RunError, match="A batch of 256 cannot be shared by 3 processes"):
+        train(held, tmp_path, LEARN, processes=three, progress=False)
+
+
+def test_every_worker_setting_is_a_recipe():
+    assert RECIPE.batch * RECIPE.steps > 900  # more than one epoch of what the workers harvest
