@@ -5,9 +5,11 @@ WORKERS ?= 2
 LAB_ARGS ?=
 PIP_ARGS ?=
 NAMES ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .peers/.ready
 FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
@@ -60,8 +62,17 @@ notebooks: $(READY)  ## run the notebooks again and save them clean (NAMES="00 0
 model: $(READY)  ## train tiny-gemma again
 	@$(BIN)/python -m mi_helpers train-model
 
-bench: $(READY)  ## time a step of every slider on this machine
+$(PEERS): benchmarks/requirements.txt
+	@echo "Making .peers (once): TransformerLens and nnsight, to compare with."
+	@$(PYTHON) -m venv .peers
+	@.peers/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	  "$$(grep -E '^torch==' $<)"
+	@.peers/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $<
+	@touch $(PEERS)
+
+bench: $(READY) $(PEERS)  ## time every slider, and patching against other libraries (BENCH_ARGS=--gemma)
 	@$(BIN)/python -m benchmarks.run
+	@.peers/bin/python -m benchmarks.patching $(BENCH_ARGS)
 
 doctor: $(READY)  ## say what works on this machine
 	@$(BIN)/python -m mi_helpers doctor

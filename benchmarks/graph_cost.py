@@ -31,20 +31,21 @@ def random_coders(d_model: int, latents: int, k: int, layers: list[int]) -> dict
     return {i: SparseCoder(d_model, latents, d_model, k=k, seed=2 * i) for i in layers}
 
 
-def tiny_case(layers: list[int] | None, max_features: int | None) -> tuple[float, Graph]:
+def tiny_case(options: argparse.Namespace) -> tuple[float, Graph]:
     """Seconds and graph of tiny-gemma."""
     model = load_model("tiny-gemma")
     coders = random_coders(model.d_model, 2304, 32, list(range(model.n_layers)))
     attribution_graph(model, coders, PROMPT, max_features=10)  # the first call pays for warming up
-    return timed(model, coders, PROMPT, max_features)
+    return timed(model, coders, PROMPT, options.max_features)
 
 
-def gemma_case(layers: list[int] | None, max_features: int | None) -> tuple[float, Graph]:
+def gemma_case(options: argparse.Namespace) -> tuple[float, Graph]:
     """Seconds and graph of a model of Gemma 2 2B's shape; its MLPs elsewhere are all error."""
-    model = materialize(empty_gemma2_2b(), torch.bfloat16)
-    coders = random_coders(model.d_model, 16_384, 64, layers or [6, 18])
+    dtype = torch.float32 if options.float32 else torch.bfloat16
+    model = materialize(empty_gemma2_2b(), dtype)
+    coders = random_coders(model.d_model, 16_384, 64, options.layers)
     ids = torch.randint(3, model.d_vocab, (15,), generator=torch.Generator().manual_seed(0))
-    return timed(model, coders, [2, *ids.tolist()], max_features)
+    return timed(model, coders, [2, *ids.tolist()], options.max_features)
 
 
 def timed(model, coders, prompt, max_features) -> tuple[float, Graph]:
@@ -60,9 +61,9 @@ def peak_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def report(case: str, layers: list[int] | None, max_features: int | None) -> None:
+def report(case: str, options: argparse.Namespace) -> None:
     """Run one case and print its numbers."""
-    seconds, graph = {"tiny": tiny_case, "gemma": gemma_case}[case](layers, max_features)
+    seconds, graph = {"tiny": tiny_case, "gemma": gemma_case}[case](options)
     start = time.perf_counter()
     small = prune(graph, 0.95, 0.98)
     pruning = time.perf_counter() - start
@@ -82,14 +83,14 @@ def main() -> None:
     """Every case named on the command line, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help=f"some of {', '.join(CASES)}; all by default")
-    parser.add_argument("--layers", type=int, nargs="+", help="of gemma's transcoders: 6 18")
+    parser.add_argument("--layers", type=int, nargs="+", default=[6, 18], help="of transcoders")
     parser.add_argument("--max-features", type=int, help="as attribution_graph takes it")
-    chosen = parser.parse_args()
-    if unknown := set(chosen.cases) - set(CASES):
+    parser.add_argument("--float32", action="store_true", help="gemma in float32: 10.5 GB")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(CASES):
         parser.error(f"there is no case {', '.join(sorted(unknown))}: choose of {CASES}")
-    for case in chosen.cases or CASES:
-        arguments = (case, chosen.layers, chosen.max_features)
-        process = multiprocessing.get_context("spawn").Process(target=report, args=arguments)
+    for case in options.cases or CASES:
+        process = multiprocessing.get_context("spawn").Process(target=report, args=(case, options))
         process.start()
         process.join()
         if process.exitcode:

@@ -1,7 +1,7 @@
 """Patching sweeps and harvests against TransformerLens and nnsight: equal, and how much faster.
 
     python -m benchmarks.patching              tiny-gemma, three ways and this course's
-    python -m benchmarks.patching --gemma      also Gemma 2 2B's shape, random weights (8 GB, minutes)
+    python -m benchmarks.patching --gemma      also Gemma 2 2B's shape (8 GB, some minutes)
     python -m benchmarks.patching --quick      short and rough
 
 It runs in the environment of `benchmarks/requirements.txt`, on two threads. Every sweep is timed in
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -47,18 +48,25 @@ CITIES, COUNTRIES = ("Paris", "Rome"), (" France", " Italy")
 COLUMNS = ["what", "this course", "against", "theirs", "times faster", "wanted", "difference"]
 
 
+@dataclass
 class Task:
-    """A model, two prompts (of 32 tokens, or about `times` as many) and their metric."""
+    """A model, two prompts of as many tokens, (1, pos), and a metric."""
 
-    def __init__(self, model: LanguageModel, times: int = 1):
-        self.model = model
-        texts = (" ".join([PROMPT] * times).format(city) for city in CITIES)
-        self.clean, self.corrupted = (model.tokens(text) for text in texts)
-        self.metric = normalised_logit_diff(model, self.clean, self.corrupted, *COUNTRIES)
+    model: LanguageModel
+    clean: Tensor
+    corrupted: Tensor
+    metric: LogitDiff
 
     def last(self, logits: Tensor) -> Tensor:
         """The metric from the logits of all positions."""
         return self.metric(logits[:, -1])
+
+
+def cities(model: LanguageModel, times: int = 1) -> Task:
+    """The prompt about two cities, 32 tokens, or about `times` as many."""
+    texts = (" ".join([PROMPT] * times).format(city) for city in CITIES)
+    clean, corrupted = (model.tokens(text) for text in texts)
+    return Task(model, clean, corrupted, normalised_logit_diff(model, clean, corrupted, *COUNTRIES))
 
 
 # ------------------------------------------------------------------------- one patch per forward
@@ -224,7 +232,7 @@ def line(cells: list[str]) -> str:
 def tiny_gemma(quick: bool) -> list[dict]:
     """The shipped model: sweeps against the peers and against one forward per patch; harvest."""
     model, repeats, rows = load_model(), 1 if quick else 5, []
-    task, long = Task(model), Task(model, times=3)
+    task, long = cities(model), cities(model, times=3)
     peers = [Lens(model, str(DATA / "tiny_gemma")), Sight(model)]
     wanted = {
         ("resid_pre", "positions"): {"TransformerLens": 8, "nnsight": 5},
@@ -287,20 +295,18 @@ def direct_paths(quick: bool) -> list[dict]:
         hf.save_pretrained(folder)
         tiny.tokenizer.save_pretrained(folder)
         model = load_model(folder)
-        task, peer = Task(model), Lens(model, folder)
-    last = [(model.n_layers - 1, h) for h in range(model.n_heads)]
+        task, peer = cities(model), Lens(model, folder)
     task.metric = LogitDiff(task.metric.answer, task.metric.wrong)  # random: nothing to normalise
+    heads = [(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
 
     def paths() -> Tensor:
         args = (model, task.clean, task.corrupted)
         return torch.stack(
-            [path_patch_map(*args, [("q", *head)], task.metric, "denoise") for head in last]
+            [path_patch_map(*args, [("q", *head)], task.metric, "denoise") for head in heads]
         )
 
-    every = [(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
-    last = every if not quick else last
-    ways = {"this course": paths, "TransformerLens": lambda: peer.direct_paths(task, last)}
-    what = "random Llama: path of each head to each query"
+    ways = {"this course": paths, "TransformerLens": lambda: peer.direct_paths(task, heads)}
+    what = "random Llama, path of each head to each later query"
     return rows_of(what, ways, 1 if quick else 3, {})
 
 
@@ -310,13 +316,12 @@ def gemma_2_2b(quick: bool) -> list[dict]:
     One patch per forward is timed on every 20th patch, spread over layers and positions alike.
     """
     model = materialize(empty_gemma2_2b(), torch.bfloat16)
-    task, length, every = Task.__new__(Task), 16, 60 if quick else 20
+    length, every = 16, 60 if quick else 20
     rng = torch.Generator().manual_seed(0)
-    task.model = model
-    task.clean = torch.randint(model.d_vocab, (1, length), generator=rng)
-    task.corrupted = task.clean.clone()
-    task.corrupted[:, 1] += 1
-    task.metric = LogitDiff(torch.tensor([5]), torch.tensor([6]))
+    clean = torch.randint(model.d_vocab - 1, (1, length), generator=rng)
+    corrupted = clean.clone()
+    corrupted[:, 1] += 1
+    task = Task(model, clean, corrupted, LogitDiff(torch.tensor([5]), torch.tensor([6])))
     times, found = race({"ours": partial(sweep, task, "resid_pre", "positions")}, 1)
     chosen = places(model, length, "positions")[3::every]
     start = time.perf_counter()

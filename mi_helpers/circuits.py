@@ -33,7 +33,7 @@ from mi_helpers.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Graph, Node, mak
 from mi_helpers.models import LanguageModel, ModelError, norm_gain
 
 MASS, MOST_LOGITS = 0.95, 10  # logit nodes: the likeliest tokens up to this mass or this number
-MOST_NODES = 24_000  # of one graph: its edges are then 2.3 GB
+MOST_NODES = 20_000  # of one graph: its edges are then 1.6 GB, for a moment thrice that
 MOST_NUMBERS = 2**24  # in the gradient of one chunk of targets: 64 MB, a few of which exist
 READS = ("mlp_in", "normalised")
 
@@ -139,6 +139,11 @@ def check_coders(
                 f"The transcoder of layer {layer} goes from {shape[0]} to {shape[1]} numbers, and "
                 f"{model.name}'s MLPs from {model.d_model} to {model.d_model}: it belongs to "
                 "another model."
+            )
+        if coder.W_dec.device != model.device:
+            raise ModelError(
+                f"The transcoder of layer {layer} is on {coder.W_dec.device} and {model.name} on "
+                f"{model.device}: move one with .to(...)."
             )
         held[layer] = _unscaled(coder)
         read[layer] = reads or reads_of(coder)

@@ -20,7 +20,7 @@ from mi_helpers.features import Features, bin_edges, contexts, logit_effects
 from mi_helpers.models import Key, LanguageModel
 from mi_helpers.sites import read_sites
 
-LINE = 120  # characters of a context on a page
+LINE = 122  # characters of a context on a page
 SHOWN = 8  # contexts on a page
 
 
@@ -70,35 +70,24 @@ def dashboard(page: Page, latent: int) -> Figure:
         ValueError: no such latent.
     """
     features, latent = page.features, page.features.check(latent)
-    picture = plots.Picture(figsize=(13, 8.2), layout="none")  # fixed margins take half the time
-    grid = picture.add_gridspec(
-        2,
-        3,
-        left=0.07,
-        right=0.98,
-        top=0.9,
-        bottom=0.03,
-        hspace=0.32,
-        wspace=0.45,
-        height_ratios=[1, 1.35],
-    )
+    picture = plots.Picture(figsize=(13, 7.4), layout="none")  # fixed margins take half the time
+    picture.subplots_adjust(left=0.07, right=0.98, top=0.87, bottom=0.59, wspace=0.45)
+    left, middle, right = picture.subplots(1, 3)
     picture.suptitle(
         f"latent {latent}: fires at {features.frequency[latent]:.3%} of {features.rows:,} tokens, "
         f"mean {features.mean[latent]:.2f} where it does",
         x=0.02,
         ha="left",
     )
-    draw_histogram(picture.add_subplot(grid[0, 0]), features, latent)
+    draw_histogram(left, features, latent)
     writes = page.coder.d_out == page.model.d_model
-    effects = page.effects(latent, 5) if writes else ([], [])
+    effects = page.effects(latent, 4) if writes else ([], [])
     through = "through the final norm's gain" if page.gain else "without the final norm's gain"
-    middle = picture.add_subplot(grid[0, 1])
     draw_bars(middle, effects[0] + effects[1][::-1], "direct effect on logits", through)
-    near, cosine = page.nearest(latent, 8)
+    near, cosine = page.nearest(latent, 6)
     pairs = [(str(number), value) for number, value in zip(near, cosine, strict=True)]
-    right = picture.add_subplot(grid[0, 2])
     draw_bars(right, pairs, "nearest latents", "cosine of the decoder rows")
-    draw_contexts(picture.add_subplot(grid[1, :]), page, latent)
+    draw_contexts(picture, page, latent)
     return picture
 
 
@@ -138,17 +127,20 @@ def draw_bars(axes, pairs: list[tuple[str, float]], title: str, xlabel: str) -> 
     axes.margins(x=0.25)
 
 
-def draw_contexts(axes, page: Page, latent: int) -> None:
+def draw_contexts(picture: Figure, page: Page, latent: int) -> None:
     """The latent's highest firings as text, the value first."""
-    axes.set_axis_off()
-    axes.set_title("where it fires most, one line per text")
     found = contexts(page.held, page.features, latent, page.model.tokenizer, SHOWN)
-    for line, each in enumerate(found):
-        y = 1 - (line + 0.5) / SHOWN
-        axes.text(0.0, y, f"{each.value:.2f}", family="monospace", va="center", weight="bold")
-        axes.text(0.06, y, centred(str(each)), family="monospace", fontsize=10.5, va="center")
-    if not found:
-        axes.text(0.0, 0.5, "nowhere: it is dead on this text")
+    title = (
+        "where it fires most, one line per text" if found else "nowhere: it is dead on this text"
+    )
+    picture.text(0.07, 0.455, title, fontsize="large")
+    columns = {
+        0.07: [f"{each.value:6.2f}" for each in found],
+        0.13: [centred(str(e)) for e in found],
+    }
+    for x, lines in columns.items():
+        look = {"family": "monospace", "fontsize": 10.5, "va": "top", "linespacing": 2.4}
+        picture.text(x, 0.425, "\n".join(lines), **look)
 
 
 def centred(text: str, room: int = LINE) -> str:

@@ -35,7 +35,7 @@ FILE = "features.safetensors"
 def fires(coder, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, latent, value) of every positive activation of x (rows, d_in), by row."""
     with torch.no_grad():
-        index, value = coder.encode_sparse(x)  # (rows, k) each
+        index, value = coder.encode_sparse(x.to(coder.device))  # (rows, k) each
     row = torch.arange(len(x)).repeat_interleave(index.shape[1])
     on = value.flatten() > 0
     found = (row[on.cpu()], index.flatten()[on], value.flatten()[on].float())

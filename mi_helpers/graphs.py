@@ -107,7 +107,7 @@ class EdgeError:
 # ---------------------------------------------------------------------------------------- graphs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
     """An attribution graph of one prompt: who contributes how much to whom, linearly.
 
@@ -161,6 +161,10 @@ class Graph:
         places = {node.id: i for i, node in enumerate(self.nodes)}
         return {text: places[name] for text, name in texts.items()} | places
 
+    @cached_property
+    def _kinds(self) -> Tensor:
+        return torch.tensor([KINDS.index(node.kind) for node in self.nodes], dtype=torch.int8)
+
     def index(self, node: Node | str | int) -> int:
         """Where a node stands in `nodes`: given itself, its name, a logit's text, or its place.
 
@@ -181,7 +185,7 @@ class Graph:
 
     def mask(self, kind: str) -> Tensor:
         """(n,), True at the nodes of that kind."""
-        return torch.tensor([node.kind == kind for node in self.nodes], dtype=torch.bool)
+        return self._kinds == KINDS.index(kind)
 
     def features(self) -> list[Node]:
         """The feature nodes, those with the most influence first."""
@@ -315,9 +319,10 @@ def edge_error(adjacency: Tensor, bias: Tensor, values: Tensor, targets: Tensor)
     """The error of value = Σ edges + bias over the nodes where `targets` is True."""
     if not targets.any():
         return EdgeError(0.0, 0.0, 0.0)
-    rows, bias, values = adjacency[targets], bias[targets], values[targets]
-    gap = (rows.double().sum(1) + bias - values).abs()
-    size = rows.double().abs().sum(1) + bias.abs()
+    values = values.double()[targets]
+    sums = (adjacency.sum(1, dtype=torch.float64) + bias)[targets]
+    size = (torch.linalg.vector_norm(adjacency, 1, dim=1).double() + bias.abs())[targets]
+    gap = (sums - values).abs()
     return EdgeError(
         float(gap.max()),
         float((gap / values.abs().clamp(min=1e-12)).max()),
@@ -335,14 +340,14 @@ def normalised(adjacency: Tensor, missing: Tensor | None = None) -> Tensor:
     """
     size = adjacency.abs()
     total = size.sum(1) if missing is None else size.sum(1) + missing
-    return size / torch.where(total > 0, total, 1.0)[:, None]
+    return size.div_(torch.where(total > 0, total, 1.0)[:, None])
 
 
 def _total(A: Tensor, weights: Tensor) -> Tensor:
-    """weights (I - A)^-1 for A with nothing on or above its diagonal, (n,)."""
-    matrix = torch.eye(len(A), dtype=A.dtype, device=A.device) - A
+    """weights (I - A)^-1, (n,), for A with nothing on or above its diagonal; A is overwritten."""
+    # the solver takes the diagonal for 1 and does not look at it: -A stands for I - A
     solved = torch.linalg.solve_triangular(
-        matrix.T, weights[:, None], upper=True, unitriangular=True
+        A.neg_().T, weights[:, None], upper=True, unitriangular=True
     )
     return solved[:, 0]
 
@@ -580,7 +585,7 @@ def group_by_cosine(
                                       tuple(names) for names in groups})  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Merged:
     """A graph between supernodes.
 

@@ -541,14 +541,19 @@ def answer_log_prob(answer: Tensor):
 
 
 def composition_effect(
-    model: LanguageModel, readers: Sequence[Head], site: str = "k", seed: int = 0, n: int = 16
+    model: LanguageModel,
+    readers: Sequence[Head],
+    site: str = "k",
+    seed: int = 0,
+    n: int = 16,
+    length: int = 12,
 ) -> Tensor:
     """What each head's direct path into the readers' queries, keys or values is worth, (n_layers,
     n_heads), as a share: 1 if patching it alone is as bad as having no first writing at all.
 
     Path patching (noise) on `induction_pair`, measured in log p(the token that follows).
     """
-    clean, corrupted, answer = induction_pair(model, n, seed=seed)
+    clean, corrupted, answer = induction_pair(model, n, length, seed)
     metric = answer_log_prob(answer)
     with torch.no_grad():
         top, bottom = (float(metric(model.forward(ids)[:, -1])) for ids in (clean, corrupted))

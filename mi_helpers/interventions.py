@@ -41,7 +41,7 @@ EFFECTS = ("iterative", "constrained", "direct")
 Changes = Mapping[Node | str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Intervention:
     """What an intervention did, at the last position.
 

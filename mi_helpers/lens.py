@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from mi_helpers.durable import RunError, load_tensors, read_json, save_tensors, write_json
 from mi_helpers.lesions import SITE, answer_positions, lesion, part_name, untrained
 from mi_helpers.models import Key, LanguageModel, ModelError, load_model, norm_gain
+from mi_helpers.skills import is_own_city
 from mi_helpers.tinyworld import lexicon
+from mi_helpers.tinyworld.circuits import city_country
 from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World
@@ -228,6 +230,21 @@ def top_tokens(
         best.append([torch.cat(each) for each in zip(*some, strict=True)])
     values, ids = (torch.stack(each) for each in zip(*best, strict=True))
     return values.exp(), ids
+
+
+def favourites(
+    model: LanguageModel, stream: Tensor, lens: TunedLens | None = None
+) -> list[tuple[int, float, float]]:
+    """For each depth the token that is on top at the most of n tokens: its id, at what share of
+    them it is on top, and its mean probability there."""
+    p, ids = (x[..., 0] for x in top_tokens(model, stream, 1, lens))
+    found = []
+    for at_depth, each in zip(p, ids, strict=True):
+        tokens, counts = each.unique(return_counts=True)
+        best = tokens[counts.argmax()]
+        share, sure = counts.max() / len(each), at_depth[each == best].mean()
+        found.append((int(best), float(share), float(sure)))
+    return found
 
 
 @torch.no_grad()
@@ -739,6 +756,55 @@ def country_of(document: Document) -> str:
             if span.value == "landmark" and place.name == name:
                 return place.country
     raise ValueError(f"No landmark is named in {document.text!r}.")
+
+
+BRIDGES = {  # relation -> (family, the words that could be its answer)
+    "language": ("two_hop", lambda: [c.language for c in lexicon.countries().values()]),
+    "currency": ("two_hop", lambda: [c.currency for c in lexicon.countries().values()]),
+    "capital": ("two_hop", lambda: [c.capital for c in lexicon.countries().values()]),
+    "landmark-city": ("facts", lambda: list(city_country())),
+}
+
+
+def bridge_scan(
+    model: LanguageModel, relation: str, n: int = 200, seed: int = 0, lens: TunedLens | None = None
+) -> dict[str, Tensor]:
+    """Where a landmark's country and the answer come first: shares of n prompts, (depths,) each.
+
+    relation: what is asked. Of the landmark's *country*, in pairs that were never trained:
+    "language", "currency", or "capital" (where it is not the landmark's own city). Of the landmark
+    itself, as the control: "landmark-city".
+
+    Raises:
+        ValueError: an unknown relation.
+    """
+    if relation not in BRIDGES:
+        raise ValueError(f"There is no {relation!r} here; there are: {', '.join(BRIDGES)}.")
+    family, words = BRIDGES[relation]
+    p = make_prompts(
+        model,
+        family,
+        n,
+        seed,
+        held=("entities",) if family == "two_hop" else (),
+        keep=lambda document: relation != "capital" or not is_own_city(document),
+        relation=relation,
+        count=1,
+    )
+    stream = read_stream(model, p.ids, p.at)
+    country = word_tokens(model, [country_of(document) for document in p.documents])
+    countries = word_tokens(model, lexicon.countries())
+    kind = torch.cat([word_tokens(model, words()), p.answer]).unique()
+    asked = {
+        "country (of countries)": (country, countries),
+        "answer (of its kind)": (p.answer, kind),
+        "answer (of all)": (p.answer, None),
+        "country (of all)": (country, None),
+    }
+    return {
+        name: (ranks(model, stream, target, lens, among) == 1).float().mean(1)
+        for name, (target, among) in asked.items()
+    }
 
 
 def word_tokens(model: LanguageModel, words: Iterable[str]) -> Tensor:

@@ -45,6 +45,27 @@ def draw_grid(axes, tokens: Sequence[str], names: Sequence[str], tops, p) -> Non
     axes.spines[:].set_visible(False)
 
 
+def lens_table(names: Sequence[str], words: Sequence[Sequence[str]], p) -> str:
+    """A Markdown table: one row per depth, the likeliest tokens with their probabilities.
+
+    words, p  (depths, k), the likeliest first
+    """
+    p = as_array(p)
+    lines = ["| after block | " + " | ".join(map(str, range(1, p.shape[1] + 1))) + " |"]
+    lines.append("|---" * (p.shape[1] + 1) + "|")
+    for name, row, values in zip(names, words, p, strict=True):
+        cells = [f"{written(word)} {q:.3f}" for word, q in zip(row, values, strict=True)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def written(token: str) -> str:
+    """A token as Markdown code, its space as ␣, so that it can stand in a table."""
+    return (
+        "`" + token.replace(" ", "␣").replace("\n", "↵").replace("`", "ˋ").replace("|", "∣") + "`"
+    )
+
+
 @style()
 def lens_grid(
     tokens: Sequence[str], names: Sequence[str], tops: Sequence[Sequence[str]], p, title: str = ""
@@ -193,7 +214,7 @@ class LensViewer:
         right.set_yticks(powers, [f"{power:,}" for power in powers])
         right.set_xticks(range(len(self.names)), self.names)
         right.set_ylabel("rank")
-        right.legend(loc="lower right", fontsize=10)
+        right.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=10)
         return picture
 
     def draw_likeliest(self, axes, seen: Seen, depth: int, column: int) -> None:

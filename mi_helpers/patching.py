@@ -37,30 +37,33 @@ ABLATIONS = ("resample", "mean", "zero", "gaussian")
 
 Prompt = str | list | Tensor
 Node = tuple[str, int, int | None]  # (kind, layer, head)
-Metric = Callable[[Tensor], Tensor]  # last logits (..., batch, d_vocab) -> (...,)
+Metric = Callable[[Tensor], Tensor]  # last logits (..., batch, d_vocab) -> (...,) or (..., batch)
 
 
 # -------------------------------------------------------------------------------------- metrics
 
 
-def logit_diff(logits: Tensor, answer, wrong) -> Tensor:
-    """mean over the batch of logit(answer) - logit(wrong).
+def logit_diffs(logits: Tensor, answer, wrong) -> Tensor:
+    """logit(answer) - logit(wrong) of each prompt.
 
     Args:
         logits: at the last position, (..., batch, d_vocab).
         answer, wrong: token ids, one for all prompts or (batch,).
 
     Returns:
-        (...,), float32.
+        (..., batch), float32.
     """
-    answer = torch.as_tensor(answer, device=logits.device).reshape(-1)
-    wrong = torch.as_tensor(wrong, device=logits.device).reshape(-1)
-    shape = logits.shape[:-1]
 
-    def at(ids: Tensor) -> Tensor:
-        return logits.gather(-1, ids.expand(shape).unsqueeze(-1)).squeeze(-1).float()
+    def at(ids) -> Tensor:
+        ids = torch.as_tensor(ids, device=logits.device).reshape(-1, 1)
+        return logits.gather(-1, ids.expand(*logits.shape[:-1], 1)).squeeze(-1).float()
 
-    return (at(answer) - at(wrong)).mean(-1)
+    return at(answer) - at(wrong)
+
+
+def logit_diff(logits: Tensor, answer, wrong) -> Tensor:
+    """The mean of `logit_diffs` over the batch, (..., batch, d_vocab) -> (...,)."""
+    return logit_diffs(logits, answer, wrong).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,14 @@ class LogitDiff:
         """The logit difference itself, (..., batch, d_vocab) -> (...,)."""
         return logit_diff(logits, self.answer, self.wrong)
 
+    def each(self, logits: Tensor) -> Tensor:
+        """The metric of each prompt, on the same scale, (..., batch, d_vocab) -> (..., batch): a
+        metric of its own, whose mean over the prompts is this one."""
+        raw = logit_diffs(logits, self.answer, self.wrong)
+        return (raw - self.corrupted) / (self.clean - self.corrupted)
+
     def __call__(self, logits: Tensor) -> Tensor:
-        return (self.raw(logits) - self.corrupted) / (self.clean - self.corrupted)
+        return self.each(logits).mean(-1)
 
 
 def answer_ids(model: LanguageModel, answer: str | int | Sequence | Tensor) -> Tensor:
@@ -272,7 +281,7 @@ def activation_patch(
             may be None where it is not needed (gaussian; noise with mean or zero).
         site: resid_pre, resid_mid, resid_post, attn_out, mlp_out (over positions), or
             z, q, k, v, pattern (over heads; k and v have the key-value heads).
-        metric: logits at the last position (..., batch, d_vocab) -> (...,).
+        metric: logits at the last position (..., batch, d_vocab) -> (...,) or (..., batch).
         ablation: what is put in instead. resample: the other run's activation. zero. mean: the mean
             over the `reference` prompts, position by position. gaussian: as resample, where the
             corrupted run is the clean prompt with noise on the embeddings of its `subject`
@@ -282,7 +291,8 @@ def activation_patch(
             patched at once.
 
     Returns:
-        float32 (layers, positions), (layers, heads), (layers, heads, positions) or (layers,).
+        float32 (layers, positions), (layers, heads), (layers, heads, positions) or (layers,), and a
+        last axis for the prompts if the metric keeps them apart, as `LogitDiff.each` does.
 
     Raises:
         ModelError: unknown site, mode or ablation; prompts that do not fit together (`pair`).
@@ -314,7 +324,7 @@ def activation_patch(
     axes = [len(layers)]
     axes += [len(head_axis)] if "heads" in over else []
     axes += [len(pos_axis)] if "positions" in over else []
-    return effect.reshape(axes)
+    return effect.reshape(*axes, *effect.shape[1:])
 
 
 def _edits(site, layer, positions, heads, value) -> list[Edit]:
@@ -386,8 +396,9 @@ def _effects(model: LanguageModel, run: BaseRun, patches, metric: Metric, base: 
 
 
 def _value(metric: Metric, logits: Tensor, run: _Run) -> Tensor:
-    """The metric of logits (..., repeats * batch, d_vocab), the mean over the repeats, (...,)."""
-    return metric(logits.unflatten(-2, (run.repeats, -1))).float().mean(-1)
+    """The metric of logits (..., repeats * batch, d_vocab), the mean over the repeats: (...,), or
+    (..., batch) of a metric that keeps the prompts apart."""
+    return metric(logits.unflatten(-2, (run.repeats, -1))).float().mean(logits.ndim - 2)
 
 
 # ---------------------------------------------------------------------------- attribution patching
@@ -436,21 +447,19 @@ def attribution_patch(
     with torch.enable_grad(), model.hooks({key: keep(key) for key in keys}):
         _, cache = model.run_with_cache(base, "resid_final", model.n_layers, pos=-1)
         value = metric(model.unembed(cache["resid_final"]))
-    slopes = torch.autograd.grad(value, [here[key] for key in keys])
+    slopes = torch.autograd.grad(value.sum(), [here[key] for key in keys])  # prompts do not mix
     effects = {}
     for key, slope in zip(keys, slopes, strict=True):
-        effects[key] = ((there[key] - here[key].detach()) * slope).float().sum((0, -1))
+        effect = ((there[key] - here[key].detach()) * slope).float().sum(-1)
+        effects[key] = effect.movedim(0, -1) if value.ndim else effect.sum(0)
     found = {}
     for site in names:
         effect = torch.stack([effects[site, layer] for layer in range(model.n_layers)])
         if site in HEAD_SITES and site != "pattern":
             effect = effect.transpose(1, 2)  # (layers, heads, positions)
-        dims = {
-            "heads": [2],
-            "layers": range(1, effect.ndim),
-            "positions": range(1, effect.ndim - 1),
-        }
-        dims = tuple(dims.get(axes[site], ()))
+        n = effect.ndim - value.ndim
+        summed = {"heads": (2,), "layers": range(1, n), "positions": range(1, n - 1)}
+        dims = tuple(summed.get(axes[site], ()))
         found[site] = value.detach().float() + (effect.sum(dims) if dims else effect)
     return found[sites] if isinstance(sites, str) else found
 
@@ -526,7 +535,7 @@ def path_patch_map(
     else:
         sets, shape = [[(senders, i)] for i in layers], (model.n_layers,)
     effect = _path_patch(model, clean, corrupted, sets, receivers, metric, mode, through_mlps)
-    return effect.reshape(shape)
+    return effect.reshape(*shape, *effect.shape[1:])
 
 
 @torch.no_grad()

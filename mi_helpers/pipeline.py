@@ -229,7 +229,7 @@ class Pipeline:
             check_model(held, self.model)
             if not (folder / CODER).is_dir():
                 raise RunError(f"There is no coder in {folder}: run the training first.")
-            coder = SparseCoder.load(folder / CODER)
+            coder = SparseCoder.load(folder / CODER).to(self.group.device)
             found = collect(held, coder, progress=True)
             found.save(folder / FILE)
             write_latents(folder / "latents.jsonl", held, coder, found, self.model, progress=True)

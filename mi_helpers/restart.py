@@ -113,6 +113,7 @@ class BaseRun:
                 "Patching runs parts of the model, which hooks from outside would not understand: "
                 "leave the `with model.hooks(...)` block first."
             )
+        model._check_site("pattern")  # attention that cannot be entered
         self.model = model
         self.batch, self.length = ids.shape
         self.keys: list[Tensor] = []
@@ -240,7 +241,7 @@ class _Walk:
     """Rows of changed activations on their way through the layers."""
 
     def __init__(self, run: BaseRun, patches: Mapping[int, Sequence[Edit]], entries, starts):
-        self.run_, self.model, self.starts = run, run.model, starts
+        self.base, self.model, self.starts = run, run.model, starts
         self.entering = defaultdict(list)  # (layer, stage): patches
         self.edits = defaultdict(list)  # (site, layer): (patch, edit)
         for i, edits in patches.items():
@@ -254,7 +255,7 @@ class _Walk:
 
     def run(self) -> Tensor:
         """The final stream of every row, (rows, d_model)."""
-        model, stream = self.model, self.run_.cache["embed"].new_empty(0, self.model.d_model)
+        model, stream = self.model, self.base.cache["embed"].new_empty(0, self.model.d_model)
         for layer in range(self.first, model.n_layers):
             stream = self._block(layer, self._join(layer, stream))
         return self._join(model.n_layers, stream)
@@ -265,14 +266,14 @@ class _Walk:
         if not new:
             return None
         only_last = layer == self.model.n_layers or (layer == self.model.n_layers - 1 and stage)
-        starts = [self.run_.length - 1 if only_last else self.starts[i] for i in new]
-        self.rows = Rows(self.rows.patches + new, self.rows.starts + starts, self.run_)
-        return Rows(new, starts, self.run_)
+        starts = [self.base.length - 1 if only_last else self.starts[i] for i in new]
+        self.rows = Rows(self.rows.patches + new, self.rows.starts + starts, self.base)
+        return Rows(new, starts, self.base)
 
     def _join(self, layer: int, stream: Tensor) -> Tensor:
         """The stream entering a block, with the rows that start there, and its edits."""
         if new := self._enter(layer, 0):
-            stream = torch.cat([stream, self.run_.at("resid_pre", layer, new)])
+            stream = torch.cat([stream, self.base.at("resid_pre", layer, new)])
         self._edit("resid_pre", layer, stream)
         return stream
 
@@ -294,7 +295,7 @@ class _Walk:
 
     def _block(self, layer: int, stream: Tensor) -> Tensor:
         """The stream of all rows after one block; in the last block, at the last position only."""
-        model, run = self.model, self.run_
+        model, run = self.model, self.base
         attn_out = self._attend(layer, stream) if self.rows.count else stream
         if layer == model.n_layers - 1:
             stream = stream[self.rows.last]
@@ -324,7 +325,7 @@ class _Walk:
         """What attention adds to every row; in the last block, at the last position only."""
         model, rows = self.model, self.rows
         module, last = model.part("attn", layer), layer == model.n_layers - 1
-        call = dict(self.run_.calls[layer])
+        call = dict(self.base.calls[layer])
         if rotary := call.get("position_embeddings"):
             call["position_embeddings"] = tuple(x[:1, rows.position] for x in rotary)
 
@@ -346,7 +347,7 @@ class _Walk:
     def _mix(self, layer, eager, module, query, key, value, mask, **kwargs):
         """The attention function: packed queries (1, heads, tokens, d_head), each row on its own,
         with the base run's keys and values before its start."""
-        rows, run = self.rows, self.run_
+        rows, run = self.rows, self.base
         key, value = (
             rows.unpack(x, kept[layer]) for x, kept in ((key, run.keys), (value, run.values))
         )

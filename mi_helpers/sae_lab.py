@@ -94,7 +94,7 @@ def fit(
     k_or_none = k if activation in ("topk", "batchtopk") else None
     coder = SparseCoder(x.shape[1], latents, activation=activation, k=k_or_none, seed=seed)
     coder.initialise(x[:8_192])
-    dead_after = steps * batch // 4
+    dead_after = min(100_000, steps * batch // 4)
     step = SparseStep(
         coder, dead_after_tokens=dead_after, sparsity_coefficient=sparsity, products=ALONE
     )

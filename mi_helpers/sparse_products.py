@@ -182,8 +182,8 @@ def top_k(
 
     k + 8 candidates are taken from a product that may be imprecise, and scored anew in float32. If
     s is the lowest imprecise score of a candidate, and v the k-th exact one, then a latent that is
-    no candidate could belong to the top k only if its error were larger than v - s. Where that is
-    not twice the largest error that was seen, the row is done again with a float32 product.
+    no candidate could belong to the top k only if its error were larger than v - s. A row where
+    that is less than the largest error seen in the whole batch is done again with a float32 product.
 
     Args:
         x: (batch, d_in), float32.
@@ -208,7 +208,7 @@ def top_k(
         indices = candidates.gather(1, place)
         if products.bfloat16 and n < len(rows):
             error = (exact - low).abs().max()
-            doubtful = values[:, -1] - low.min(1).values < 2 * error
+            doubtful = values[:, -1] - low.min(1).values < error
             if doubtful.any():
                 again = Products(bfloat16=False, float32=products.float32)
                 indices[doubtful], values[doubtful] = top_k(x[doubtful], rows, bias, k, again)

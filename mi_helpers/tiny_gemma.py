@@ -73,21 +73,24 @@ def checkpoint_steps(steps: int) -> set[int]:
 
 
 def optimizers(model, peak: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the embedding and the norms' gains.
+    """Muon for the attention matrices, AdamW for everything else.
 
     Muon orthogonalises each matrix's momentum (Jordan et al. 2024), scaled so that its updates are
-    as large as AdamW's (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2). At this
-    size induction forms after two thirds of the steps that AdamW alone needs. A group's `peak` is
-    its highest learning rate.
+    as large as AdamW's (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2): heads
+    form sooner. The MLPs keep AdamW, as with Muon single neurons came to stand for topics (best
+    neuron's F1 0.81 instead of 0.28), which would leave a sparse autoencoder nothing to find. A
+    group's `peak` is its highest learning rate.
     """
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    embedding = [model.get_input_embeddings().weight]
-    gains = [p for p in model.parameters() if p.ndim < 2]
-    adam = [
-        {"params": embedding, "weight_decay": 0.05, "peak": peak},
-        {"params": gains, "weight_decay": 0.0, "peak": peak},
+    attention = [
+        p for block in model.model.layers for p in block.self_attn.parameters() if p.ndim == 2
     ]
-    muon = [{"params": matrices, "weight_decay": 0.05, "peak": 2 * peak}]
+    taken = {id(p) for p in attention}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    adam = [
+        {"params": [p for p in others if p.ndim == 2], "weight_decay": 0.05, "peak": peak},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "peak": peak},
+    ]
+    muon = [{"params": attention, "weight_decay": 0.05, "peak": 2 * peak}]
     return [
         torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(adam, betas=(0.9, 0.95), fused=True),

@@ -157,9 +157,9 @@ def quality(coder: SparseCoder, x: Tensor, target: Tensor | None = None, chunk: 
         rows = x[begin : begin + chunk].to(coder.device)
         indices, values = coder.encode_sparse(rows)
         predicted = coder.decode_sparse(indices, values, rows)
-        error += float((t - predicted).double().pow(2).sum())
-        spread += float((t - mean.to(t.device)).double().pow(2).sum())
-        power += float(t.double().pow(2).sum())
+        error += float((t - predicted).pow(2).sum())
+        spread += float((t - mean.to(t.device)).pow(2).sum())
+        power += float(t.pow(2).sum())
         active += float((values > 0).sum())
     return {
         "explained_variance": 1 - error / spread,

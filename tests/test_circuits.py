@@ -524,6 +524,8 @@ def test_mistakes_get_one_clear_sentence(gemma, tiny):
         attribution_graph(gemma, [random_coder(12), *coders[1:]], IDS)
     with pytest.raises(ModelError, match="The coder of layer 1 is an SAE: a circuit needs"):
         attribution_graph(gemma, [coders[0], SparseCoder(20, 40, k=3), coders[2]], IDS)
+    with pytest.raises(ModelError, match="layer 1 is on meta and gemma2 on cpu: move one"):
+        attribution_graph(gemma, [coders[0], random_coder(20).to("meta"), coders[2]], IDS)
     with pytest.raises(ModelError, match="transcoder for layer 3, but gemma2 has layers 0 to 2"):
         attribution_graph(gemma, [*coders, coders[0]], IDS)
     with pytest.raises(ModelError, match="The text has 17 tokens, more than gemma2's"):

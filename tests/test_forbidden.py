@@ -11,7 +11,7 @@ from mi_helpers import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {".git", ".venv", ".cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "runs"}
-SKIPPED |= {"build", "dist", "__pycache__", ".ipynb_checkpoints"}
+SKIPPED |= {".peers", "build", "dist", "__pycache__", ".ipynb_checkpoints"}
 TEXT = {"", ".cff", ".cfg", ".csv", ".css", ".ipynb", ".json", ".jsonl", ".md", ".py", ".sh"}
 TEXT |= {".svg", ".toml", ".tsv", ".txt", ".yaml", ".yml"}
 

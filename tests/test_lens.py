@@ -22,7 +22,7 @@ from mi_helpers.lens import (
     read_out,
     read_stream,
 )
-from mi_helpers.lens_figures import LENSES, LensViewer, lens_grid, shown
+from mi_helpers.lens_figures import LENSES, LensViewer, lens_grid, lens_table, shown
 from mi_helpers.lesions import untrained
 from mi_helpers.models import LanguageModel, ModelError, load_model, norm_gain
 from mi_helpers.plots import render
@@ -223,6 +223,16 @@ def test_top_tokens(gemma):
     assert torch.equal(ids[..., 0], full.argmax(-1))
     torch.testing.assert_close(p, full.gather(-1, ids))
     assert (p[..., 0] >= p[..., 1]).all() and (p[..., 1] >= p[..., 2]).all()
+
+
+def test_favourites(gemma):
+    stream = some_stream(gemma)
+    got = lenses.favourites(gemma, stream)
+    for depth, (token, share, sure) in enumerate(got):
+        p = gemma.unembed(stream[depth]).softmax(-1)
+        counts = [int((p.argmax(-1) == t).sum()) for t in range(gemma.d_vocab)]
+        assert counts[token] == max(counts) and share == pytest.approx(max(counts) / 60)
+        assert sure == pytest.approx(p[p.argmax(-1) == token, token].mean().item(), abs=1e-5)
 
 
 def test_first_and_settled_depth():
@@ -574,6 +584,16 @@ def test_the_country_of_a_document(tiny):
     assert lenses.word_tokens(tiny, ["Paris"]).tolist() == [tiny.to_single_token(" Paris")]
 
 
+def test_bridges(tiny):
+    found = lenses.bridge_scan(tiny, "language", 30)
+    assert all(share.shape == (7,) and share.max() <= 1 for share in found.values())
+    assert (found["answer (of its kind)"] >= found["answer (of all)"]).all()
+    assert (found["country (of countries)"] >= found["country (of all)"]).all()
+    assert found["answer (of all)"][-1] > 0.7  # pairs that were never trained
+    with pytest.raises(ValueError, match="no 'climate' here; there are: language"):
+        lenses.bridge_scan(tiny, "climate")
+
+
 def test_answers_are_there_at_the_end_and_not_at_the_start(tiny):
     blank = untrained(tiny)
     for family, choices in (("facts", {"count": 1}), ("ioi", {})):
@@ -689,6 +709,16 @@ def test_the_grid(gemma):
     with pytest.raises(ValueError, match="expected"):
         lens_grid([" x", "y"], ["embed", "0"], tops, p)
     assert shown("abcdefghijklmnop") == "abcdefghij…"
+
+
+def test_the_table():
+    text = lens_table(
+        ["embed", "0"], [[" a", "|"], ["<bos>", "\n"]], torch.tensor([[0.5, 0.25]] * 2)
+    )
+    lines = text.splitlines()
+    assert lines[0] == "| after block | 1 | 2 |" and lines[1] == "|---|---|---|"
+    assert lines[2] == "| embed | `␣a` 0.500 | `∣` 0.250 |"
+    assert [line.count("|") for line in lines] == [4] * 4
 
 
 # ---------------------------------------------------------------------------------- the ledger

@@ -121,16 +121,16 @@ def test_photographs_give_localised_oriented_filters_and_their_components_do_not
 
 
 def test_fit_finds_the_directions_that_rows_are_sums_of():
-    true = directions(24, 12, seed=2)
-    x = sparse_rows(6_000, true) + 3.0  # a common mean, which b_dec has to take up
-    coder = sae_lab.fit(x, 48, 2, steps=400, batch=256)
+    true = directions(32, 24, seed=2)
+    x = sparse_rows(6_000, true) + 1.0  # a common mean, which b_dec has to take up
+    coder = sae_lab.fit(x, 64, 2, steps=300, batch=256)
     cosines = (F.normalize(coder.W_dec, dim=1) @ true.T).max(0).values
     assert (cosines > 0.95).float().mean() > 0.9
     assert sae_lab.explained_variance(x, coder(x)) > 0.95
     assert float(coder.scale_in) == 1.0
-    again = sae_lab.fit(x, 48, 2, steps=400, batch=256)
+    again = sae_lab.fit(x, 64, 2, steps=300, batch=256)
     assert torch.equal(coder.W_dec, again.W_dec)
-    assert not torch.equal(coder.W_dec, sae_lab.fit(x, 48, 2, steps=5, seed=1, batch=256).W_dec)
+    assert not torch.equal(coder.W_dec, sae_lab.fit(x, 64, 2, steps=5, seed=1, batch=256).W_dec)
 
 
 def test_an_l1_penalty_makes_it_sparse_and_too_short():
