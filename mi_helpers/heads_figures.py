@@ -27,6 +27,7 @@ from mi_helpers.plots import (
 )
 
 MOST_TOKENS = 48  # of a pattern that is drawn
+ROLE_MEANS = {"IO": "receiver", "S1": "giver", "S2": "giver again", "END": "the last word"}
 
 
 @style()
@@ -226,14 +227,16 @@ def circuit_drawing(
         slots.setdefault((node[0], node[2]), []).append(node)
     deepest = max([*(layer for layer, _ in slots), 0])
     height = max(len(each) for each in slots.values()) if slots else 1
-    picture, axes = figure(11.5, 1.9 + 0.62 * height * max(1, len({k[0] for k in slots})))
+    picture, axes = figure(11.5, 2.3 + 0.62 * height * max(1, len({k[0] for k in slots})))
     levels, y = {}, 1.0
     for layer in sorted({layer for layer, _ in slots}):
         levels[layer] = y
         y += 0.7 + 0.75 * max(len(v) for (i, _), v in slots.items() if i == layer)
     for role, x in at.items():
         axes.plot([x, x], [0.2, y], color="0.85", linewidth=6, marker="", linestyle="-", zorder=0)
-        axes.text(x, -0.25, role, ha="center", va="center", weight="bold")
+        meaning = ROLE_MEANS.get(role, "")
+        axes.text(x, -0.3, role, ha="center", va="center", weight="bold")
+        axes.text(x, -0.75, meaning, ha="center", va="center", fontsize=11, color="0.35")
     colours = {job: OKABE_ITO[i % 6] for i, job in enumerate(dict.fromkeys(given.values()))}
     for (layer, role), each in slots.items():
         for i, node in enumerate(each):
@@ -261,7 +264,7 @@ def circuit_drawing(
     end = at["END"]
     later = f"MLPs of layers {deepest} to {n_layers - 1}, then the logits"
     axes.text(end, y + 0.25, later, ha="center", va="center", style="italic")
-    axes.set(title=title, xlim=(-1, end + 2.6), ylim=(-0.6, y + 0.7))
+    axes.set(title=title, xlim=(-1, end + 2.6), ylim=(-1.1, y + 0.7))
     axes.axis("off")
     return picture
 
