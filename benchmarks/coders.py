@@ -108,7 +108,7 @@ class Ours:
 class OursFloat32(Ours):
     """The same without bfloat16, as on a processor that is slow at it."""
 
-    products = Products(bfloat16=False, float32="medium")
+    products = Products(("float32",), "medium")
 
 
 class OursDense(Ours):
@@ -441,7 +441,7 @@ def gradients() -> list[dict]:
         step.tokens_since_fired[::9] = step.dead_after_tokens
         by_pairs = step.gradients(x)
         with float32_precision("highest"):
-            dense = SparseStep(coder, dense=True, products=Products(False, "highest"))
+            dense = SparseStep(coder, dense=True, products=Products(("float32",), "highest"))
             dense.tokens_since_fired.copy_(step.tokens_since_fired)
             by_autograd = dense.gradients(x)
         for name, gradient in by_pairs.items():

@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning_rate [--tokens 100000] [--steps 600]
 
-tiny-gemma's stream after its middle block, TopK coders of several widths, equal steps; the rate that
-`training.peak_rate` would choose is marked.
+tiny-gemma's stream after its middle block, TopK coders of several widths, equal steps; the last
+column is the rate that `training.peak_rate` chooses.
 """
 
 import argparse

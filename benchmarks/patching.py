@@ -382,11 +382,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gemma", action="store_true", help="also Gemma 2 2B's shape")
     parser.add_argument("--quick", action="store_true", help="few repeats; nothing is written")
     parser.add_argument("--only", choices=TABLES, help="one table")
+    parser.add_argument("--threads", type=int, default=THREADS)
     options = parser.parse_args(argv)
     names = [options.only] if options.only else list(TABLES)
     if not options.gemma and options.only is None:
         names.remove("gemma_2_2b")
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(options.threads)
     print(line(COLUMNS))
     with torch.no_grad():
         for name in names:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mi_helpers.sparse_products import CHUNK, top_k, weighted_sums
+from mi_helpers.sparse_products import CHUNK, Products, top_k, weighted_sums
 
 ACTIVATIONS = ("topk", "batchtopk", "relu", "jumprelu")
 
@@ -164,7 +164,9 @@ class SparseCoder(nn.Module):
         """
         u = self.read(x).reshape(-1, self.d_in)  # (rows, d_in)
         if self.activation == "topk":
-            indices, values = top_k(u, self.W_enc.T, self.b_enc, self.k)
+            few = Products(("float32",), "highest") if len(u) < 512 else None
+            rows, bias = self.W_enc.T.float(), self.b_enc.float()
+            indices, values = top_k(u.float(), rows, bias, self.k, few)
             values = F.relu(values)
         else:
             indices, values = self._firing(x.reshape(-1, self.d_in))

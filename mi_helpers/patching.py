@@ -23,12 +23,12 @@ from mi_helpers.restart import (
     MOST_TOKENS,
     BaseRun,
     Edit,
-    last_logits,
     run_edits,
     run_mlp,
     write_heads,
 )
 
+MOST_LOGITS = 2**26  # held at one time
 STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEAD_SITES = ("z", "q", "k", "v", "pattern")
 OVER = ("positions", "heads", "heads x positions", "layers")
@@ -278,7 +278,7 @@ def activation_patch(
 
     Args:
         clean, corrupted: text, or token ids (batch, pos), as many tokens on both sides. corrupted
-            may be None where it is not needed (gaussian; noise with mean or zero).
+            may be None where it is not used (gaussian; noise with mean or zero).
         site: resid_pre, resid_mid, resid_post, attn_out, mlp_out (over positions), or
             z, q, k, v, pattern (over heads; k and v have the key-value heads).
         metric: logits at the last position (..., batch, d_vocab) -> (...,) or (..., batch).
@@ -320,7 +320,8 @@ def activation_patch(
         for hs in head_axis
         for ps in pos_axis
     ]
-    effect = _effects(model, BaseRun(model, base.rows, base.hooks()), patches, metric, base)
+    final = run_edits(BaseRun(model, base.rows, base.hooks()), patches)
+    effect = _effects(model, final, metric, base)
     axes = [len(layers)]
     axes += [len(head_axis)] if "heads" in over else []
     axes += [len(pos_axis)] if "positions" in over else []
@@ -389,10 +390,10 @@ def _last_logits(model: LanguageModel, run: _Run) -> Tensor:
     return model.unembed(cache["resid_final"])
 
 
-def _effects(model: LanguageModel, run: BaseRun, patches, metric: Metric, base: _Run) -> Tensor:
-    """The metric of the base run under each patch, (patches,), float32."""
-    logits = last_logits(model, run_edits(run, patches))  # (patches, rows of the run, d_vocab)
-    return _value(metric, logits, base)
+def _effects(model: LanguageModel, final: Tensor, metric: Metric, run: _Run) -> Tensor:
+    """The metric of final streams (patches, rows of the run, d_model), some patches at a time."""
+    step = max(1, MOST_LOGITS // (final.shape[1] * model.d_vocab))
+    return torch.cat([_value(metric, model.unembed(x), run) for x in final.split(step)])
 
 
 def _value(metric: Metric, logits: Tensor, run: _Run) -> Tensor:
@@ -447,7 +448,7 @@ def attribution_patch(
     with torch.enable_grad(), model.hooks({key: keep(key) for key in keys}):
         _, cache = model.run_with_cache(base, "resid_final", model.n_layers, pos=-1)
         value = metric(model.unembed(cache["resid_final"]))
-    slopes = torch.autograd.grad(value.sum(), [here[key] for key in keys])  # prompts do not mix
+        slopes = torch.autograd.grad(value.sum(), [here[key] for key in keys])  # prompts do not mix
     effects = {}
     for key, slope in zip(keys, slopes, strict=True):
         effect = ((there[key] - here[key].detach()) * slope).float().sum(-1)
@@ -506,7 +507,7 @@ def path_patch(
             ("mlp", layer), or "logits".
 
     Returns:
-        float32, a scalar.
+        float32, a scalar, or (batch,) if the metric keeps the prompts apart.
     """
     return _path_patch(model, clean, corrupted, [senders], receivers, metric, mode, through_mlps)[0]
 
@@ -545,8 +546,8 @@ def _path_patch(model, clean, corrupted, sets, receivers, metric, mode, through_
     base, other = pair(model, clean, corrupted)
     if mode == "denoise":
         base, other = other, base
-    if receivers == "logits" or (isinstance(receivers, tuple) and isinstance(receivers[0], str)):
-        receivers = [receivers]
+    if receivers == "logits" or (receivers and receivers[0] in ("q", "k", "v", "mlp")):
+        receivers = [receivers]  # a single one
     targets = [_receiver(model, r) for r in receivers]
     sets = [[_sender(model, s) for s in senders] for senders in sets]
     if not targets or not all(sets):
@@ -560,7 +561,7 @@ def _path_patch(model, clean, corrupted, sets, receivers, metric, mode, through_
         _follow(run, there, sets[i : i + step], targets, start, through_mlps)
         for i in range(0, len(sets), step)
     ]
-    return metric(last_logits(model, torch.cat(streams))).float()
+    return _effects(model, torch.cat(streams), metric, _Run(base))
 
 
 def _sender(model: LanguageModel, given) -> Node:

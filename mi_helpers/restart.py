@@ -30,7 +30,6 @@ from mi_helpers.models import LanguageModel, ModelError
 
 MOST_TOKENS = 2048  # of one walk: more of them leave the processor's cache
 MOST_SCORES = 2**25  # attention scores of one walk and layer: bounds the memory of long prompts
-MOST_LOGITS = 2**26  # of one unembedding
 
 # Where in a block a site's row starts; resid_post is the next block's resid_pre.
 STAGES = {
@@ -409,10 +408,3 @@ def run_mlp(model: LanguageModel, layer: int, stream: Tensor) -> Tensor:
     """What the MLP adds to the stream that it reads (resid_mid), through both its norms."""
     out = model.part("mlp", layer)(model.part("ln2", layer)(stream))
     return post_norm(model, "ln2_post", layer, out)
-
-
-def last_logits(model: LanguageModel, stream: Tensor) -> Tensor:
-    """Logits of final streams, (..., d_model) -> (..., d_vocab), some rows at a time."""
-    step = max(1, MOST_LOGITS // model.d_vocab)
-    rows = stream.flatten(0, -2).split(step)
-    return torch.cat([model.unembed(x) for x in rows]).unflatten(0, stream.shape[:-1])

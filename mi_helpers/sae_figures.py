@@ -90,8 +90,16 @@ def curves(log: Sequence[Mapping[str, float]], names: Mapping[str, str]) -> Figu
     for one, (name, title) in zip(axes[0], names.items(), strict=True):
         one.plot(steps, [row[name] for row in log], marker="" if len(steps) > 40 else "o")
         one.set(title=title, xlabel="step")
-        one.set_ylim(bottom=0)
+        one.set_ylim(0, 1.08 * max(1e-9, *(row[name] for row in log)))
     return picture
+
+
+def name_errors(axes) -> None:
+    """Plain numbers on a logarithmic axis of errors, without minor ticks."""
+    low, high = axes.get_ylim()
+    shown = [e for e in (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5) if low <= e <= high]
+    axes.set_yticks(shown, [f"{each:g}" for each in shown])
+    axes.minorticks_off()
 
 
 def check_choice(name: str, value, there: Sequence) -> None:
@@ -133,7 +141,7 @@ def sparsity_explorer(rows: Sequence[dict], width: int, k: int) -> Figure:
     left.plot(chosen["l0"], chosen["nmse"], color="black", linestyle="", **ring)
     left.set(xscale="log", yscale="log", xlabel="L0: latents per token", ylabel="normalised MSE")
     left.set_xticks(ks, [str(each) for each in ks])
-    left.minorticks_off()
+    name_errors(left)
     left.set_title(f"nMSE {chosen['nmse']:.3f} at {width} latents, k = {k}")
     left.legend(title="latents", fontsize=11)
     values = [chosen[name] for name in BARS]
@@ -166,6 +174,9 @@ def frontier(rows: Sequence[dict]) -> Figure:
     right.set(xscale="log", ylabel="1: of the right length", title="length of the reconstruction")
     for one in (left, right):
         one.set_xlabel("L0: latents per token")
+        one.set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
+        one.minorticks_off()
+    name_errors(left)
     left.legend()
     return picture
 
@@ -187,7 +198,7 @@ def scaling(rows: Sequence[dict], plane: Plane) -> Figure:
         axes.plot(x, plane(np.array(x), k), color=look["color"], linestyle="--", marker="")
     axes.set(xscale="log", yscale="log", xlabel="latents", ylabel="normalised MSE")
     axes.set_xticks(widths, [str(width) for width in widths])
-    axes.minorticks_off()
+    name_errors(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return picture
 

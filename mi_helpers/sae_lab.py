@@ -55,7 +55,7 @@ SHIPPED = DATA / "sae"
 CODER, GRID = SHIPPED / "tiny_gemma", SHIPPED / "grid.csv"
 STRONG = 0.25  # of a latent's highest activation: from there on a firing counts as strong
 SAME = 0.7  # cosine above which two latents count as one and the same
-ALONE = Products(bfloat16=False, float32="highest")  # on any machine the same choice
+ALONE = Products(("float32",), "highest")  # on any machine the same choice
 WIDTHS, KS = (1, 2, 4, 8, 16), (2, 4, 8, 16, 32)  # in units of d_model; latents per token
 K = 8  # of what ships: 32 of 144 numbers would hardly be sparse; the table says what it costs
 
@@ -510,7 +510,7 @@ def make_grid(
     bench: Bench,
     widths: Sequence[int] = WIDTHS,
     ks: Sequence[int] = KS,
-    penalties: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.8),
+    penalties: Sequence[float] = (0.02, 0.04, 0.08, 0.14, 0.22),
     steps: int = 400,
     say: Callable[[str], None] = print,
 ) -> list[dict]:

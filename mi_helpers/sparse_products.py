@@ -1,16 +1,19 @@
 """Products of which only few entries are wanted: what makes a step of a sparse coder fast.
 
-    top_k           the k largest of x W + b in every row: found in bfloat16, exact in float32
+    TopK            the k largest of x W + b in every row: found in 8 or 16 bits, exact in float32
     dots            x_b · table_i for chosen pairs (b, i)
     weighted_sums   Σ w table_i over the pairs of a group
     by_latent       pairs (row, latent) sorted by latent
 
 A coder's code of one token names k of its many latents. The decoder's product and every gradient
 touch those k alone, so they are sums over pairs, never products with a (batch, d_latent) matrix.
+Only *which* k needs all of x W, and for that a rough product is enough: what it finds is scored
+again in float32.
 """
 
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,21 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 512  # rows of x at a time: (512, d_latent) scores are all that is held of the big product
-EXTRA = 8  # candidates beyond k
+CHUNK = 256  # rows of x at a time: (256, d_latent) scores are all that is held of the big product
+EXTRA = {"int8": 16, "bfloat16": 8, "float32": 8}  # candidates beyond k
+DOUBTFUL = 0.1  # share of rows to do again, above which a kind of product is given up
 _FLOAT32_ERROR = 1e-5  # a product further off than this, relatively, is no float32 product
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class Products:
     """How this machine multiplies large matrices fastest.
 
-    bfloat16  the candidates of `top_k` come from a bfloat16 product
+    kinds     what `TopK` selects with, the quickest first: of "int8", "bfloat16" and "float32"
     float32   the precision setting for float32 products: "highest", or "medium" where that is
               faster and still true float32 (on AMD it means oneDNN's product instead of MKL's)
     """
 
-    bfloat16: bool
+    kinds: tuple[str, ...]
     float32: str
 
 
@@ -50,9 +55,9 @@ def float32_precision(setting: str) -> Iterator[None]:
 
 
 def quickest(device: torch.device, d_in: int, d_latent: int) -> Products:
-    """The `Products` for x (512, d_in) times W (d_in, d_latent), measured once per process.
+    """The `Products` for x (256, d_in) times W (d_in, d_latent), measured once per process.
 
-    The choice changes the time, never the result: `top_k` is exact either way.
+    The choice changes the time, never the result: `TopK` is exact either way.
     """
     return _measured(torch.device(device), d_in, min(d_latent, 8192), torch.get_num_threads())
 
@@ -61,34 +66,46 @@ def quickest(device: torch.device, d_in: int, d_latent: int) -> Products:
 @torch.no_grad()
 def _measured(device: torch.device, d_in: int, d_latent: int, threads: int) -> Products:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(CHUNK, d_in, generator=generator).to(device)
-    W = torch.randn(d_latent, d_in, generator=generator).to(device)
-    x_low, W_low = x.bfloat16(), W.bfloat16()
-
-    def seconds(x: Tensor, W: Tensor) -> tuple[float, Tensor]:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            y = x @ W.T
-            y[0, 0].item()  # waits for the device
-            times.append(time.perf_counter() - start)
-        return min(times), y
-
+    x, rows = (
+        torch.randint(-127, 128, (n, d_in), generator=generator).to(device, torch.float32)
+        for n in (CHUNK, d_latent)
+    )
     with float32_precision("highest"):
-        plain, exact = seconds(x, W)
-    setting, best = "highest", plain
+        times, setting = {"float32": _seconds(lambda: x @ rows.T)}, "highest"
+        exact = x @ rows.T
     if device.type == "cpu":  # elsewhere "medium" is a less precise product
         with float32_precision("medium"):
-            medium, y = seconds(x, W)
-        error = (y - exact).abs().max() / exact.abs().max()
-        if medium < plain and error < _FLOAT32_ERROR:
-            setting, best = "medium", medium
-    return Products(bfloat16=seconds(x_low, W_low)[0] < best, float32=setting)
+            seconds, found = _seconds(lambda: x @ rows.T), x @ rows.T
+        if seconds < times["float32"] and _off(found, exact) < _FLOAT32_ERROR:
+            times["float32"], setting = seconds, "medium"
+    low = x.bfloat16(), rows.bfloat16().T
+    times["bfloat16"] = _seconds(lambda: low[0] @ low[1])
+    if device.type == "cpu" and hasattr(torch, "_int_mm"):
+        small = x.to(torch.int8), rows.to(torch.int8).T
+        if _off(torch._int_mm(*small).float(), exact) < _FLOAT32_ERROR:  # no saturation
+            times["int8"] = 1.1 * _seconds(lambda: torch._int_mm(*small))  # and its scales
+    kinds = sorted((kind for kind in times if times[kind] <= times["float32"]), key=times.get)
+    return Products(kinds=tuple(kinds), float32=setting)
+
+
+def _seconds(product: Callable[[], Tensor]) -> float:
+    """The least time of three."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        product()[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _off(found: Tensor, exact: Tensor) -> float:
+    """The largest difference, over the largest entry."""
+    return float((found - exact).abs().max() / exact.abs().max())
 
 
 # ------------------------------------------------------------------------------ sums over pairs
 
-_FAST = {"cpu": {"embedding_bag", "dots", "radix"}, "cuda": {"embedding_bag"}}
+_FAST = {"cpu": {"embedding_bag", "sampled product", "radix"}, "cuda": {"embedding_bag"}}
 
 
 def _has(kernel: str, device: torch.device) -> bool:
@@ -132,13 +149,20 @@ def _weighted_sums_plain(table, indices, weights, offsets=None) -> Tensor:
 
 def dots(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     """x_b · table[indices_bj], float32, shaped like the indices (batch, k)."""
-    if not _has("dots", table.device):
+    if not _has("sampled product", table.device):
         return _dots_plain(x, table, indices)
-    flat, k = indices.flatten(), indices.shape[1]
-    row = torch.arange(len(indices))
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x, table, flat, row * k, row.repeat_interleave(k), 0
-    ).view_as(indices)
+    batch, k = indices.shape
+    begin = torch.arange(0, batch * k + 1, k)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        where = torch.sparse_csr_tensor(
+            begin,
+            indices.flatten(),
+            x.new_zeros(batch * k),
+            (batch, len(table)),
+            check_invariants=False,
+        )
+    return torch.sparse.sampled_addmm(where, x, table.T, beta=0.0).values().view(batch, k)
 
 
 def _dots_plain(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
@@ -169,62 +193,130 @@ def by_latent(latents: Tensor, d_latent: int) -> tuple[Tensor, Tensor]:
 # -------------------------------------------------------------------------------- the k largest
 
 
-@torch.no_grad()
-def top_k(
-    x: Tensor,
-    rows: Tensor,
-    bias: Tensor,
-    k: int,
-    products: Products | None = None,
-    rows_low: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The k largest of x @ rows.T + bias in every row, exact in float32, the largest first.
+class TopK:
+    """The k largest of x @ rows.T + bias in every row of x, exact in float32, the largest first.
 
-    k + 8 candidates are taken from a product that may be imprecise, and scored anew in float32. If
-    s is the lowest imprecise score of a candidate, and v the k-th exact one, then a latent that is
-    no candidate could belong to the top k only if its error were larger than v - s. A row where
-    that is less than the largest error seen in the whole batch is done again with a float32 product.
+    A rough product scores every latent. Its k + 8 (or 16) best are the candidates, and they are
+    scored anew in float32. If s is the lowest rough score of a candidate, and v the k-th exact one,
+    then a latent that is no candidate could belong to the top k only if its error were larger than
+    v - s. A row where that is less than the largest error seen in the whole batch (errors in units
+    of ‖x_b‖) is done again with a float32 product.
+
+    Rough means bfloat16, or 8-bit integers times a scale for each row of x and of `rows`. A kind
+    that leaves many rows doubtful, three batches running, is given up for the next quickest.
 
     Args:
-        x: (batch, d_in), float32.
-        rows: (d_latent, d_in), float32: W_enc transposed.
-        bias: (d_latent,).
+        rows: (d_latent, d_in), float32: W_enc transposed. A rough copy of them is kept; it is made
+            anew where they have changed, but `refresh` after changing some is quicker.
         products: how to multiply; None means `quickest`.
-        rows_low: `rows` in bfloat16, for one who has them already.
-
-    Returns:
-        indices (batch, k), int64; values (batch, k), float32.
     """
-    products = products or quickest(x.device, rows.shape[1], rows.shape[0])
-    n = min(k + EXTRA, len(rows))
-    with float32_precision(products.float32):
-        if products.bfloat16:
-            rows_low = rows.bfloat16() if rows_low is None else rows_low
-            low, candidates = _candidates(x, rows_low, bias, n)
-        else:
-            low, candidates = _candidates(x, rows, bias, n)
-        exact = dots(x, rows, candidates) + bias[candidates]
-        values, place = exact.topk(k)
-        indices = candidates.gather(1, place)
-        if products.bfloat16 and n < len(rows):
-            error = (exact - low).abs().max()
-            doubtful = values[:, -1] - low.min(1).values < error
+
+    def __init__(self, rows: Tensor, products: Products | None = None):
+        self.rows = rows
+        self.products = products or quickest(rows.device, rows.shape[1], rows.shape[0])
+        self.kinds = list(self.products.kinds)
+        self._doubtful_batches = 0
+        self._copy()
+
+    def _copy(self) -> None:
+        """Make the rough copy."""
+        self.rough = self.scale = None
+        if self.kinds[0] == "bfloat16":
+            self.rough = torch.empty_like(self.rows, dtype=torch.bfloat16)
+        elif self.kinds[0] == "int8":
+            self.rough = torch.empty_like(self.rows, dtype=torch.int8)
+            self.scale = self.rows.new_empty(len(self.rows))
+        for first in range(0, len(self.rows), 512):
+            self.refresh(slice(first, first + 512))
+
+    @torch.no_grad()
+    def refresh(self, part: slice) -> None:
+        """Follow a change of these rows."""
+        if self.scale is not None:
+            self.rough[part], self.scale[part] = _in_8_bits(self.rows[part])
+        elif self.rough is not None:
+            self.rough[part] = self.rows[part]
+        self._version = self.rows._version
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Indices and values, both (batch, k), for x (batch, d_in) and bias (d_latent,)."""
+        if self._version != self.rows._version:
+            self._copy()
+        n = min(k + EXTRA[self.kinds[0]], len(self.rows))
+        with float32_precision(self.products.float32):
+            rough, candidates = self._candidates(x, bias, n)
+            exact = dots(x, self.rows, candidates) + bias[candidates]
+            values, place = exact.topk(k)
+            indices = candidates.gather(1, place)
+            if self.rough is None or n == len(self.rows):
+                return indices, values
+            norm = x.norm(dim=1).clamp(min=_TINY)
+            error = ((exact - rough).abs().amax(1) / norm).max()
+            doubtful = values[:, -1] - rough.amin(1) < error * norm
             if doubtful.any():
-                again = Products(bfloat16=False, float32=products.float32)
-                indices[doubtful], values[doubtful] = top_k(x[doubtful], rows, bias, k, again)
-    return indices, values
+                plain = TopK(self.rows, Products(("float32",), self.products.float32))
+                indices[doubtful], values[doubtful] = plain(x[doubtful], bias, k)
+            self._judge(doubtful.float().mean().item())
+        return indices, values
+
+    def _judge(self, share: float) -> None:
+        """Give up a kind that was too rough three times running; the results are the same."""
+        self._doubtful_batches = self._doubtful_batches + 1 if share > DOUBTFUL else 0
+        if self._doubtful_batches == 3:
+            self.kinds = self.kinds[1:] or ["float32"]
+            self._doubtful_batches = 0
+            self._copy()
+
+    def _candidates(self, x: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """The n best by the rough product: their scores, and their indices (batch, n)."""
+        chunk = min(CHUNK, len(x))
+        dtype = torch.bfloat16 if self.kinds[0] == "bfloat16" else torch.float32
+        scores = x.new_empty(chunk, len(self.rows), dtype=dtype)
+        whole = torch.empty_like(scores, dtype=torch.int32) if self.kinds[0] == "int8" else None
+        found = []
+        for part in x.split(chunk):
+            out = scores[: len(part)]
+            if whole is not None:
+                in_8_bits, scale = _in_8_bits(part)
+                torch._int_mm(in_8_bits, self.rough.T, out=whole[: len(part)])
+                out.copy_(whole[: len(part)]).mul_(scale[:, None])
+                torch.addcmul(bias, out, self.scale, out=out)
+            else:
+                rows = self.rows if self.rough is None else self.rough
+                torch.addmm(bias.to(dtype), part.to(dtype), rows.T, out=out)
+            found.append(largest(out, n))
+        best, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return best.float(), indices
 
 
-def _candidates(x: Tensor, rows: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest of x @ rows.T + bias, in the precision of `rows`: scores and indices."""
-    low = x.new_empty(len(x), n)
-    indices = torch.empty(len(x), n, dtype=torch.int64, device=x.device)
-    scores = x.new_empty(min(CHUNK, len(x)), len(rows), dtype=rows.dtype)
-    bias = bias.to(rows.dtype)
-    for start in range(0, len(x), CHUNK):
-        part = x[start : start + CHUNK].to(rows.dtype)
-        out = torch.addmm(bias, part, rows.T, out=scores[: len(part)])
-        top, index = out.topk(n, sorted=False)
-        low[start : start + CHUNK] = top
-        indices[start : start + CHUNK] = index
-    return low, indices
+def top_k(
+    x: Tensor, rows: Tensor, bias: Tensor, k: int, products: Products | None = None
+) -> tuple[Tensor, Tensor]:
+    """`TopK(rows, products)(x, bias, k)`: indices and values (batch, k)."""
+    return TopK(rows, products)(x, bias, k)
+
+
+def _in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127, and a scale for each row: x ≈ whole · scale[:, None]."""
+    scale = x.abs().amax(1).clamp(min=_TINY) / 127
+    return (x * scale.reciprocal()[:, None]).round_().to(torch.int8), scale
+
+
+def largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of each row (values, indices), in no order.
+
+    They lie in the n columns of the folded row, (blocks, columns), with the largest maxima: so the
+    search is among the maxima first, and then among what lies in those columns.
+    """
+    batch, length = scores.shape
+    blocks = 16 if length >= 8192 else 8 if length >= 2048 else 4
+    columns = length // blocks
+    if length % blocks or columns < 2 * n:
+        return scores.topk(n, dim=1, sorted=False)
+    folded = scores.view(batch, blocks, columns)
+    column = folded.amax(1).topk(n, dim=1, sorted=False).indices  # (batch, n)
+    place = column[:, None] + columns * torch.arange(blocks, device=scores.device)[:, None]
+    place = place.flatten(1)  # (batch, blocks · n)
+    values, index = scores.gather(1, place).topk(n, dim=1, sorted=False)
+    return values, place.gather(1, index)

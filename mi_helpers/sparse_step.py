@@ -33,15 +33,15 @@ from torch.optim.adamw import adamw
 from mi_helpers.coders import SparseCoder, check_finite
 from mi_helpers.processes import ALONE, Processes
 from mi_helpers.sparse_products import (
-    CHUNK,
     Products,
+    TopK,
     by_latent,
     dots,
     float32_precision,
-    quickest,
-    top_k,
     weighted_sums,
 )
+
+_ROWS = 512  # latents that are updated together, and rows of x in AuxK's products
 
 
 @dataclass
@@ -115,7 +115,6 @@ class SparseStep:
         self.dead_after_tokens = dead_after_tokens
         self.sparsity_coefficient, self.bandwidth = sparsity_coefficient, bandwidth
         self.dense = dense or coder.activation != "topk"
-        self.products = products or quickest(coder.device, coder.d_in, coder.d_latent)
         self.steps = 0
         self.tokens_since_fired = torch.zeros(
             coder.d_latent, dtype=torch.int64, device=coder.device
@@ -124,7 +123,7 @@ class SparseStep:
         self.weights = _weights(coder)
         self.mean = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.square = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        self._low, self._low_version = None, None
+        self.top_k = TopK(self.weights["W_enc"], products)
 
     # ---- the step
 
@@ -138,7 +137,7 @@ class SparseStep:
             are dead; aux_loss.
         """
         self._check(x, target)
-        with float32_precision(self.products.float32):
+        with float32_precision(self.top_k.products.float32):
             gradients = self._gradients(x, target)
             metrics = self._metrics(gradients, x, target)
             self._update(gradients)
@@ -148,7 +147,7 @@ class SparseStep:
     def gradients(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """The whole gradients by the coder's parameters, before the projection; changes nothing."""
         self._check(x, target)
-        with float32_precision(self.products.float32):
+        with float32_precision(self.top_k.products.float32):
             gradients = self._gradients(x, target)
             W_enc, W_dec = gradients.block(0, self.coder.d_latent)
         return gradients.small | {"W_enc": W_enc.T, "W_dec": W_dec}
@@ -184,7 +183,7 @@ class SparseStep:
         """The gradients of a TopK coder as sums over pairs (row, latent)."""
         coder, rows = self.coder, self.weights["W_enc"]
         u, r = self._read(x, target)
-        indices, pre = top_k(u, rows, coder.b_enc, coder.k, self.products, self._rows_low())
+        indices, pre = self.top_k(u, coder.b_enc, coder.k)
         values = F.relu(pre)  # (rows, k)
         error = weighted_sums(coder.W_dec.detach(), indices, values)  # (rows, d_out)
         if coder.skip:
@@ -222,18 +221,6 @@ class SparseStep:
             return W_enc, W_dec
 
         return Gradients(small, block, fired, metrics)
-
-    def _rows_low(self) -> Tensor | None:
-        """W_enc^T in bfloat16; made anew where the weights were changed by someone else."""
-        if not self.products.bfloat16:
-            return None
-        version = self.weights["W_enc"]._version
-        if self._low is None:
-            self._low = self.weights["W_enc"].bfloat16()
-        elif version != self._low_version:
-            self._low.copy_(self.weights["W_enc"])
-        self._low_version = version
-        return self._low
 
     # ---- gradients from autograd
 
@@ -304,7 +291,7 @@ class SparseStep:
             return aux
         scale = self.aux_coefficient * min(1.0, len(dead) / self.aux_k) / len(u)
         mine = self.processes.share(len(u))
-        parts = zip(u[mine].split(CHUNK), error[mine].split(CHUNK), strict=True)
+        parts = zip(u[mine].split(_ROWS), error[mine].split(_ROWS), strict=True)
         for part, left in parts:
             pre = torch.addmm(b_enc, part, rows.T)  # (chunk, dead)
             values, indices = pre.topk(min(self.aux_k, len(dead)), dim=1, sorted=False)
@@ -361,17 +348,15 @@ class SparseStep:
         for name, gradient in small.items():
             if name in weights:
                 self._adamw(name, gradient, slice(None), 0.0)
-        for first in range(0, coder.d_latent, CHUNK):
-            part = slice(first, min(first + CHUNK, coder.d_latent))
+        for first in range(0, coder.d_latent, _ROWS):
+            part = slice(first, min(first + _ROWS, coder.d_latent))
             W_enc, W_dec = gradients.block(part.start, part.stop)
             row = weights["W_dec"][part]
             W_dec.addcmul_((W_dec * row).sum(1, keepdim=True), row, value=-1)
             self._adamw("W_enc", W_enc, part, self.weight_decay)
             self._adamw("W_dec", W_dec, part, self.weight_decay)
             row /= row.norm(dim=1, keepdim=True).clamp_(min=1e-12)
-            if self._low is not None:
-                self._low[part] = weights["W_enc"][part]
-        self._low_version = weights["W_enc"]._version
+            self.top_k.refresh(part)
         self._move_threshold(gradients)
         self.tokens_since_fired += int(gradients.metrics["rows"])
         self.tokens_since_fired[gradients.fired] = 0

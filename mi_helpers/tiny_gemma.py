@@ -41,7 +41,7 @@ def config(vocab_size: int = 3_840) -> Gemma2Config:
         num_key_value_heads=2,
         head_dim=32,
         query_pre_attn_scalar=32,
-        sliding_window=64,
+        sliding_window=32,
         max_position_embeddings=128,
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
@@ -61,40 +61,18 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def checkpoint_steps(steps: int) -> set[int]:
-    """Multiples of BLOCK for the log: dense where circuits form, sparse where they only sharpen."""
-    early = range(0, 1_200, BLOCK)
-    late = [1_200 + (steps - 1_200) * i / 12 for i in range(13)]
-    return (
-        {step for step in early if step < steps}
-        | {round(step / BLOCK) * BLOCK for step in late if 0 <= step <= steps}
-        | {0, steps}
-    )
+def checkpoint_steps(steps: int, count: int = 20) -> set[int]:
+    """Multiples of BLOCK for the log: dense where circuits form (the first third), then sparse."""
+    early = [steps / 2 / count * i for i in range(2 * count // 3)]
+    late = [steps / 3 + 2 * steps / count * i for i in range(count // 3)]
+    return {0, steps} | {round(step / BLOCK) * BLOCK for step in early + late}
 
 
-def optimizers(model, peak: float) -> list[torch.optim.Optimizer]:
-    """Muon for the attention matrices, AdamW for everything else.
-
-    Muon orthogonalises each matrix's momentum (Jordan et al. 2024), scaled so that its updates are
-    as large as AdamW's (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2): heads
-    form sooner. The MLPs keep AdamW, as with Muon single neurons came to stand for topics (best
-    neuron's F1 0.81 instead of 0.28), which would leave a sparse autoencoder nothing to find. A
-    group's `peak` is its highest learning rate.
-    """
-    attention = [
-        p for block in model.model.layers for p in block.self_attn.parameters() if p.ndim == 2
-    ]
-    taken = {id(p) for p in attention}
-    others = [p for p in model.parameters() if id(p) not in taken]
-    adam = [
-        {"params": [p for p in others if p.ndim == 2], "weight_decay": 0.05, "peak": peak},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "peak": peak},
-    ]
-    muon = [{"params": attention, "weight_decay": 0.05, "peak": 2 * peak}]
-    return [
-        torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(adam, betas=(0.9, 0.95), fused=True),
-    ]
+def optimizer_groups(model) -> list[dict]:
+    """Weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def save_atomically(write, path: Path) -> None:
@@ -104,12 +82,11 @@ def save_atomically(write, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def save_run(folder: Path, model, optimizers: list, state: dict) -> None:
+def save_run(folder: Path, model, optimizer, state: dict) -> None:
     """One checkpoint. `state.json` is written last and names the step of the other two files."""
     names = {p: name for name, p in model.named_parameters()}
     moments = {
         f"{names[p]}/{key}": value.contiguous() if value.ndim else value.reshape(1)
-        for optimizer in optimizers
         for p, values in optimizer.state.items()
         for key, value in values.items()
     }
@@ -123,18 +100,17 @@ def save_run(folder: Path, model, optimizers: list, state: dict) -> None:
             old.unlink()
 
 
-def load_run(folder: Path, model, optimizers: list) -> dict:
-    """Put the last checkpoint into `model` and `optimizers`; its state ({} for a new run)."""
+def load_run(folder: Path, model, optimizer) -> dict:
+    """Put the last checkpoint into `model` and `optimizer`; its state ({} for a new run)."""
     if not (folder / "state.json").exists():
         return {}
     state = json.loads((folder / "state.json").read_text())
     parameters = dict(model.named_parameters())
-    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, value in load_file(folder / f"model-{state['step']}.safetensors").items():
         parameters[name].data.copy_(value)
     for name, value in load_file(folder / f"moments-{state['step']}.safetensors").items():
         parameter, key = name.rsplit("/", 1)
-        entry = owner[parameters[parameter]].state[parameters[parameter]]
+        entry = optimizer.state[parameters[parameter]]
         entry[key] = value.reshape(()) if key == "step" else value
     return state
 
@@ -183,7 +159,7 @@ def train(
 ) -> Gemma2ForCausalLM:
     """Train tiny-gemma for `steps` batches of `rows` × 128 tokens; resumes what is in `folder`.
 
-    Muon and AdamW, bf16 autocast, gradient norm clipped at 1. Returns the model, on the CPU.
+    AdamW (0.9, 0.95), bf16 autocast, gradient norm clipped at 1. Returns the model, on the CPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
     world = world or World()
@@ -195,8 +171,8 @@ def train(
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(model_config or config(len(tokenizer))).to(device)
     model.config.save_pretrained(folder)
-    both = optimizers(model, peak)
-    state = load_run(folder, model, both)
+    optimizer = torch.optim.AdamW(optimizer_groups(model), lr=peak, betas=(0.9, 0.95), fused=True)
+    state = load_run(folder, model, optimizer)
     start = state.get("step", 0)
     keep_log_until(folder / "log.csv", start)
 
@@ -226,20 +202,20 @@ def train(
                 model.train()
             if step > start and (step % save_every == 0 or step == steps):
                 elapsed = seconds + time.time() - begin
-                state = {"step": step, "loss": loss_sum, "seconds": elapsed}
-                save_run(folder, model, both, state)
+                save_run(
+                    folder, model, optimizer, {"step": step, "loss": loss_sum, "seconds": elapsed}
+                )
             stream = batches(world, tokenizer, seed=seed * 1_000_003 + step // BLOCK, rows=rows)
         if step == steps:
             break
-        for group in (group for optimizer in both for group in optimizer.param_groups):
-            group["lr"] = learning_rate(step, steps, group["peak"])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
         ids = torch.from_numpy(next(stream).astype("int64")).to(device)
         loss = step_loss(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in both:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         value = loss.item()
         if not math.isfinite(value):
             raise RuntimeError(f"The loss became {value} at step {step}; lower the learning rate.")
@@ -312,7 +288,7 @@ def ship(folder: Path, model, target: Path = SHIPPED) -> None:
 def main_train(argv: list[str]) -> int:
     """`python -m mi_helpers train-model`: train, resumable, and ship the result."""
     parser = argparse.ArgumentParser(prog="python -m mi_helpers train-model")
-    parser.add_argument("--steps", type=int, default=8_000, help="batches of 4,096 tokens")
+    parser.add_argument("--steps", type=int, default=6_500, help="batches of 4,096 tokens")
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny_gemma")

@@ -49,7 +49,10 @@ RECIPE, LOG, CHECKPOINT, CODER, SECONDS = (
     "seconds.json",
 )
 CHOSEN = "chosen_products"
-PRODUCTS = {"float32": Products(False, "highest"), "bfloat16": Products(True, "highest")}
+PRODUCTS = {
+    kind: Products(tuple(dict.fromkeys((kind, "float32"))), "highest")
+    for kind in ("float32", "bfloat16", "int8")
+}
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,8 @@ def keep_recipe(folder: Path, recipe: Recipe, held: Activations, processes: Proc
             chosen = chosen or quickest(processes.device, held.d_in, recipe.latents)
             write_json(path, own | {CHOSEN: asdict(chosen)})
     processes.wait()
-    return Products(**read_json(path)[CHOSEN])
+    kept = read_json(path)[CHOSEN]
+    return Products(tuple(kept["kinds"]), kept["float32"])
 
 
 def identity(held: Activations) -> list[str]:

@@ -6,7 +6,6 @@ They are forked from a server that has imported torch once, so each starts at on
 import multiprocessing
 import os
 import signal
-import time
 
 import torch
 from tiny_models import sentences, tiny_model
@@ -18,6 +17,7 @@ from mi_helpers.processes import RENDEZVOUS, finish, start
 from mi_helpers.sources import open_source
 from mi_helpers.training import Recipe, train
 
+PRELOAD = ["mi_helpers.training", "mi_helpers.harvest", "transformers.models.gemma2"]
 SMALL = {"tokens": 900, "context": 12, "shard_tokens": 150, "batch_tokens": 60}
 RECIPE = Recipe(
     latents=48,
@@ -33,9 +33,9 @@ RECIPE = Recipe(
 
 
 def context():
-    """Processes are forked from a server that has this module."""
+    """Processes are forked from a server that has imported what takes long."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload([__name__])
+    made.set_forkserver_preload(PRELOAD)
     return made
 
 
@@ -101,7 +101,7 @@ def killed_after(seconds, folder, text):
     """Run `work` in a process and SIGKILL it after some seconds; whether it was still running."""
     process = context().Process(target=work, args=(folder, text))
     process.start()
-    time.sleep(seconds)
+    process.join(seconds)
     process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL

@@ -165,7 +165,7 @@ def test_how_the_rows_are_packed_changes_nothing(gemma, most, reuse_prefix, monk
     metric = the_metric(gemma)
     expected = activation_patch(gemma, CLEAN, CORRUPTED, "v", metric, over="heads x positions")
     monkeypatch.setattr(restart, "MOST_TOKENS", most)
-    monkeypatch.setattr(restart, "MOST_LOGITS", most)
+    monkeypatch.setattr("mi_helpers.patching.MOST_LOGITS", most)
     monkeypatch.setattr(restart, "MOST_SCORES", most)
     run = restart.run_edits
     monkeypatch.setattr(

@@ -12,11 +12,21 @@ from safetensors.torch import load, save
 from mi_helpers import sparse_products
 from mi_helpers.coders import SparseCoder, explained_variance
 from mi_helpers.models import load_model
-from mi_helpers.sparse_products import Products, by_latent, dots, top_k, weighted_sums
+from mi_helpers.sparse_products import (
+    Products,
+    TopK,
+    by_latent,
+    dots,
+    largest,
+    quickest,
+    top_k,
+    weighted_sums,
+)
 from mi_helpers.sparse_step import SparseStep
 from mi_helpers.tinyworld.world import World
 
-LOW, FULL = Products(True, "highest"), Products(False, "highest")
+PRODUCTS = {kind: Products((kind,), "highest") for kind in ("int8", "bfloat16", "float32")}
+LOW = PRODUCTS["bfloat16"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,12 +112,13 @@ def best(x, W, bias, k):
 
 def misses(x, W, bias, k):
     """The share of rows whose true top k are not all among the k + 8 candidates of bfloat16."""
-    _, candidates = sparse_products._candidates(x, W.bfloat16(), bias, k + sparse_products.EXTRA)
+    n = k + sparse_products.EXTRA["bfloat16"]
+    _, candidates = TopK(W, LOW)._candidates(x, bias, n)
     found = (best(x, W, bias, k).indices[:, :, None] == candidates[:, None]).any(2).all(1)
     return 1 - found.float().mean().item()
 
 
-@pytest.mark.parametrize("products", [LOW, FULL], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("products", PRODUCTS.values(), ids=PRODUCTS)
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_the_top_k_are_those_of_float32(name, products, kernels):
     x, W, bias = distribution(name)
@@ -125,6 +136,46 @@ def test_candidates_alone_would_not_do():
     assert misses(*distribution("twins"), 16) > 0.5
 
 
+@pytest.mark.parametrize("length", [30, 1152, 1153, 4096, 18432])
+def test_the_largest_of_folded_rows_are_the_largest(length):
+    scores = randn(50, length)
+    scores[:, ::7] = scores[:, 3:4]  # ties
+    values, indices = largest(scores, 24)
+    assert torch.equal(values.sort().values, scores.topk(24).values.sort().values)
+    assert torch.equal(scores.gather(1, indices), values)
+    assert all(len(row.unique()) == 24 for row in indices)
+
+
+def test_a_kind_of_product_that_is_too_rough_is_given_up():
+    """Twins make nearly every row doubtful: after three batches float32 selects, and is right."""
+    x, W, bias = distribution("twins")
+    select = TopK(W, Products(("int8", "bfloat16", "float32"), "highest"))
+    for kind in ["int8"] * 3 + ["bfloat16"] * 3 + ["float32"]:
+        assert select.kinds[0] == kind
+        assert torch.equal(select(x, bias, 16)[0], top_k(x, W, bias, 16, PRODUCTS["float32"])[0])
+    x, W, bias = distribution("normal")
+    select = TopK(W, Products(("int8", "float32"), "highest"))
+    for _ in range(5):
+        select(x, bias, 16)
+    assert select.kinds[0] == "int8"
+
+
+def test_what_is_quickest_is_measured():
+    products = quickest(torch.device("cpu"), 64, 512)
+    assert products.kinds[-1] == "float32" and products.float32 in ("highest", "medium")
+    assert set(products.kinds) <= {"int8", "bfloat16", "float32"}
+
+
+@pytest.mark.parametrize("products", PRODUCTS.values(), ids=PRODUCTS)
+def test_rows_of_zeros_and_of_any_size_are_read(products):
+    x, W, bias = distribution("normal")
+    x = x * torch.logspace(-12, 12, len(x))[:, None]
+    x[5], W[7] = 0, 0
+    indices, values = top_k(x, W, bias, 16, products)
+    expected = best(x, W, bias, 16)
+    assert torch.allclose(values.double(), expected.values, rtol=1e-5, atol=1e-6)
+
+
 def test_a_dictionary_hardly_larger_than_k():
     x, W, bias = distribution("normal", d_latent=18)
     indices, _ = top_k(x, W, bias, 16, LOW)
@@ -136,10 +187,11 @@ def test_the_measured_products_change_no_result_and_no_setting():
     try:
         x, W, bias = distribution("normal")
         measured = top_k(x, W, bias, 16)
-        for products in (LOW, FULL, Products(True, "medium"), Products(False, "medium")):
+        for kinds in ("int8", "bfloat16"), ("bfloat16",), ("float32",):
+            products = Products(kinds, "medium")
             for got, expected in zip(top_k(x, W, bias, 16, products), measured, strict=True):
                 assert torch.equal(got, expected)
-        step = SparseStep(SparseCoder(96, 200, k=4), products=Products(True, "medium"))
+        step = SparseStep(SparseCoder(96, 200, k=4), products=Products(("bfloat16",), "medium"))
         with pytest.raises(ValueError, match="NaN"):
             step(torch.full((8, 96), torch.nan))
         assert torch.get_float32_matmul_precision() == "high"
@@ -226,7 +278,7 @@ def loss_by_autograd(coder, x, target, step):
     return float(loss.detach()), dict(zip(parameters, found, strict=True))
 
 
-@pytest.mark.parametrize("products", [LOW, FULL], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("products", PRODUCTS.values(), ids=PRODUCTS)
 @pytest.mark.parametrize("dead", [0, 10, 100], ids=["alive", "few dead", "many dead"])
 @pytest.mark.parametrize("kind", CODERS)
 def test_gradients_are_those_of_dense_autograd(kind, dead, products, kernels):
@@ -554,7 +606,8 @@ def test_nan_in_the_targets_is_named():
 def test_weights_that_diverged_are_said_to_have():
     coder, x, _ = make()
     step = SparseStep(coder)
-    coder.W_enc.data[0, 0] = torch.inf
+    with torch.no_grad():
+        coder.W_enc[0, 0] = torch.inf
     with pytest.raises(ValueError, match="diverged; start again with a lower learning rate"):
         step(x)
 

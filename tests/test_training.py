@@ -4,6 +4,7 @@ import math
 import random
 import signal
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -137,7 +138,10 @@ def test_a_transcoder_learns_its_target(tmp_path):
         ({"batch": 4_600}, "4,500 rows to train on, fewer than one batch of 4,600"),
         ({"steps": 0}, "steps is 0: it has to be 1 or more"),
         ({"k": 65}, "k is 65, and the dictionary has 64 latents"),
-        ({"products": "fast"}, "products is 'fast': choose one of measured, float32, bfloat16"),
+        (
+            {"products": "fast"},
+            "products is 'fast': choose one of measured, float32, bfloat16, int8",
+        ),
         ({"activation": "softmax"}, "no activation 'softmax'"),
     ],
 )
@@ -228,12 +232,17 @@ def test_killed_at_chosen_places_of_writing_it_ends_with_the_same_bytes(uninterr
 @needs_fork
 def test_killed_at_random_times_it_ends_with_the_same_bytes(uninterrupted, tmp_path):
     text, expected = uninterrupted
-    rng, killed = random.Random(0), 0
-    for _ in range(5):
-        killed += killed_after(0.3 + rng.random(), tmp_path / "run", text)
-    assert killed
-    assert finish_run(tmp_path / "run", text) == 0
-    assert results(tmp_path / "run") == expected
+    for name in ("first", "timed"):  # the first one waits for the server to start
+        start = time.monotonic()
+        assert finish_run(tmp_path / name, text) == 0
+    length, rng, killed, runs = time.monotonic() - start, random.Random(0), 0, 0
+    while killed < 8 and runs < 6:
+        runs += 1
+        folder = tmp_path / f"run-{runs}"
+        while killed_after(length * rng.uniform(0.2, 0.8), folder, text):
+            killed += 1
+        assert results(folder) == expected
+    assert killed >= 5
 
 
 # -- several processes -----------------------------------------------------------------------
