@@ -11,6 +11,7 @@ COMMANDS = {
     "features": ("mi_helpers.pipeline:main_features", "say what each latent of a coder is"),
     "harvest": ("mi_helpers.pipeline:main_harvest", "write a model's activations to disk"),
     "make-sae": ("mi_helpers.sae_lab:main", "make the sparse autoencoder that ships in data/"),
+    "make-transcoders": ("mi_helpers.transcoders:main", "make the transcoders in data/"),
     "manifest": ("mi_helpers.manifest:main", "check or write the checksums of data/"),
     "notebooks": ("mi_helpers.notebooks:main", "run the notebooks and save them clean"),
     "report": ("mi_helpers.pipeline:main_report", "measure a trained coder, in the model too"),
@@ -24,7 +25,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The list of commands, one line each."""
-    lines = [f"  {name:12} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:16} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: python -m mi_helpers COMMAND [--help]", "", *lines])
 
 

@@ -233,7 +233,8 @@ def _gemma_scope(path: Path, name: str, transcoder: bool, k: int | None) -> Spar
     factor = tensors.pop("scaling_factor", None)
     if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
         raise ModelError(f"{name} has a scaling_factor other than 1, which is not known here.")
-    return build(tensors, name, activation="jumprelu", transcoder=transcoder)
+    metadata = {"reads": "normalised"} if transcoder else None  # the stream without the norm's gain
+    return build(tensors, name, activation="jumprelu", transcoder=transcoder, metadata=metadata)
 
 
 def _gemma_scope_2(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:

@@ -25,7 +25,17 @@ from mi_helpers.models import Key, LanguageModel, ModelError
 from mi_helpers.processes import ALONE
 from mi_helpers.progress import duration
 from mi_helpers.sites import NORMALIZED, behind
-from mi_helpers.training import CODER, LOG, RECIPE, SECONDS, Recipe, quality, read_log, split
+from mi_helpers.training import (
+    CODER,
+    LOG,
+    RECIPE,
+    SECONDS,
+    Recipe,
+    dead_window,
+    quality,
+    read_log,
+    split,
+)
 
 LOGITS = 2**27  # numbers of logits that are computed at once
 
@@ -210,6 +220,7 @@ def report(
         "latents": coder.d_latent,
         "activation": coder.activation,
         "dead": log[-1]["dead"],
+        "dead_window": dead_window(recipe, n),
         **quality(coder, *held.slice(n, held.rows)),
     }
     if model is not None:
@@ -240,7 +251,7 @@ def as_markdown(numbers: dict, seconds: float | None = None) -> str:
         ("normalised MSE", f"{numbers['nmse']:.3f}"),
         ("relative error", f"{numbers['relative_error']:.3f}"),
         ("L0", f"{numbers['l0']:.1f}"),
-        ("dead latents", f"{numbers['dead']:.2%}"),
+        ("dead latents", f"{numbers['dead']:.2%} (silent for {numbers['dead_window']:,} tokens)"),
     ]
     if seconds is not None:
         rows.insert(5, ("time to train", duration(seconds)))

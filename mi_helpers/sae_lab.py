@@ -151,6 +151,12 @@ class Ground:
         columns = [self.names.index(name) for name in names]
         return Ground(self.x, self.neurons, self.truth[:, columns], tuple(names), self.tokens)
 
+    def scorable(self, names: Sequence[str] = tuple(CONCEPTS)) -> list[str]:
+        """Those of the names that occur in both halves of the text, as a score needs."""
+        half = len(self.truth) // 2
+        both = self.truth[:half].any(0) & self.truth[half:].any(0)
+        return [name for name in names if name in self.names and both[self.names.index(name)]]
+
 
 def make_ground(
     model: LanguageModel, tokens: int = 20_000, seed: int = 1, text: str = SCORED
@@ -470,7 +476,7 @@ class Bench:
         with torch.no_grad():
             predicted = coder.decode_sparse(*coder.encode_sparse(self.test), self.test)
         firings = firings_of(coder, self.ground.x)
-        six = self.ground.only([name for name in CONCEPTS if name in self.ground.names])
+        six = self.ground.only(self.ground.scorable())
         best = score_units(firings, six.truth, six.names).best()
         spliced_in = loss_with(self.model, self.held, self.texts, lambda x, _: predict(coder, x))
         measured = quality(coder, self.test)

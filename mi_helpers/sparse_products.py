@@ -27,6 +27,7 @@ CHUNK = 256  # rows of x at a time: (256, d_latent) scores are all that is held 
 EXTRA = {"int8": 16, "bfloat16": 8, "float32": 8}  # candidates beyond k
 DOUBTFUL = 0.1  # share of rows to do again, above which a kind of product is given up
 _FLOAT32_ERROR = 1e-5  # a product further off than this, relatively, is no float32 product
+_CACHE = 1 << 25  # bytes: a table below this stays in the processor's cache
 _TINY = 1e-30
 
 
@@ -152,17 +153,22 @@ def dots(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     if not _has("sampled product", table.device):
         return _dots_plain(x, table, indices)
     batch, k = indices.shape
-    begin = torch.arange(0, batch * k + 1, k)
+    if table.nbytes < _CACHE or len(table) < batch:
+        begin = torch.arange(0, batch * k + 1, k)
+        return _sampled(x, table, begin, indices.flatten()).view(batch, k)
+    order, offsets = by_latent(indices, len(table))  # read the larger one of the two in order
+    values = torch.empty(batch * k)
+    values[order] = _sampled(table, x, offsets, order // k)
+    return values.view(batch, k)
+
+
+def _sampled(left: Tensor, right: Tensor, begin: Tensor, columns: Tensor) -> Tensor:
+    """left_i · right_j for the pairs (i, j): row i has columns[begin[i] : begin[i + 1]]."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        where = torch.sparse_csr_tensor(
-            begin,
-            indices.flatten(),
-            x.new_zeros(batch * k),
-            (batch, len(table)),
-            check_invariants=False,
-        )
-    return torch.sparse.sampled_addmm(where, x, table.T, beta=0.0).values().view(batch, k)
+        zeros, shape = left.new_zeros(len(columns)), (len(left), len(right))
+        where = torch.sparse_csr_tensor(begin, columns, zeros, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(where, left, right.T, beta=0.0).values()
 
 
 def _dots_plain(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:

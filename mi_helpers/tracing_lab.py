@@ -4,8 +4,8 @@ they end.
     coders = list(load_transcoders())
     asked = questions(model, 30, seed=0)
     graph = question_graph(model, coders, asked[0], latent_labels(model, coders))
-    story = tell(model, coders, asked[0], labels)         # what the graph predicts, in numbers
-    outcome = try_story(model, coders, story)               # what the model does, and whether it fits
+    story = tell(model, coders, asked[0], labels)      # what the graph predicts, in numbers
+    outcomes = try_story(model, coders, story)         # what the model does, and whether it fits
 
 The engine is `mi_helpers.circuits`, `graphs` and `interventions`. Here are the prompts, what is
 measured over many of them, and the rows of the ledger.
@@ -17,7 +17,7 @@ import copy
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
@@ -26,15 +26,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mi_helpers.circuits import LocalReplacement, attribution_graph, reads_of
+from mi_helpers.circuits import attribution_graph, reads_of
 from mi_helpers.coders import SparseCoder
 from mi_helpers.features import logit_effects
-from mi_helpers.graph_figures import intervention_figure
+from mi_helpers.graph_figures import ADDS, intervention_figure
 from mi_helpers.graphs import (
+    EMBEDDING,
+    ERROR,
     FEATURE,
     LOGIT,
     Graph,
-    Node,
     graph_scores,
     group_by_label,
     predicted_effect,
@@ -43,6 +44,7 @@ from mi_helpers.graphs import (
 from mi_helpers.interventions import Intervention, intervene
 from mi_helpers.lesions import untrained
 from mi_helpers.models import LanguageModel, ModelError, load_model, norm_gain
+from mi_helpers.plots import OKABE_ITO, figure, style
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.circuits import TWO_HOP_HELD, is_held
 
@@ -224,8 +226,15 @@ def questions(
         one, other = rng.choice(pools[kind])
         made.append(
             Question(
-                kind, one.prompt, other.prompt, one.subject, other.subject, one.country,
-                other.country, f" {one.answer}", f" {other.answer}",
+                kind,
+                one.prompt,
+                other.prompt,
+                one.subject,
+                other.subject,
+                one.country,
+                other.country,
+                f" {one.answer}",
+                f" {other.answer}",
             )  # fmt: skip
         )
     return made
@@ -303,9 +312,7 @@ def read_sentences(model: LanguageModel, most: int = 100, seed: int = 0) -> Read
     names = sorted(set().union(*tokens[:half]) & set().union(*tokens[half:]))
     concepts = {name: np.array([name in here for here in tokens]) for name in names}
     order = range(len(asked))
-    mlp_in = {
-        layer: torch.cat([rows[layer, i] for i in order]) for layer in range(model.n_layers)
-    }
+    mlp_in = {layer: torch.cat([rows[layer, i] for i in order]) for layer in range(model.n_layers)}
     return Reading(mlp_in, concepts, half)
 
 
@@ -352,9 +359,12 @@ def latent_labels(
         enough = share >= LEAST_SHARE
         active = f.any(0).nonzero()[:, 0]
         raised = logit_effects(model, coder.W_dec[active].detach()).argmax(-1).cpu()
-        for j, word in zip(active.tolist(), model.str_tokens(raised), strict=True):
+        for j, token in zip(active.tolist(), raised.tolist(), strict=True):
+            word = model.tokenizer.decode([token])
             first = rarest[enough[j].float().argmax()]
-            labels[layer, j] = names[first] if enough[j].any() else f"→ {word.strip() or word!r}"
+            labels[layer, j] = (
+                names[first] if enough[j].any() else f"→ {word.strip() or repr(word)}"
+            )
     return labels
 
 
@@ -447,6 +457,25 @@ def score_table(
     return {name: np.array(scores) for name, scores in rows.items()}
 
 
+@style()
+def score_figure(table: Mapping[str, np.ndarray]) -> Figure:
+    """One dot per prompt, and a bar at the median: both scores under each condition.
+
+    Realises the comparison of graph scores in "Circuit Tracing" (Ameisen and others, 2025).
+    """
+    picture, axes = figure(9, 1.4 + 0.5 * len(table), 1, 2, sharey=True)
+    for column, (one, name) in enumerate(zip(axes, SCORES, strict=True)):
+        for row, values in enumerate(table.values()):
+            x = values[:, column]
+            y = row + 0.25 * np.linspace(-1, 1, len(x))
+            one.plot(x, y, linestyle="", marker="o", markersize=4, alpha=0.6, color=ADDS)
+            one.plot([np.median(x)] * 2, [row - 0.4, row + 0.4], color="black", marker="")
+            one.text(1.02, row, f"{np.median(x):.2f}", va="center", fontsize=11)
+        one.set(xlim=(0, 1.0), xlabel=f"{name} score", ylim=(len(table) - 0.5, -0.5))
+    axes[0].set_yticks(range(len(table)), list(table))
+    return picture
+
+
 # ------------------------------------------------------------------------------ the country's step
 
 
@@ -477,11 +506,6 @@ def country_step(graph: Graph, question: Question) -> Step:
         elif label in countries:
             wrong += float(own[graph.index(name)])
     return Step(question, count, right / max(amount, 1e-9), wrong / max(amount, 1e-9))
-
-
-def country_features(graph: Graph, question: Question) -> list[str]:
-    """The nodes that are called by the question's country."""
-    return [name for name, label in graph.labels.items() if label == question.country]
 
 
 # --------------------------------------------------------------------------------------- stories
@@ -515,19 +539,24 @@ class Story:
         return self.gap + self.swap < 0
 
 
-def tell(model: LanguageModel, coders, question: Question, labels: Mapping, rank: int = 0) -> Story:
+def tell(
+    model: LanguageModel, coders, question: Question, labels: Mapping, country: bool = False
+) -> Story:
     """A question's story, by one rule.
 
-    The supernode whose features, taken away, cost the answer most against the rival as the graph
-    sees it (rank 1: the second most, …). The swap also puts in what the partner's graph has at the
-    same positions by the same rule. The null takes as many features, at the same positions where
-    there are enough, that are worth least in amount.
+    The supernode whose features, taken away, cost the answer most against the rival, as the graph
+    sees it; with `country`, the one that is called by the question's country. The swap also puts in
+    the supernode that the same rule finds in the partner's graph. The null takes as many features
+    that are worth little (`_idle`).
+
+    Raises:
+        ValueError: no feature is called by the country.
     """
     graph = question_graph(model, coders, question, labels)
-    label, nodes = _dearest(graph, rank)
-    suppress = logit_gap(graph, predicted_effect(graph, dict.fromkeys(nodes, 0.0)))
     other = question_graph(model, coders, question.turned(), labels)
-    _, theirs = _dearest(other, rank)
+    label, nodes = _about(graph, question.country if country else None)
+    _, theirs = _about(other, question.rival_country if country else None)
+    suppress = logit_gap(graph, predicted_effect(graph, dict.fromkeys(nodes, 0.0)))
     lost = logit_gap(other, predicted_effect(other, dict.fromkeys(theirs, 0.0)))
     into = {name: other.value(name) for name in theirs if name not in nodes}
     return Story(
@@ -542,13 +571,14 @@ def tell(model: LanguageModel, coders, question: Question, labels: Mapping, rank
     )
 
 
-def _dearest(graph: Graph, rank: int) -> tuple[str, tuple[str, ...]]:
-    """The label whose features add most to the gap, and those features."""
+def _about(graph: Graph, label: str | None) -> tuple[str, tuple[str, ...]]:
+    """A supernode and its features: that of a label, or the one that adds most to the gap."""
     sums = by_label(graph)
-    order = sorted(sums, key=lambda label: -sums[label])
-    if rank >= len(order):
-        raise ValueError(f"The graph has {len(order)} supernodes: there is none of rank {rank}.")
-    return order[rank], graph.supernodes[order[rank]]
+    if label is None:
+        label = max(sums, key=sums.get)
+    if label not in sums:
+        raise ValueError(f"No feature of the graph of {graph.prompt!r} is called {label!r}.")
+    return label, graph.supernodes[label]
 
 
 def _idle(graph: Graph, nodes: Sequence[str]) -> list[str]:
@@ -671,6 +701,35 @@ def hits(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
     return {what: (sum(each), len(each)) for what, each in kinds.items()}
 
 
+MARKS = {"suppress": ("o", OKABE_ITO[0]), "swap": ("s", OKABE_ITO[1]), "null": ("D", "white")}
+
+
+@style()
+def prediction_figure(outcomes: Sequence[Outcome]) -> Figure:
+    """What the graph predicted against what the model did, a mark per intervention, once with
+    frozen and once with recomputed attention; misses have a cross.
+
+    Realises the validation of graphs by perturbation in "Circuit Tracing" (Ameisen and others,
+    2025), "Validating Attribution Graph Hypotheses with Interventions".
+    """
+    picture, axes = figure(10, 5, 1, 2, sharey=True)
+    for one, kind in zip(axes, ("observed", "recomputed"), strict=True):
+        for what, (marker, face) in MARKS.items():
+            these = [o for o in outcomes if o.what == what]
+            x, y = [o.predicted for o in these], [getattr(o, kind) for o in these]
+            one.scatter(x, y, 60, marker=marker, facecolor=face, edgecolor="black", label=what)
+        missed = [o for o in outcomes if not o.hit]
+        one.scatter([o.predicted for o in missed], [getattr(o, kind) for o in missed], 40,
+                    marker="x", color="black", label="a miss", zorder=3)  # fmt: skip
+        ends = [min(*one.get_xlim(), *one.get_ylim()), max(*one.get_xlim(), *one.get_ylim())]
+        one.plot(ends, ends, color="0.6", linestyle="--", marker="", zorder=0)
+        one.set_xlabel("predicted change of the logit gap")
+    axes[0].set(title="attention frozen", ylabel="observed change")
+    axes[1].set(title="attention recomputed")
+    axes[0].legend()
+    return picture
+
+
 class InterventionExplorer:
     """`explorer(story, factor, swap, attention)`: the next token before and after, as a Figure.
 
@@ -701,6 +760,38 @@ class InterventionExplorer:
             f"less {q.rival.strip()} {told.gap:.1f} → {told.gap + change:.1f}"
         )
         return intervention_figure(result, title)
+
+
+# ---------------------------------------------------------------------------- what is left out
+
+
+@torch.no_grad()
+def attention_alone(model: LanguageModel, question: Question) -> float:
+    """How the gap changes if all attention patterns are the partner's, as a share of the gap.
+
+    No edge of a graph says anything of this: a graph takes its prompt's patterns as given.
+    """
+    _, theirs = model.run_with_cache(question.partner, "pattern")
+    ids = model.tokens(question.prompt)
+    a, b = (model.to_single_token(word) for word in (question.answer, question.rival))
+    before = model.forward(ids)[0, -1]
+    hooks = {
+        ("pattern", layer): lambda x, layer=layer: theirs["pattern", layer].to(x)
+        for layer in range(model.n_layers)
+    }
+    with model.hooks(hooks):
+        after = model.forward(ids)[0, -1]
+    gap = float(before[a] - before[b])
+    return (float(after[a] - after[b]) - gap) / gap
+
+
+def worth_by_kind(graph: Graph) -> dict[str, float]:
+    """{kind of node: the share of the gap that such nodes add}; biases add the rest."""
+    own, gap = worth(graph), logit_gap(graph)
+    direct = {}
+    for kind in (EMBEDDING, FEATURE, ERROR):
+        direct[kind] = float(own[graph.mask(kind)].sum()) / gap
+    return direct
 
 
 # ----------------------------------------------------------------------------------- for the ledger

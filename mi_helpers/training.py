@@ -62,7 +62,7 @@ class Recipe:
     latents, k, activation, skip   the coder's: see `coders.SparseCoder`
     products               how to multiply: "measured", once, what is fastest here; or a choice
     sparsity               the penalty's coefficient, of relu and jumprelu: see `SparseStep`
-    dead_after             tokens without firing after which a latent counts as dead
+    dead_after             tokens without firing after which a latent is dead, and AuxK revives it
     batch, steps           rows per step over all processes, and how many steps
     rate                   peak learning rate; 0 means `peak_rate(latents)`
     warm_up, decay         shares of the steps with a rising and with a falling rate
@@ -138,6 +138,11 @@ def split(held: Activations, recipe: Recipe, processes: Processes = ALONE) -> in
     if recipe.batch % processes.size:
         raise RunError(f"A batch of {recipe.batch} cannot be shared by {processes.size} processes.")
     return n
+
+
+def dead_window(recipe: Recipe, n: int) -> int:
+    """Tokens without firing after which the log counts a latent as dead: at most one epoch's n."""
+    return min(recipe.dead_after, n)
 
 
 # ------------------------------------------------------------------------------------ metrics
@@ -323,18 +328,23 @@ class Run:
         return metrics
 
     def log(self, metrics: dict) -> dict:
-        """A row of the log: the batch's loss and dead latents, the rest on the held-out rows."""
+        """A row of the log: the batch's loss, the latents that are dead, the rest on held-out rows.
+
+        Here a latent is dead when it has not fired for as many tokens as there are to train on, or
+        for `dead_after`, whichever is less.
+        """
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
             raise RunError(
                 f"The loss became {loss} at step {self.step_number}: choose a lower rate than "
                 f"{self.recipe.rate or peak_rate(self.recipe.latents):.2g}."
             )
+        window = dead_window(self.recipe, self.n)
         row = {
             "step": self.step_number,
             "rate": learning_rate(self.step_number - 1, self.recipe),
             "loss": loss,
-            "dead": float(metrics["dead"]),
+            "dead": float((self.step.tokens_since_fired >= window).float().mean()),
             **quality(self.coder, *self.test),
         }
         log_row(self.folder / LOG, row)

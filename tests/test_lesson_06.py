@@ -232,12 +232,12 @@ def test_curves_are_read_between_their_points():
 
 
 def test_what_ships_is_made_the_same_twice(model, tmp_path):
-    small = {"widths": (1, 2), "ks": (4,), "penalties": (0.02,)}
+    small = {"widths": (1, 2), "ks": (4,), "penalties": ()}
     made = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
         files = sae_lab.make_sae(
-            model, folder, tokens=5_000, steps=4, grid_steps=4, grid=small, say=lambda _: None
+            model, folder, tokens=3_000, steps=3, grid_steps=3, grid=small, say=lambda _: None
         )
         made.append([(path.name, path.read_bytes()) for path in files])
     assert made[0] == made[1]
@@ -248,7 +248,6 @@ def test_what_ships_is_made_the_same_twice(model, tmp_path):
         ("topk", 288, 0),
         ("topk", 144, 1),
         ("topk", 288, 1),
-        ("relu", 288, 0),
     ]
     assert rows[0]["shared"] is None and 0 <= rows[2]["shared"] <= 1
 

@@ -51,9 +51,11 @@ PAIRS = torch.randint(0, 9, (7, 3), generator=generator())
 TABLE, WEIGHTS, X = randn(9, 5), randn(7, 3, seed=1), randn(7, 5, seed=2)
 
 
-@pytest.fixture(params=["kernels", "plain"])
+@pytest.fixture(params=["kernels", "large table", "plain"])
 def kernels(request, monkeypatch):
-    """The CPU's kernels, and what other devices use in their place."""
+    """The CPU's kernels, for tables small and large, and what other devices use in their place."""
+    if request.param == "large table":
+        monkeypatch.setattr(sparse_products, "_CACHE", 0)
     if request.param == "plain":
         monkeypatch.setattr(sparse_products, "_FAST", {})
     return request.param

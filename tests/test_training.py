@@ -109,6 +109,15 @@ def test_it_learns_and_the_log_says_so(trained, held):
     ]
 
 
+def test_a_latent_is_dead_after_an_epoch_of_silence(held, tmp_path):
+    run = training.Run(held, tmp_path, LEARN, training.PRODUCTS["float32"])
+    assert training.dead_window(LEARN, run.n) == 4_500
+    assert training.dead_window(replace(LEARN, dead_after=99), run.n) == 99
+    run.step.tokens_since_fired[:16] = 4_500
+    run.step.tokens_since_fired[16:20] = 4_499
+    assert run.log({"loss": 1.0})["dead"] == 16 / 64
+
+
 def test_held_out_rows_are_never_trained_on(held, tmp_path, monkeypatch):
     asked = []
     real = training.Shuffled.rows

@@ -1,0 +1,88 @@
+"""The figures of lesson 07: how the model does with its MLPs replaced, rules, virtual weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mi_helpers import plots
+from mi_helpers.feature_figures import Page, centred, draw_bars
+from mi_helpers.features import contexts
+from mi_helpers.transcoders import ActivePairs, Faithful, reading_of, top_tokens
+
+SHOWN = 6  # contexts in the figure of a rule
+
+
+def replacement(runs: Mapping[tuple[str, str], Faithful], where: str, kind: str) -> Figure:
+    """The loss of each family before and after MLPs are replaced.
+
+    Args:
+        runs: {(where, kind): what was measured}, such as ("layer 3", "skip"); where is what was
+            replaced, kind by what.
+    """
+    if (where, kind) not in runs:
+        raise ValueError(f"Nothing was measured for {where!r} and {kind!r}.")
+    run = runs[where, kind]
+    longest = max(max(each.clean.values()) for each in runs.values())
+    return plots.before_after(
+        run.clean,
+        run.spliced,
+        f"{where} replaced by {kind}: {run.recovered:.0%} of the loss recovered",
+        xlabel="loss on the answers, nats",
+        limits=(0, 1.6 * longest),
+        labels=("the model", "MLP replaced"),
+    )
+
+
+@plots.style()
+def rule(page: Page, layer: int, latent: int) -> Figure:
+    """A latent as a rule: what fires it, read from the encoder; where it fired; what it writes.
+
+    Left, its pre-activation on each token's embedding alone; right, the logits that its decoder row
+    raises; below, its highest firings with the token in [[brackets]]. After the feature pages of
+    Dunefsky and others 2024, section 5.
+
+    Raises:
+        ValueError: no such latent.
+    """
+    latent = page.features.check(latent)
+    picture = plots.Picture(figsize=(12, 6.6), layout="none")
+    picture.subplots_adjust(left=0.12, right=0.97, top=0.86, bottom=0.5, wspace=0.5)
+    left, right = picture.subplots(1, 2)
+    count, share = page.features.count[latent], page.features.frequency[latent]
+    read = top_tokens(page.model, reading_of(page.model, page.coder, layer, latent), SHOWN)
+    draw_bars(left, read, "fires for (embedding → encoder row)", "pre-activation, embedding alone")
+    raised, _ = page.effects(latent, SHOWN)
+    draw_bars(right, raised, "writes (decoder row → unembedding)", "logit per unit of activation")
+    picture.suptitle(
+        f"layer {layer}, latent {latent}: fires {count:,} times, {share:.2%} of tokens"
+    )
+    found = contexts(page.held, page.features, latent, page.model.tokenizer, SHOWN)
+    title = "where it fires most, one line per text" if found else "nowhere: dead on this text"
+    picture.text(0.06, 0.36, title, fontsize="large")
+    look = {"family": "monospace", "fontsize": 10.5, "va": "top", "linespacing": 2.2}
+    picture.text(0.06, 0.335, "\n".join(f"{each.value:6.2f}" for each in found), **look)
+    picture.text(0.13, 0.335, "\n".join(centred(str(each), 104) for each in found), **look)
+    return picture
+
+
+@plots.style()
+def virtual(pairs: ActivePairs, most: int = 4_000) -> Figure:
+    """What a virtual weight promises against what arrives, at one position and between positions.
+
+    Dunefsky and others 2024, section 3.2; Ameisen and others 2025, "Global weights".
+    """
+    picture, axes = plots.figure(10.5, 4.6, columns=2, sharex=True, sharey=True)
+    panels = {"at the same position": pairs.gap == 0, "between positions": pairs.gap > 0}
+    for one, (title, chosen) in zip(axes, panels.items(), strict=True):
+        x, y = pairs.virtual[chosen], pairs.edge[chosen]
+        step = max(1, len(x) // most)
+        look = {"marker": "o", "linestyle": "", "markersize": 3, "alpha": 0.4}
+        one.plot(x[::step], y[::step], **look)
+        one.axhline(0, color="grey", linewidth=1, marker="", linestyle="-")
+        one.set(title=f"{title}: r = {np.corrcoef(x, y)[0, 1]:.2f}")
+        one.set_xlabel("promised: virtual weight × activation")
+    axes[0].set_ylabel("arrives (edge)")
+    return picture

@@ -1,0 +1,60 @@
+"""The benchmark's tables: written, read back, and shown in the README as they were measured."""
+
+import pytest
+import torch
+from test_models import build_empty
+
+from benchmarks import patching as bench
+from mi_helpers.models import load_model
+from mi_helpers.patching import activation_patch
+
+ROWS = [dict(zip(bench.COLUMNS, "abcdefg", strict=True))]
+
+
+def test_tables_are_kept_apart_and_shown_together(tmp_path):
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n", "utf-8")
+    for name in ("gemma_2_2b", "tiny_gemma"):
+        bench.save(name, [row | {"what": name} for row in ROWS], folder)
+    assert bench.update_readme(readme, folder)
+    text = readme.read_text("utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.index("| tiny_gemma | b |") < text.index("| gemma_2_2b | b |")
+    assert bench.update_readme(readme, folder) and readme.read_text("utf-8") == text
+    readme.write_text("no markers", "utf-8")
+    assert not bench.update_readme(readme, folder)
+
+
+def test_the_readme_shows_what_was_measured():
+    if list(bench.RESULTS.glob("*.csv")):
+        assert bench.markdown() in bench.README.read_text("utf-8")
+
+
+def test_the_median_of_ways_that_take_turns():
+    calls = []
+    ways = {name: lambda name=name: calls.append(name) or torch.ones(1) for name in "ab"}
+    times, results = bench.race(ways, 2)
+    assert calls == list("ab" * 3) and set(times) == set(results) == {"a", "b"}
+
+
+@pytest.mark.parametrize("over", ["positions", "heads x positions"])
+def test_one_patch_per_forward_is_the_same_sweep(over):
+    """The benchmark's own reference, on a few of its patches."""
+    task = bench.cities(load_model())
+    assert task.clean.shape == task.corrupted.shape == (1, 32)
+    assert (task.clean != task.corrupted).nonzero()[0].tolist() == [0, 1]
+    site = "resid_pre" if over == "positions" else "z"
+    every = bench.places(task.model, 32, over)
+    few = slice(5, None, len(every) // 6)
+    found = bench.forward_per_patch(task, site, over, every[few])
+    whole = activation_patch(task.model, task.clean, task.corrupted, site, task.metric, over=over)
+    assert torch.allclose(found, whole.flatten()[few], atol=1e-5)
+    assert torch.allclose(bench.sweep(task, site, over), whole, atol=1e-6)
+
+
+def test_the_large_models_table_on_a_tiny_one(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "empty_gemma2_2b", lambda: build_empty("gemma2"))
+    (row,) = bench.gemma_2_2b(quick=False)
+    assert list(row) == bench.COLUMNS and float(row["times faster"]) > 0
+    assert float(row["difference"]) < 0.1  # bfloat16
+    assert row["what"] in capsys.readouterr().out
