@@ -39,7 +39,14 @@ from torch import Tensor, nn
 from mi_helpers import coder_files
 from mi_helpers.coders import SparseCoder, explained_variance
 from mi_helpers.models import load_model
-from mi_helpers.sparse_products import Products, float32_precision, quickest, weighted_sums
+from mi_helpers.sparse_products import (
+    EXTRA,
+    Products,
+    TopK,
+    float32_precision,
+    quickest,
+    weighted_sums,
+)
 from mi_helpers.sparse_step import SparseStep
 from mi_helpers.tinyworld.world import World
 
@@ -591,11 +598,10 @@ def machine() -> str:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{name} not installed")
     size = SIZES["reference"]
-    quick = quickest(torch.device("cpu"), size.d_in, size.d_latent)
-    chosen = "bfloat16" if quick.bfloat16 else "float32"
+    found = quickest(torch.device("cpu"), size.d_in, size.d_latent)
     return (
-        f"{model}, {torch.get_num_threads()} threads, {', '.join(versions)}; quickest here: "
-        f"{chosen} to select with, and the setting {quick.float32!r} for float32"
+        f"{model}, {torch.get_num_threads()} threads, {', '.join(versions)}; products from the "
+        f"quickest: {', '.join(found.kinds)}; setting for float32: {found.float32}"
     )
 
 

@@ -257,18 +257,26 @@ def test_killed_at_random_times_it_ends_with_the_same_bytes(uninterrupted, tmp_p
 # -- several processes -----------------------------------------------------------------------
 
 
-@needs_fork
-def test_two_processes_equal_one(uninterrupted, tmp_path):
-    """The harvest is the same to the last bit; the training but for the order of its sums."""
-    text, expected = uninterrupted
-    folder = tmp_path / "run"
+def together(folder, text, recipe):
+    """Two processes on one run; their exit codes have to be 0."""
     folder.mkdir()
-    ranks = [context().Process(target=one_of_many, args=(r, 2, folder, text)) for r in (0, 1)]
+    ranks = [
+        context().Process(target=one_of_many, args=(rank, 2, folder, text, recipe))
+        for rank in (0, 1)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(120)
     assert [process.exitcode for process in ranks] == [0, 0]
+
+
+@needs_fork
+def test_two_processes_equal_one(uninterrupted, tmp_path):
+    """The harvest is the same to the last bit; the training but for the order of its sums."""
+    text, expected = uninterrupted
+    folder = tmp_path / "run"
+    together(folder, text, RECIPE)
     found = results(folder)
     assert found.keys() == expected.keys()
     same = [name for name in expected if name.startswith("h/") or name == "recipe.json"]
@@ -279,6 +287,20 @@ def test_two_processes_equal_one(uninterrupted, tmp_path):
     logs = [read_log(each / "log.csv") for each in (text / "run", folder)]
     for a, b in zip(*logs, strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+@needs_fork
+def test_two_processes_with_whole_chunks_of_rows_equal_one_to_the_last_bit(uninterrupted, tmp_path):
+    """The encoder's product takes 256 rows at a time; each process has as many as that."""
+    text, _ = uninterrupted
+    recipe = replace(RECIPE, batch=512)
+    alone = context().Process(target=work, args=(tmp_path / "one", text, None, recipe))
+    alone.start()
+    alone.join(120)
+    together(tmp_path / "two", text, recipe)
+    one, two = (results(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys() and "coder/sae_weights.safetensors" in one
+    assert [name for name in one if one[name] != two[name]] in ([], ["log.csv"])  # the loss's sum
 
 
 def test_a_batch_that_cannot_be_shared_is_said(held, tmp_path):
