@@ -464,12 +464,13 @@ RATES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 def activations(rows: int, held_out: int) -> tuple[Tensor, Tensor]:
     """tiny-gemma's stream after its middle layer, without BOS; to train on, and held out."""
-    model, layer = load_model(), None
+    model = load_model()
     layer = model.n_layers // 2 - 1
     found, n = [], 0
     with torch.no_grad():
         for document in islice(World().documents(seed=11), 100_000):
-            ids = model.tokens(document.text)[:, : model.n_ctx]
+            ids = model.tokenizer.encode(document.text, add_special_tokens=False)
+            ids = torch.tensor([[model.tokenizer.bos_token_id, *ids[: model.n_ctx - 1]]])
             _, cache = model.run_with_cache(ids, ("resid_post", layer), stop_at_layer=layer + 1)
             found.append(cache["resid_post", layer][0, 1:].float())
             n += len(found[-1])

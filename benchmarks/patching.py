@@ -34,7 +34,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from mi_helpers import patching, restart
 from mi_helpers.architecture import empty_gemma2_2b, materialize
 from mi_helpers.models import DATA, LanguageModel, load_model
-from mi_helpers.patching import LogitDiff, activation_patch, normalised_logit_diff, path_patch_map
+from mi_helpers.patching import (
+    HEAD_SITES,
+    STREAM_SITES,
+    LogitDiff,
+    activation_patch,
+    normalised_logit_diff,
+    path_patch_map,
+)
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -45,6 +52,7 @@ PROMPT = (
     "People who live in {0} live in the country of"
 )
 CITIES, COUNTRIES = ("Paris", "Rome"), (" France", " Italy")
+BRIDGED = STREAM_SITES + HEAD_SITES
 COLUMNS = ["what", "this course", "against", "theirs", "times faster", "wanted", "difference"]
 
 
@@ -129,6 +137,16 @@ class Lens:
         }[site, over]
         found = sweep(self.bridge, task.corrupted, self.cache(task.clean, hook), task.last)
         return (found.transpose(1, 2) if found.ndim == 3 else found).flatten()
+
+    def gap(self, model: LanguageModel, ids: Tensor) -> float:
+        """The largest difference of the logits and of every layer's activations at `BRIDGED`."""
+        logits, cache = model.run_with_cache(ids, BRIDGED)
+        theirs, hooks = self.bridge.run_with_cache(ids)
+        gaps = [(logits - theirs).abs().max()]
+        for (site, layer), x in cache.items():
+            hook = f"attn.hook_{site}" if site in HEAD_SITES else f"hook_{site}"
+            gaps.append((x - hooks[f"blocks.{layer}.{hook}"].reshape(x.shape)).abs().max())
+        return float(max(gaps))
 
     def harvest(self, ids: Tensor, layer: int) -> Tensor:
         hook = f"blocks.{layer}.hook_resid_post"
@@ -234,6 +252,10 @@ def tiny_gemma(quick: bool) -> list[dict]:
     model, repeats, rows = load_model(), 1 if quick else 5, []
     task, long = cities(model), cities(model, times=3)
     peers = [Lens(model, str(DATA / "tiny_gemma")), Sight(model)]
+    what = f"logits, and activations at {len(BRIDGED)} sites"
+    cells = [what, "", peers[0].name, "", "", "", f"{peers[0].gap(model, task.clean):.1e}"]
+    rows.append(dict(zip(COLUMNS, cells, strict=True)))
+    print(line(cells), flush=True)
     wanted = {
         ("resid_pre", "positions"): {"TransformerLens": 8, "nnsight": 5},
         ("z", "heads x positions"): {"TransformerLens": 10, "nnsight": 6},

@@ -615,6 +615,17 @@ CLAIMS = [
     ),
     Claim(
         6,
+        "purity-of-words",
+        "Token purity of SAE latents: model with its embedding alone trained, over tiny-gemma",
+        "Heap et al. 2025, Sparse Autoencoders Can Interpret Randomly Initialized Transformers",
+        "",
+        ">= 0.7",
+        "mi_helpers.sae_lab:purity_of_words_alone",
+        seeds=3,
+        fast=False,
+    ),
+    Claim(
+        6,
         "sae-gaussian",
         "Explained variance of a small SAE, less that on Gaussian rows of equal covariance",
         "derived: above 0 only where activations are sparse in some directions",

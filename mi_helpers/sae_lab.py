@@ -393,15 +393,29 @@ class Outcome:
         return {best.concept: best.f1 for best in self.scores[kind]}
 
 
+def only_words(model: LanguageModel, seed: int = 0) -> LanguageModel:
+    """A model of the same shape that knows its words and nothing else: random weights, but the
+    trained embedding."""
+    blank = untrained(model, seed)
+    with torch.no_grad():
+        blank.part("embed").weight.copy_(model.part("embed").weight)
+    return blank
+
+
+MODELS: dict[str, Callable[[LanguageModel, int], LanguageModel]] = {
+    "trained": lambda model, seed: model,
+    "random weights": untrained,
+    "trained embedding only": only_words,
+}
+
+
 @functools.cache
-def experiment(seed: int, trained: bool = True) -> Outcome:
+def experiment(seed: int, kind: str = "trained") -> Outcome:
     """Harvest, train and score once, with text, weights and order of the rows from the seed.
 
-    trained  False: on the activations of a model of the same shape with random weights
+    kind  of the model whose activations these are, one of `MODELS`: tiny-gemma, or a control
     """
-    model = load_model("tiny-gemma")
-    if not trained:
-        model = untrained(model, seed)
+    model = MODELS[kind](load_model("tiny-gemma"), seed)
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(READ, 100 + seed)
         held = harvest(model, source, folder, middle(model), tokens=100_000, progress=False)
@@ -417,7 +431,7 @@ def experiment(seed: int, trained: bool = True) -> Outcome:
         quality(coder, x[n:]),
         float("nan") if recovered is None else recovered,
         features.dead,
-        concept_scores(coder, ground, seed=seed),
+        concept_scores(coder, ground, ground.scorable(), seed),
         float(token_purity(features, ids).mean()),
     )
 
@@ -661,9 +675,9 @@ def main(argv: list[str]) -> int:
 # --------------------------------------------------------------------------- rows of the ledger
 
 
-def median_f1(seed: int, kind: str = "latent", trained: bool = True) -> float:
+def median_f1(seed: int, unit: str = "latent", kind: str = "trained") -> float:
     """Median over the six concepts of the F1 of each concept's best unit."""
-    return float(np.median(list(experiment(seed, trained).f1(kind).values())))
+    return float(np.median(list(experiment(seed, kind).f1(unit).values())))
 
 
 def worst_f1(seed: int) -> float:
@@ -683,7 +697,13 @@ def median_f1_of_directions(seed: int) -> float:
 
 def median_f1_untrained(seed: int) -> float:
     """The control of `median_f1`: best latents of an SAE of a model with random weights."""
-    return median_f1(seed, trained=False)
+    return median_f1(seed, kind="random weights")
+
+
+def purity_of_words_alone(seed: int) -> float:
+    """Mean token purity of the latents of an SAE of a model that has only its embedding, over that
+    of the trained model's: how clear the latents of a model look that computes nothing."""
+    return experiment(seed, "trained embedding only").purity / experiment(seed).purity
 
 
 def loss_recovered(seed: int) -> float:

@@ -261,6 +261,7 @@ def _partners(model: LanguageModel, kind: str) -> list[tuple[_Asked, _Asked]]:
 # ---------------------------------------------------------------------------------------- labels
 
 LEAST_SHARE = 0.5  # of what a latent fires: a concept that accounts for as much names it
+LEAST_RISE = 4.0  # standard deviations by which the logit that a latent raises most stands out
 
 
 @torch.no_grad()
@@ -278,11 +279,13 @@ class Reading:
     mlp_in     {layer: (rows, d_model)}
     concepts   {name: mask (rows,)}: TinyWorld's truth at each token
     half       how many rows the first half of the sentences has
+    subjects   (rows,): what the token's sentence names
     """
 
     mlp_in: dict[int, Tensor]
     concepts: dict[str, np.ndarray]
     half: int
+    subjects: np.ndarray
 
 
 @torch.no_grad()
@@ -313,7 +316,8 @@ def read_sentences(model: LanguageModel, most: int = 100, seed: int = 0) -> Read
     concepts = {name: np.array([name in here for here in tokens]) for name in names}
     order = range(len(asked))
     mlp_in = {layer: torch.cat([rows[layer, i] for i in order]) for layer in range(model.n_layers)}
-    return Reading(mlp_in, concepts, half)
+    subjects = [each.subject for (_, each), here in zip(asked, said, strict=True) for _ in here]
+    return Reading(mlp_in, concepts, half, np.array(subjects))
 
 
 def _some(items: list, most: int, rng: random.Random) -> list:
@@ -340,32 +344,48 @@ def latent_labels(
     """{(layer, latent): words}, for the latents that fire on TinyWorld's sentences.
 
     The *rarest* concept that accounts for `LEAST_SHARE` of what the latent fires, Σ activations, in
-    both halves of the sentences; if there is none, after an arrow, the token whose logit the latent
-    raises most. No label is typed in. (The share is a precision. Recall is not asked for: a latent
-    may fire at one word of a sentence about France, and still be about France alone.)
+    both halves of the sentences. If there is none, after an arrow, the word among TinyWorld's
+    answers whose logit the latent raises most, if that stands out from those of the other answers
+    by `LEAST_RISE` standard deviations. The others get no label, and none is typed in. (The share
+    is a precision. Recall is not asked for: a latent may fire at one word of a sentence about
+    France, and still be about France alone.)
     """
     reading = reading or read_sentences(model)
     names = list(reading.concepts)
     truth = torch.tensor(np.stack(list(reading.concepts.values()), 1)).float()  # (rows, concepts)
     rarest = truth.mean(0).argsort()
+    words = _answers(model)
     held = coders if isinstance(coders, Mapping) else dict(enumerate(coders))
     labels = {}
     for layer, coder in held.items():
-        f = coder.encode(read_by(model, coder, layer, reading.mlp_in[layer])).float().cpu()
+        f = activations(model, coder, layer, reading)
         share = torch.minimum(
             _shares(f[: reading.half], truth[: reading.half]),
             _shares(f[reading.half :], truth[reading.half :]),
         )[:, rarest]  # (latents, concepts)
         enough = share >= LEAST_SHARE
         active = f.any(0).nonzero()[:, 0]
-        raised = logit_effects(model, coder.W_dec[active].detach()).argmax(-1).cpu()
-        for j, token in zip(active.tolist(), raised.tolist(), strict=True):
-            word = model.tokenizer.decode([token])
-            first = rarest[enough[j].float().argmax()]
-            labels[layer, j] = (
-                names[first] if enough[j].any() else f"→ {word.strip() or repr(word)}"
-            )
+        raised = logit_effects(model, coder.W_dec[active].detach())[:, words].cpu()
+        raised = (raised - raised.mean(-1, keepdim=True)) / raised.std(-1, keepdim=True)
+        for j, (rise, word) in zip(active.tolist(), zip(*raised.max(-1), strict=True), strict=True):
+            if enough[j].any():
+                labels[layer, j] = names[rarest[enough[j].float().argmax()]]
+            elif rise >= LEAST_RISE:
+                labels[layer, j] = f"→ {model.tokenizer.decode([int(words[word])]).strip()}"
     return labels
+
+
+def _answers(model: LanguageModel) -> Tensor:
+    """The tokens that answer a sentence of any kind, each once."""
+    said = {each.answer for kind in KINDS for each in _sentences(kind)}
+    ids = [model._encode(f" {word}") for word in sorted(said)]
+    return torch.tensor(sorted({each[0] for each in ids if len(each) == 1}))
+
+
+@torch.no_grad()
+def activations(model: LanguageModel, coder, layer: int, reading: Reading) -> Tensor:
+    """(rows, d_latent), of one layer's latents at every token of the sentences."""
+    return coder.encode(read_by(model, coder, layer, reading.mlp_in[layer])).float().cpu()
 
 
 def _shares(f: Tensor, truth: Tensor) -> Tensor:
@@ -479,33 +499,58 @@ def score_figure(table: Mapping[str, np.ndarray]) -> Figure:
 # ------------------------------------------------------------------------------ the country's step
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one two-hop question says of its country.
+LIFT = 5.0  # times more where a country is the subject than elsewhere: a latent that favours it
 
-    features  how many active features are called by the country's name
-    worth     what they add to the logit gap, as a share of what all features add in amount
-    others    the same for features called by the name of any other country
+
+class Countries:
+    """Which latents favour which country, in sentences that do *not* name a given landmark.
+
+    `favour(country, subject)` gives the (layer, latent) whose activation falls on tokens of the
+    country at least `LIFT` times as often as such tokens occur. Sentences with the subject do not
+    count: so a latent of that landmark alone is none of its country.
     """
 
-    question: Question
-    features: int
-    worth: float
-    others: float
+    def __init__(self, model: LanguageModel, coders: Sequence, reading: Reading):
+        self.reading = reading
+        self.fired = [activations(model, c, i, reading) for i, c in enumerate(coders)]
+
+    @lru_cache(maxsize=256)  # noqa: B019: as many entries as there are landmarks, and one object
+    def favour(self, country: str, subject: str) -> frozenset[tuple[int, int]]:
+        if country not in self.reading.concepts:
+            raise ValueError(f"No sentence that was read is about {country!r}.")
+        others = torch.tensor(self.reading.subjects != subject)
+        about = torch.tensor(self.reading.concepts[country])[others].float()
+        found = set()
+        for layer, fired in enumerate(self.fired):
+            lift = _shares(fired[others], about[:, None])[:, 0] / about.mean().clamp(min=1e-9)
+            found |= {(layer, j) for j in (lift >= LIFT).nonzero()[:, 0].tolist()}
+        return frozenset(found)
+
+    def nodes(self, graph: Graph, country: str, subject: str) -> tuple[str, ...]:
+        """The features of a graph that favour the country."""
+        favour = self.favour(country, subject)
+        return tuple(
+            n.id for n in graph.nodes if n.kind == FEATURE and (n.layer, n.index) in favour
+        )
 
 
-def country_step(graph: Graph, question: Question) -> Step:
-    """Whether a two-hop question's graph goes through features of the country in between."""
-    own = worth(graph)
-    countries, amount = set(lexicon.countries()), float(own[graph.mask(FEATURE)].abs().sum())
-    right = wrong = 0.0
-    count = 0
-    for name, label in graph.labels.items():
-        if label == question.country:
-            right, count = right + float(own[graph.index(name)]), count + 1
-        elif label in countries:
-            wrong += float(own[graph.index(name)])
-    return Step(question, count, right / max(amount, 1e-9), wrong / max(amount, 1e-9))
+def country_story(model: LanguageModel, coders, question: Question, countries: Countries) -> Story:
+    """The story that a question goes through its country: about the features that favour it. The
+    swap puts in those that favour the partner's country, in the partner's graph."""
+    graph = question_graph(model, coders, question)
+    other = question_graph(model, coders, question.turned())
+    nodes = countries.nodes(graph, question.country, question.subject)
+    theirs = countries.nodes(other, question.rival_country, question.of_partner)
+    return _story(question, f"favour {question.country}", graph, nodes, other, theirs)
+
+
+def random_change(model: LanguageModel, coders, story: Story) -> float:
+    """A control: the change of the gap without as many other features of the same layers, of the
+    nearest activation, whatever they are worth."""
+    graph = question_graph(model, coders, story.question)
+    factors = dict.fromkeys(_like(graph, story.nodes), 0.0)
+    result = intervene(model, coders, story.question.prompt, factors)
+    return gap_change(model, story.question, result)
 
 
 # --------------------------------------------------------------------------------------- stories
@@ -539,62 +584,59 @@ class Story:
         return self.gap + self.swap < 0
 
 
-def tell(
-    model: LanguageModel, coders, question: Question, labels: Mapping, country: bool = False
-) -> Story:
+def tell(model: LanguageModel, coders, question: Question, labels: Mapping) -> Story:
     """A question's story, by one rule.
 
     The supernode whose features, taken away, cost the answer most against the rival, as the graph
-    sees it; with `country`, the one that is called by the question's country. The swap also puts in
-    the supernode that the same rule finds in the partner's graph. The null takes as many features
-    that are worth little (`_idle`).
-
-    Raises:
-        ValueError: no feature is called by the country.
+    sees it. The swap also puts in the supernode that the same rule finds in the partner's graph.
+    The null takes as many features that are worth little (`_like`).
     """
     graph = question_graph(model, coders, question, labels)
     other = question_graph(model, coders, question.turned(), labels)
-    label, nodes = _about(graph, question.country if country else None)
-    _, theirs = _about(other, question.rival_country if country else None)
+    sums, theirs = by_label(graph), by_label(other)
+    if not sums or not theirs:
+        raise ValueError(f"No feature of the graphs of {question.prompt!r} has a label.")
+    label, their = max(sums, key=sums.get), max(theirs, key=theirs.get)
+    return _story(question, label, graph, graph.supernodes[label], other, other.supernodes[their])
+
+
+def _story(
+    question: Question,
+    label: str,
+    graph: Graph,
+    nodes: Sequence[str],
+    other: Graph,
+    theirs: Sequence[str],
+) -> Story:
+    """A story about `nodes` of its graph, and, for the swap, `theirs` of the partner's graph."""
     suppress = logit_gap(graph, predicted_effect(graph, dict.fromkeys(nodes, 0.0)))
     lost = logit_gap(other, predicted_effect(other, dict.fromkeys(theirs, 0.0)))
     into = {name: other.value(name) for name in theirs if name not in nodes}
+    limit = float(worth(graph)[graph.mask(FEATURE)].abs().median())
     return Story(
         question,
         label,
         tuple(nodes),
         into,
-        tuple(_idle(graph, nodes)),
+        tuple(_like(graph, nodes, limit)),
         logit_gap(graph),
         suppress,
         suppress + lost,  # the rival's gap, lost there, is what is put in here
     )
 
 
-def _about(graph: Graph, label: str | None) -> tuple[str, tuple[str, ...]]:
-    """A supernode and its features: that of a label, or the one that adds most to the gap."""
-    sums = by_label(graph)
-    if label is None:
-        label = max(sums, key=sums.get)
-    if label not in sums:
-        raise ValueError(f"No feature of the graph of {graph.prompt!r} is called {label!r}.")
-    return label, graph.supernodes[label]
-
-
-def _idle(graph: Graph, nodes: Sequence[str]) -> list[str]:
-    """For each of these features another of its layer, of the nearest activation, from the half of
-    the features that are worth least in amount: a change of the stream as large, which should do
-    nothing."""
-    own = worth(graph).abs()
-    limit = float(own[graph.mask(FEATURE)].median())
-    free = [n for n in graph.nodes if n.kind == FEATURE and n.id not in set(nodes)]
-    free = [n for n in free if float(own[graph.index(n)]) <= limit]
+def _like(graph: Graph, nodes: Sequence[str], limit: float = float("inf")) -> list[str]:
+    """For each of these features another of its layer, of the nearest activation, whose worth is
+    at most `limit` in amount: a change of the stream about as large."""
+    own, taken = worth(graph).abs(), set(nodes)
+    free = [n for n in graph.nodes if n.kind == FEATURE and float(own[graph.index(n)]) <= limit]
     chosen: list[str] = []
     for name in nodes:
         layer, value = graph.nodes[graph.index(name)].layer, graph.value(name)
-        near = [n for n in free if n.layer == layer and n.id not in chosen]
+        near = [n for n in free if n.layer == layer and n.id not in taken]
         if near:
             chosen.append(min(near, key=lambda n: abs(graph.value(n) - value)).id)
+            taken.add(chosen[-1])
     return chosen
 
 
@@ -607,7 +649,8 @@ class Outcome:
     predicted, observed   in logits; observed with attention as it was; recomputed: with attention
                that follows
     hit        suppress: the gap falls by at least `SMALL` of itself, as predicted;
-               swap: the rival overtakes the answer exactly if that was predicted;
+               swap: the gap falls by as much again beyond that of suppressing alone, and the rival
+               overtakes the answer exactly if that was predicted;
                null: the gap changes by less than `SMALL` of itself
     """
 
@@ -648,25 +691,33 @@ def observe(
     return gap_change(model, story.question, result)
 
 
-def verdict(story: Story, what: str, observed: float) -> bool:
-    """Whether what was observed is what the story predicted: see `Outcome`."""
+def verdict(story: Story, what: str, observed: float, suppressed: float) -> bool:
+    """Whether what was observed is what the story predicted: see `Outcome`; suppressed: the change
+    that was observed without the story's features."""
+    least = SMALL * story.gap
     if what == "suppress":
-        return observed < -SMALL * story.gap and story.suppress < 0
+        return observed < -least and story.suppress < 0
     if what == "swap":
-        return (story.gap + observed < 0) == story.flips
-    return abs(observed) < SMALL * story.gap
+        return observed < suppressed - least and (story.gap + observed < 0) == story.flips
+    return abs(observed) < least
 
 
 def try_story(model: LanguageModel, coders, story: Story) -> list[Outcome]:
     """All three interventions of a story, with frozen and with recomputed attention."""
     predicted = {"suppress": story.suppress, "swap": story.swap, "null": 0.0}
-    made = []
-    for what in INTERVENTIONS:
-        seen = observe(model, coders, story, what)
-        follows = observe(model, coders, story, what, "recomputed")
-        hit = verdict(story, what, seen)
-        made.append(Outcome(story, what, predicted[what], seen, follows, hit))
-    return made
+    seen = {what: observe(model, coders, story, what) for what in INTERVENTIONS}
+    follows = {what: observe(model, coders, story, what, "recomputed") for what in INTERVENTIONS}
+    return [
+        Outcome(
+            story,
+            what,
+            predicted[what],
+            seen[what],
+            follows[what],
+            verdict(story, what, seen[what], seen["suppress"]),
+        )
+        for what in INTERVENTIONS
+    ]
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
@@ -812,3 +863,66 @@ def worst_edge_sum(seed: int) -> float:
     asked = questions(model, 6, seed)
     graphs = [attribution_graph(model, coders, q.prompt) for q in asked]
     return max(graph.edge_error.scaled for graph in graphs)
+
+
+def median_replacement(seed: int) -> float:
+    """The median replacement score of whole graphs, fourteen prompts."""
+    model, coders, _ = _shipped()
+    graphs = [attribution_graph(model, coders, q.prompt) for q in questions(model, 14, seed)]
+    return float(np.median([graph_scores(graph)[0] for graph in graphs]))
+
+
+def exchanged_replacement(seed: int) -> float:
+    """The control: the same with the latents' decoder rows exchanged."""
+    model, coders, _ = _shipped()
+    exchanged = shuffled(coders, seed)
+    graphs = [attribution_graph(model, exchanged, q.prompt) for q in questions(model, 14, seed)]
+    return float(np.median([graph_scores(graph)[0] for graph in graphs]))
+
+
+@cache
+def _country_stories(seed: int, n: int = 8) -> list[Story]:
+    """Stories through the country, of two-hop questions whose landmark and relation never stood
+    together in training."""
+    model, coders, _ = _shipped()
+    return [country_story(model, coders, q, _countries()) for q in unseen_hops(model, n, seed)]
+
+
+@cache
+def _countries() -> Countries:
+    model, coders, _ = _shipped()
+    return Countries(model, coders, read_sentences(model))
+
+
+def unseen_hops(model: LanguageModel, n: int, seed: int) -> list[Question]:
+    """n two-hop questions that training never showed (`unseen`), each once."""
+    asked = questions(model, 40 * n, seed, TWO_HOP)
+    return list({q.prompt: q for q in asked if unseen(q.kind, q.subject)}.values())[:n]
+
+
+def _mean_share(seed: int, what: str) -> float:
+    model, coders, _ = _shipped()
+    stories = _country_stories(seed)
+    return float(np.mean([observe(model, coders, s, what) / s.gap for s in stories]))
+
+
+def country_swap(seed: int) -> float:
+    """Two hops: the change of the logit gap, as a share of it, when the features that favour the
+    country are exchanged for those of the partner's; mean over eight questions."""
+    return _mean_share(seed, "swap")
+
+
+def country_random(seed: int) -> float:
+    """The control: the same without as many other features of the same layers, about as active."""
+    model, coders, _ = _shipped()
+    stories = _country_stories(seed)
+    return float(np.mean([random_change(model, coders, s) / s.gap for s in stories]))
+
+
+def story_hits(seed: int) -> float:
+    """The share of ten stories whose features, suppressed, cost the answer as predicted."""
+    model, coders, labels = _shipped()
+    stories = [tell(model, coders, q, labels) for q in questions(model, 10, seed)]
+    seen = [observe(model, coders, s, "suppress") for s in stories]
+    hit = [verdict(s, "suppress", x, x) for s, x in zip(stories, seen, strict=True)]
+    return float(np.mean(hit))

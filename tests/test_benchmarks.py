@@ -26,7 +26,7 @@ def test_tables_are_kept_apart_and_shown_together(tmp_path):
 
 
 def test_the_readme_shows_what_was_measured():
-    if list(bench.RESULTS.glob("*.csv")):
+    if any((bench.RESULTS / f"{name}.csv").is_file() for name in bench.TABLES):
         assert bench.markdown() in bench.README.read_text("utf-8")
 
 

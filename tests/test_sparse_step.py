@@ -210,7 +210,8 @@ def activations():
     rows = []
     with torch.no_grad():
         for text in texts:
-            ids = model.tokens(text)[:, :128]
+            ids = model.tokenizer.encode(text, add_special_tokens=False)[: model.n_ctx - 1]
+            ids = torch.tensor([[model.tokenizer.bos_token_id, *ids]])
             _, cache = model.run_with_cache(ids, ("resid_post", layer), stop_at_layer=layer + 1)
             rows.append(cache["resid_post", layer][0].float())
     return torch.cat(rows)
