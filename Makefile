@@ -10,6 +10,7 @@ BENCH_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .peers/.ready
+CODERS := .peers-coders/.ready
 FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
@@ -70,9 +71,19 @@ $(PEERS): benchmarks/requirements.txt
 	@.peers/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $<
 	@touch $(PEERS)
 
-bench: $(READY) $(PEERS)  ## time every slider, and patching against other libraries (BENCH_ARGS=--gemma)
+$(CODERS): benchmarks/requirements-coders.txt
+	@echo "Making .peers-coders (once): SAELens, dictionary_learning and sparsify, to compare with."
+	@$(PYTHON) -m venv .peers-coders
+	@.peers-coders/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	  "$$(grep -E '^torch==' $<)"
+	@.peers-coders/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	  --no-deps --requirement $<
+	@touch $(CODERS)
+
+bench: $(READY) $(PEERS) $(CODERS)  ## time sliders, patching and coders against other libraries (BENCH_ARGS=--gemma)
 	@$(BIN)/python -m benchmarks.run
 	@.peers/bin/python -m benchmarks.patching $(BENCH_ARGS)
+	@.peers-coders/bin/python -m benchmarks.coders
 
 doctor: $(READY)  ## say what works on this machine
 	@$(BIN)/python -m mi_helpers doctor

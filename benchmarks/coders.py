@@ -7,7 +7,7 @@
 
 It runs in the environment of `benchmarks/requirements-coders.txt`; a peer that is not installed is
 left out. Each contender is timed in a process of its own, one after the other, so that its peak of
-memory is its own too. The tables go to benchmarks/results.
+memory is its own too. The tables go to benchmarks/results and, between markers, into README.md.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -40,9 +41,7 @@ from mi_helpers import coder_files
 from mi_helpers.coders import SparseCoder, explained_variance
 from mi_helpers.models import load_model
 from mi_helpers.sparse_products import (
-    EXTRA,
     Products,
-    TopK,
     float32_precision,
     quickest,
     weighted_sums,
@@ -52,6 +51,8 @@ from mi_helpers.tinyworld.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- bench coders -->", "<!-- /bench coders -->"
 OURS = "this course"
 
 
@@ -410,6 +411,7 @@ def speed_table(size: str, rows: list[dict]) -> list[dict]:
             continue
         wanted = WANTED[size].get(name, ("", ""))
         entry = {"size": size, "against": name}
+        entry["ms, ours"], entry["ms, theirs"] = ours["ms, highest"], row.get("ms, highest")
         for setting, least in zip(("medium", "highest"), wanted, strict=True):
             if f"ms, {setting}" in row:
                 ratio = row[f"ms, {setting}"] / ours[f"ms, {setting}"]
@@ -421,15 +423,21 @@ def speed_table(size: str, rows: list[dict]) -> list[dict]:
     return table
 
 
-def bounds(size: str, rows: list[dict]) -> None:
+def bounds(size: str, rows: list[dict]) -> str:
     """Our step in units of the encoder's bfloat16 product, and what it is without bfloat16."""
     held = {row["contender"]: row for row in rows}
-    ours, low = held[OURS]["ms, highest"], held["encoder's product, bfloat16"]["ms, highest"]
+
+    def ms(name: str, setting: str = "highest") -> float:
+        return float(held[name][f"ms, {setting}"])
+
     told = f", wanted at most {BOUND}" if size == "reference" else ""
-    print(f"Our step is {ours / low:.2f} times the encoder's bfloat16 product alone{told}.")
-    full = held[f"{OURS}, float32 product"]["ms, highest"]
-    fast = held["encoder's product"]["ms, medium"]
-    print(f"Without bfloat16 it takes {full:.0f} ms, {full / fast:.2f} times the float32 product.")
+    full, fast = ms(f"{OURS}, float32 product"), ms("encoder's product", "medium")
+    ratio = ms(OURS) / ms("encoder's product, bfloat16")
+    return (
+        f"At the {size} size a step takes {ms(OURS):.0f} ms: {ratio:.2f} times the encoder's "
+        f"bfloat16 product alone{told}. Without bfloat16 it takes {full:.0f} ms, {full / fast:.2f} "
+        "times the float32 product."
+    )
 
 
 # --------------------------------------------------------------------------------- gradients
@@ -585,6 +593,53 @@ def keep(name: str, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def kept(name: str, folder: Path = RESULTS) -> list[dict]:
+    """The rows of benchmarks/results/name.csv; [] where it was not measured."""
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def markdown(folder: Path = RESULTS) -> str:
+    """All that was measured, between the markers."""
+    parts = [BEGIN]
+    speeds = {size: kept(f"coders_speed_{size}", folder) for size in SIZES}
+    if ratios := [row for size in SIZES for row in kept(f"coders_ratios_{size}", folder)]:
+        parts.append(table(ratios))
+        parts += [bounds(size, rows) for size, rows in speeds.items() if rows]
+    if rows := kept("coders_gradients", folder):
+        worst = max(rows, key=lambda row: float(row["difference"]))["difference"]
+        parts.append(f"Largest difference of a gradient from dense autograd's, relative: {worst}.")
+    if rows := kept("coders_quality", folder):
+        steps = rows[0]["steps"]
+        parts.append(
+            f"Explained variance on held-out text after {steps} steps on tiny-gemma's stream, each "
+            f"at the best of {len(RATES)} learning rates:"
+        )
+        parts.append(table([{name: row[name] for name in ("contender", "best")} for row in rows]))
+    if rows := kept("coders_files", folder):
+        parts.append("Largest differences between predictions from the same file:")
+        parts.append(table(rows))
+    return "\n\n".join([*parts, END])
+
+
+def update_readme(path: Path = README, folder: Path = RESULTS) -> bool:
+    """Put the tables between the markers; False where there are none."""
+    text = path.read_text("utf-8")
+    found = re.search(re.escape(BEGIN) + ".*?" + re.escape(END), text, flags=re.DOTALL)
+    if found:
+        path.write_text(text.replace(found[0], markdown(folder)), "utf-8", newline="\n")
+    return bool(found)
+
+
 def machine() -> str:
     """What the numbers depend on."""
     model = "processor unknown"
@@ -625,14 +680,14 @@ def main(argv: list[str]) -> int:
         for size in [options.size] if options.size else list(SIZES):
             print(f"{size}: {SIZES[size]}")
             rows = speed(size, options.quick)
-            bounds(size, rows)
+            print(bounds(size, rows))
             everything += rows
             tables += speed_table(size, rows)
+            if not options.quick:
+                keep(f"coders_speed_{size}", rows)
+                keep(f"coders_ratios_{size}", speed_table(size, rows))
         show(tables, "How many times faster this course's step is")
         show(everything, "Milliseconds a step, and peak memory above the imports")
-        if not options.quick:
-            keep("coders_speed", everything)
-            keep("coders_ratios", tables)
     for part, run, title in (
         ("gradients", gradients, "Gradients by pairs against dense autograd"),
         ("quality", lambda: quality(options.quick), "Explained variance at equal steps, held out"),
@@ -643,6 +698,8 @@ def main(argv: list[str]) -> int:
             show(rows, title)
             if not options.quick:
                 keep(f"coders_{part}", rows)
+    if not options.quick and not update_readme():
+        print(f"README.md has no markers {BEGIN} … {END}: put them where the tables should stand.")
     return 0
 
 

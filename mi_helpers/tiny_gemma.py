@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from mi_helpers import manifest, skills
+from mi_helpers.models import load_model
 from mi_helpers.tinyworld.tokenizer import train_tokenizer
 from mi_helpers.tinyworld.world import World, batches
 
@@ -41,7 +42,7 @@ def config(vocab_size: int = 3_840) -> Gemma2Config:
         num_key_value_heads=2,
         head_dim=32,
         query_pre_attn_scalar=32,
-        sliding_window=32,
+        sliding_window=64,
         max_position_embeddings=128,
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
@@ -61,18 +62,39 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def checkpoint_steps(steps: int, count: int = 20) -> set[int]:
-    """Multiples of BLOCK for the log: dense where circuits form (the first third), then sparse."""
-    early = [steps / 2 / count * i for i in range(2 * count // 3)]
-    late = [steps / 3 + 2 * steps / count * i for i in range(count // 3)]
-    return {0, steps} | {round(step / BLOCK) * BLOCK for step in early + late}
+def checkpoint_steps(steps: int) -> set[int]:
+    """Multiples of BLOCK for the log: dense where circuits form, sparse where they only sharpen."""
+    early = range(0, 1_200, BLOCK)
+    late = [1_200 + (steps - 1_200) * i / 12 for i in range(13)]
+    return (
+        {step for step in early if step < steps}
+        | {round(step / BLOCK) * BLOCK for step in late if 0 <= step <= steps}
+        | {0, steps}
+    )
 
 
-def optimizer_groups(model) -> list[dict]:
-    """Weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+def optimizers(model, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for attention's matrices, AdamW for all else; a group's `peak` is its learning rate.
+
+    Muon orthogonalises each matrix's momentum (Jordan et al. 2024), scaled so that its updates are
+    as large as AdamW's (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2); induction
+    then forms after two thirds of the steps that AdamW alone needs. Not for the MLPs: under Muon
+    single neurons stand for topics (best neuron F1 0.81 against 0.28), which larger models do not
+    show, and lesson 06 would have nothing to take apart.
+    """
+    attention = [p for b in model.model.layers for p in b.self_attn.parameters() if p.ndim == 2]
+    taken = {id(p) for p in attention}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in taken]
+    gains = [p for p in model.parameters() if p.ndim < 2]
+    adam = [
+        {"params": matrices, "weight_decay": 0.05, "peak": peak},
+        {"params": gains, "weight_decay": 0.0, "peak": peak},
+    ]
+    muon = [{"params": attention, "weight_decay": 0.05, "peak": 2 * peak}]
+    return [
+        torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adam, betas=(0.9, 0.95), fused=True),
+    ]
 
 
 def save_atomically(write, path: Path) -> None:
@@ -82,11 +104,12 @@ def save_atomically(write, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def save_run(folder: Path, model, optimizer, state: dict) -> None:
+def save_run(folder: Path, model, optimizers: list, state: dict) -> None:
     """One checkpoint. `state.json` is written last and names the step of the other two files."""
     names = {p: name for name, p in model.named_parameters()}
     moments = {
         f"{names[p]}/{key}": value.contiguous() if value.ndim else value.reshape(1)
+        for optimizer in optimizers
         for p, values in optimizer.state.items()
         for key, value in values.items()
     }
@@ -100,17 +123,18 @@ def save_run(folder: Path, model, optimizer, state: dict) -> None:
             old.unlink()
 
 
-def load_run(folder: Path, model, optimizer) -> dict:
-    """Put the last checkpoint into `model` and `optimizer`; its state ({} for a new run)."""
+def load_run(folder: Path, model, optimizers: list) -> dict:
+    """Put the last checkpoint into `model` and `optimizers`; its state ({} for a new run)."""
     if not (folder / "state.json").exists():
         return {}
     state = json.loads((folder / "state.json").read_text())
     parameters = dict(model.named_parameters())
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, value in load_file(folder / f"model-{state['step']}.safetensors").items():
         parameters[name].data.copy_(value)
     for name, value in load_file(folder / f"moments-{state['step']}.safetensors").items():
         parameter, key = name.rsplit("/", 1)
-        entry = optimizer.state[parameters[parameter]]
+        entry = owner[parameters[parameter]].state[parameters[parameter]]
         entry[key] = value.reshape(()) if key == "step" else value
     return state
 
@@ -159,7 +183,7 @@ def train(
 ) -> Gemma2ForCausalLM:
     """Train tiny-gemma for `steps` batches of `rows` × 128 tokens; resumes what is in `folder`.
 
-    AdamW (0.9, 0.95), bf16 autocast, gradient norm clipped at 1. Returns the model, on the CPU.
+    Muon and AdamW, bf16 autocast, gradient norm clipped at 1. Returns the model, on the CPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
     world = world or World()
@@ -171,8 +195,8 @@ def train(
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(model_config or config(len(tokenizer))).to(device)
     model.config.save_pretrained(folder)
-    optimizer = torch.optim.AdamW(optimizer_groups(model), lr=peak, betas=(0.9, 0.95), fused=True)
-    state = load_run(folder, model, optimizer)
+    both = optimizers(model, peak)
+    state = load_run(folder, model, both)
     start = state.get("step", 0)
     keep_log_until(folder / "log.csv", start)
 
@@ -202,20 +226,20 @@ def train(
                 model.train()
             if step > start and (step % save_every == 0 or step == steps):
                 elapsed = seconds + time.time() - begin
-                save_run(
-                    folder, model, optimizer, {"step": step, "loss": loss_sum, "seconds": elapsed}
-                )
+                state = {"step": step, "loss": loss_sum, "seconds": elapsed}
+                save_run(folder, model, both, state)
             stream = batches(world, tokenizer, seed=seed * 1_000_003 + step // BLOCK, rows=rows)
         if step == steps:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+        for group in (group for optimizer in both for group in optimizer.param_groups):
+            group["lr"] = learning_rate(step, steps, group["peak"])
         ids = torch.from_numpy(next(stream).astype("int64")).to(device)
         loss = step_loss(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         value = loss.item()
         if not math.isfinite(value):
             raise RuntimeError(f"The loss became {value} at step {step}; lower the learning rate.")
@@ -273,13 +297,13 @@ def model_card(model, folder: Path, rows: list) -> str:
 def ship(folder: Path, model, target: Path = SHIPPED) -> None:
     """Write what the course loads: weights, config, tokenizer, training log, model card."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    suite = skills.Suite(World(), tokenizer)
-    rows = skills.measure(model, suite) + skills.topic_rows(model, suite)
+    rows = skills.measure(model, skills.Suite(World(), tokenizer))
     target.mkdir(parents=True, exist_ok=True)
     model.float().save_pretrained(target)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(folder / name, target / name)
     shutil.copyfile(folder / "log.csv", target / "training_log.csv")
+    rows += skills.topic_rows(load_model(target))
     (target / "README.md").write_text(model_card(model, folder, rows), encoding="utf-8")
     manifest.write(target.parent)
     print(skills.table(rows))
@@ -288,7 +312,7 @@ def ship(folder: Path, model, target: Path = SHIPPED) -> None:
 def main_train(argv: list[str]) -> int:
     """`python -m mi_helpers train-model`: train, resumable, and ship the result."""
     parser = argparse.ArgumentParser(prog="python -m mi_helpers train-model")
-    parser.add_argument("--steps", type=int, default=6_500, help="batches of 4,096 tokens")
+    parser.add_argument("--steps", type=int, default=8_000, help="batches of 4,096 tokens")
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "tiny_gemma")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -37,12 +37,32 @@ def replacement(runs: Mapping[tuple[str, str], Faithful], where: str, kind: str)
 
 
 @plots.style()
+def equal_l0(
+    ks: Sequence[int],
+    explained: Mapping[str, Sequence[float]],
+    added: Mapping[str, Sequence[float]],
+) -> Figure:
+    """Explained variance, and loss that a replacement adds, against the latents per token."""
+    picture, axes = plots.figure(12, 4.4, columns=2)
+    panels = {"explained variance": explained, "nats added": added}
+    for one, (title, curves) in zip(axes, panels.items(), strict=True):
+        for name, values in curves.items():
+            one.plot(ks, values, label=name)
+        one.set(title=title, xlabel="latents (or neurons) per token", xscale="log")
+        one.set_xticks(list(ks), [str(k) for k in ks])
+        one.minorticks_off()
+        one.set_ylim(bottom=min(0.0, *(min(values) for values in curves.values())))
+    axes[0].legend()
+    return picture
+
+
+@plots.style()
 def rule(page: Page, layer: int, latent: int) -> Figure:
     """A latent as a rule: what fires it, read from the encoder; where it fired; what it writes.
 
     Left, its pre-activation on each token's embedding alone; right, the logits that its decoder row
-    raises; below, its highest firings with the token in [[brackets]]. After the feature pages of
-    Dunefsky and others 2024, section 5.
+    raises; below, its highest firings with the token in [[brackets]]. After the feature dashboards
+    of Dunefsky and others 2024.
 
     Raises:
         ValueError: no such latent.
@@ -70,19 +90,23 @@ def rule(page: Page, layer: int, latent: int) -> Figure:
 
 @plots.style()
 def virtual(pairs: ActivePairs, most: int = 4_000) -> Figure:
-    """What a virtual weight promises against what arrives, at one position and between positions.
+    """What weights promise against what arrives: virtual weights at one position and between two,
+    and between two with attention's weights but without its pattern.
 
-    Dunefsky and others 2024, section 3.2; Ameisen and others 2025, "Global weights".
+    Dunefsky and others 2024; Ameisen and others 2025, "Global Weights".
     """
-    picture, axes = plots.figure(10.5, 4.6, columns=2, sharex=True, sharey=True)
-    panels = {"at the same position": pairs.gap == 0, "between positions": pairs.gap > 0}
-    for one, (title, chosen) in zip(axes, panels.items(), strict=True):
-        x, y = pairs.virtual[chosen], pairs.edge[chosen]
+    picture, axes = plots.figure(12, 4.4, columns=3, sharex=True, sharey=True)
+    panels = {
+        "at the same position\nvirtual weight": (pairs.gap == 0, pairs.virtual),
+        "between positions\nvirtual weight": (pairs.gap > 0, pairs.virtual),
+        "between positions\neven attention": (pairs.gap > 0, pairs.even),
+    }
+    for one, (title, (chosen, promised)) in zip(axes, panels.items(), strict=True):
+        x, y = promised[chosen], pairs.edge[chosen]
         step = max(1, len(x) // most)
         look = {"marker": "o", "linestyle": "", "markersize": 3, "alpha": 0.4}
         one.plot(x[::step], y[::step], **look)
         one.axhline(0, color="grey", linewidth=1, marker="", linestyle="-")
-        one.set(title=f"{title}: r = {np.corrcoef(x, y)[0, 1]:.2f}")
-        one.set_xlabel("promised: virtual weight × activation")
+        one.set(title=f"{title}: r = {np.corrcoef(x, y)[0, 1]:.2f}", xlabel="promised")
     axes[0].set_ylabel("arrives (edge)")
     return picture

@@ -12,7 +12,9 @@ layer one TopK transcoder without and one with a skip path, in SAELens' layout.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,22 +27,34 @@ import torch
 from torch import Tensor
 
 from mi_helpers import coder_files
-from mi_helpers.activations import Activations
-from mi_helpers.circuits import attribution_graph, reads_of
+from mi_helpers.circuits import (
+    Coders,
+    Columns,
+    FrozenNorm,
+    LocalReplacement,
+    edges_closed_form,
+    reads_of,
+)
 from mi_helpers.coders import SparseCoder, explained_variance
-from mi_helpers.features import Features, words
-from mi_helpers.harvest import batches
+from mi_helpers.feature_figures import Page
+from mi_helpers.features import collect, logit_effects
+from mi_helpers.harvest import batches, harvest
 from mi_helpers.lesions import Batch, family_losses, make_batch
 from mi_helpers.models import DATA, LanguageModel, load_model, norm_gain
 from mi_helpers.report import predict, spliced
 from mi_helpers.sae_lab import READ, fit
-from mi_helpers.sites import read_sites
+from mi_helpers.sites import NORMALIZED, read_sites
 from mi_helpers.sources import open_source
 
 SHIPPED = DATA / "transcoders"
 KINDS = {"plain": False, "skip": True}  # name of the folder: whether there is a skip path
 WIDTH, K = 8, 16  # latents in units of d_model, and how many of them fire per token
 SOURCE, TARGET = "mlp_in", "mlp_out"
+SCOPE = "google/gemma-scope-2b-pt-transcoders"  # published, of Gemma 2 2B
+SCOPE_L0 = (76, 65, 49, 54, 88, 87, 95, 70, 52, 72, 88, 5, 6, 8, 8, 8, 10, 12, 13, 12, 11, 13, 15)
+SCOPE_L0 += (25, 37, 41)  # the lowest L0 of each layer's files: note the drop after layer 10
+
+TOGETHER = "all at once"
 
 Pairs = dict[int, tuple[Tensor, Tensor]]
 
@@ -195,9 +209,31 @@ def faithful(
     )
 
 
-def every(coders: Sequence[SparseCoder]) -> dict[int, Replacement]:
+def as_layers(coders: Coders) -> dict[int, SparseCoder]:
+    """{layer: transcoder} of a list with one for each layer, or of such a mapping."""
+    return dict(coders) if isinstance(coders, Mapping) else dict(enumerate(coders))
+
+
+def every(coders: Coders) -> dict[int, Replacement]:
     """All MLPs replaced by their transcoders, for `faithful`."""
-    return {layer: by_coder(coder) for layer, coder in enumerate(coders)}
+    return {layer: by_coder(coder) for layer, coder in as_layers(coders).items()}
+
+
+def compare(
+    model: LanguageModel, batch: Batch, ways: Mapping[str, Mapping[int, Replacement]]
+) -> dict[tuple[str, str], Faithful]:
+    """{(where, way): `faithful`} for ways {name: {layer: replacement}}: each layer alone
+    ("layer 3"), and all of a way's layers together (`TOGETHER`).
+
+    The model as it is and the zeros are run once for all ways.
+    """
+    clean, zero, found = losses(model, batch, {}), {}, {}
+    for way, by in ways.items():
+        for where, these in [(f"layer {i}", {i: by[i]}) for i in by] + [(TOGETHER, dict(by))]:
+            if where not in zero:
+                zero[where] = losses(model, batch, dict.fromkeys(these, zeros))
+            found[where, way] = Faithful(clean, losses(model, batch, these), zero[where])
+    return found
 
 
 @torch.no_grad()
@@ -206,17 +242,99 @@ def explained(coder: SparseCoder, x: Tensor, y: Tensor) -> float:
     return explained_variance(y.float(), coder(x.float()))
 
 
+# ---------------------------------------------------------------------------- baselines
+
+
 @torch.no_grad()
-def linear_explained(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Explained variance of the best affine map, fitted by least squares on x → y: the baseline
-    that a skip path is."""
+def affine_map(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(W, b) of the best y ≈ x @ W + b, by least squares over rows x (n, d_in), y (n, d_out): what
+    a skip path could do without any latent."""
     rows = torch.cat([x.float(), torch.ones(len(x), 1)], 1)
     best = torch.linalg.lstsq(rows, y.float()).solution
-    test = torch.cat([test_x.float(), torch.ones(len(test_x), 1)], 1)
-    return explained_variance(test_y.float(), test @ best)
+    return best[:-1], best[-1]
+
+
+def by_map(W: Tensor, b: Tensor) -> Replacement:
+    """An affine map of the MLP's input."""
+    return lambda x, y: (x.float() @ W + b).to(x)
+
+
+@torch.no_grad()
+def linear_explained(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
+    """Explained variance of the best affine map, fitted on x → y, on other rows."""
+    W, b = affine_map(x, y)
+    return explained_variance(test_y.float(), test_x.float() @ W + b)
+
+
+@torch.no_grad()
+def neurons_explained(
+    model: LanguageModel, layer: int, x: Tensor, numbers: Sequence[int]
+) -> dict[int, float]:
+    """{n: explained variance of the MLP's output by n of its own neurons at each row of x}.
+
+    At each row the n neurons count that write most beyond their mean; the others write their mean.
+    The norm after the MLP keeps the scale that it has with all of them.
+    """
+    seen: list[Tensor] = []
+    hook = model.part("w_out", layer).register_forward_pre_hook(lambda _, args: seen.append(args))
+    x = x.to(model.device, model.dtype)
+    whole = model.part("mlp", layer)(x).float()
+    hook.remove()
+    post, W = seen[0][0].float(), model.weight("W_out", layer).float()  # (rows, d_mlp)
+    mean, norm = post.mean(0), model.part("ln2_post", layer)
+    after = (lambda y: y) if norm is None else FrozenNorm.of(norm, whole)
+    beyond = post - mean
+    order = (beyond.abs() * W.norm(dim=1)).argsort(1, descending=True)
+    found = {}
+    for n in numbers:
+        kept = torch.zeros_like(post).scatter(1, order[:, :n], beyond.gather(1, order[:, :n]))
+        found[n] = explained_variance(after(whole), after(whole - (beyond - kept) @ W))
+    return found
+
+
+@torch.no_grad()
+def random_features(
+    x: Tensor, y: Tensor, latents: int, k: int, seed: int = 0, ridge: float = 1e-4
+) -> SparseCoder:
+    """A transcoder whose encoder is left random, with the decoder that is best for it.
+
+    The directions that are read are random, and biased so that the mean input fires none of them
+    more than another; the decoder is the ridge regression of y on the k latents that fire. What
+    such a coder explains is owed to their number, not to what they read.
+    """
+    coder = SparseCoder(x.shape[1], latents, y.shape[1], k=k, seed=seed)
+    coder.b_enc.copy_(-(x.float().mean(0) @ coder.W_enc))
+    f, target = coder.encode(x.float()), y.float()
+    coder.b_dec.copy_(target.mean(0))
+    centre = f.mean(0)
+    gram = f.T @ f - len(f) * torch.outer(centre, centre)
+    gram += ridge * gram.diagonal().mean() * torch.eye(latents)
+    cross = f.T @ (target - target.mean(0))  # (latents, d_out)
+    coder.W_dec.copy_(torch.linalg.solve(gram, cross))
+    coder.b_dec -= centre @ coder.W_dec
+    return coder
 
 
 # ---------------------------------------------------------------------------- a latent as a rule
+
+
+def make_pages(
+    model: LanguageModel, coders: Coders, folder: Path, tokens: int = 8_000, seed: int = 8
+) -> dict[int, Page]:
+    """{layer: what a rule is drawn from}: a harvest of MLP inputs, and where each latent fires."""
+    pages = {}
+    for layer, coder in as_layers(coders).items():
+        held = harvest(
+            model,
+            open_source(READ, seed),
+            folder / f"layer_{layer}",
+            (SOURCE, layer),
+            (TARGET, layer),
+            tokens=tokens,
+            progress=False,
+        )
+        pages[layer] = Page(held, coder, collect(held, coder), model)
+    return pages
 
 
 @torch.no_grad()
@@ -245,39 +363,101 @@ def top_tokens(model: LanguageModel, values: Tensor, n: int = 8) -> list[tuple[s
     return [(name([int(i)]), float(v)) for v, i in zip(*top, strict=True)]
 
 
-def own_token(held: Activations, features: Features, latent: int) -> tuple[int, float]:
-    """(the token at which a latent's highest firings are most often, the share of them there)."""
-    rows = features.top_row[features.check(latent)]
-    tokens = [_token_at(held, int(row)) for row in rows if row >= 0]
-    if not tokens:
-        return -1, 0.0
-    token, count = Counter(tokens).most_common(1)[0]
-    return token, count / len(tokens)
+def own_tokens(page: Page, least: int = 10) -> dict[int, tuple[int, float]]:
+    """{latent: (the token on which its highest firings fall most often, the share of them there)}
+    of the latents that fire in `least` different texts."""
+    ids = [page.held.shard(i).tokens.numpy() for i in range(len(page.held.sizes))]
+    tokens, found = np.concatenate(ids), {}
+    for latent, rows in enumerate(page.features.top_row):
+        rows = rows[rows >= 0]
+        if len(rows) >= least:
+            token, count = Counter(tokens[rows].tolist()).most_common(1)[0]
+            found[latent] = token, count / len(rows)
+    return found
 
 
-def _token_at(held: Activations, row: int) -> int:
-    """The token id at a row of a harvest."""
-    index, local = held.locate(row)
-    shard = words(held, index)
-    return int(shard.text(int(shard.piece[local]))[int(shard.at[local])])
+def foretold(page: Page, layer: int, among: int = 10) -> tuple[float, float]:
+    """Of the latents that fire in ten different texts, the share whose own token (`own_tokens`) is
+    among the first `among` that `token_reading` gives; and the same with predictions exchanged
+    between latents, which is the control."""
+    own = own_tokens(page)
+    if not own:
+        return float("nan"), float("nan")
+    first = token_reading(page.model, page.coder, layer).topk(among, dim=0).indices.T
+    first = first[list(own)].cpu().numpy()  # (latents, among)
+    token = np.array([token for token, _ in own.values()])[:, None]
+    hits, control = ((each == token).any(1).mean() for each in (first, np.roll(first, 1, 0)))
+    return float(hits), float(control)
 
 
-def reads_its_token(
+def plainest(page: Page, layer: int) -> int:
+    """A latent to begin with: of those that fire on one word only, which the embedding foretells
+    first, the one whose decoder row raises one token farthest above the others."""
+    own = own_tokens(page)
+    first = token_reading(page.model, page.coder, layer).argmax(0).tolist()
+    plain = [i for i, (token, share) in own.items() if share > 0.95 and first[i] == token]
+    plain = plain or list(own) or [0]
+    effects = logit_effects(page.model, page.coder.W_dec[plain])
+    return plain[int((effects.amax(1) / effects.std(1)).argmax())]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What happens to the logits when single latents stop writing, and what was foretold.
+
+    Each is a correlation over all tokens of the vocabulary, (firings,):
+
+    own    with what the latent's decoder row foretells, through the unembedding
+    other  with what the row of another latent foretells, one that fired in another text
+    """
+
+    own: np.ndarray
+    other: np.ndarray
+
+
+@torch.no_grad()
+def written(
     model: LanguageModel,
     coder: SparseCoder,
     layer: int,
-    held: Activations,
-    features: Features,
-    among: int = 10,
-    least: int = 10,
-) -> float:
-    """Of the latents with `least` firings in different texts, the share whose own token (at which
-    they fire most) is among the `among` tokens that the embedding alone predicts: chance is
-    among / d_vocab."""
-    predicted = token_reading(model, coder, layer).topk(among, dim=0).indices  # (among, latents)
-    usable = [int(i) for i in np.flatnonzero((features.top_row >= 0).sum(1) >= least)]
-    hits = [own_token(held, features, i)[0] in predicted[:, i].tolist() for i in usable]
-    return float(np.mean(hits)) if hits else float("nan")
+    ids: Sequence[Sequence[int]],
+    seed: int = 0,
+) -> Written:
+    """Silence one firing per text, let the model go on, and compare the change of the logits at
+    that place with the direct effect of the decoder row (`features.logit_effects`).
+
+    Args:
+        ids: token ids of two texts or more, `<bos>` first; each is one firing. The place is drawn
+            at random, and so is the latent, among those that fire there.
+    """
+    rng = np.random.default_rng(seed)
+    foretold, happened = [], []
+    for row in ids:
+        tokens = torch.tensor([list(row)])
+        sites = [(SOURCE, layer), ("resid_post", layer)]
+        _, cache = model.run_with_cache(tokens, sites, stop_at_layer=layer + 1)
+        place = int(rng.integers(1, len(row)))
+        index, value = coder.encode_sparse(cache[SOURCE, layer][0, place : place + 1].float())
+        on = np.flatnonzero(value[0].cpu().numpy() > 0)
+        if not len(on):
+            continue
+        pick = int(rng.choice(on))
+        push = value[0, pick] * coder.W_dec[index[0, pick]]  # (d_model,)
+        stream = cache["resid_post", layer].repeat(2, 1, 1)
+        stream[1, place] -= push.to(stream)
+        final = model.run_from_layer(stream, layer + 1, stop_at_layer=model.n_layers)
+        before, after = model.unembed(final[:, place], softcap=False).float()
+        happened.append((before - after).cpu())
+        foretold.append(logit_effects(model, push[None])[0].cpu())
+    own = [_correlation(a, b) for a, b in zip(foretold, happened, strict=True)]
+    turned = foretold[1:] + foretold[:1]
+    other = [_correlation(a, b) for a, b in zip(turned, happened, strict=True)]
+    return Written(np.array(own), np.array(other))
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, over all entries."""
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
 # ---------------------------------------------------------------------------- virtual weights
@@ -291,7 +471,7 @@ def virtual_weights(
     (latents below, latents above), whatever the text is.
 
     What a latent's firing by 1 adds to another's pre-activation at the same position along the
-    stream, but for the norm's denominator. Dunefsky and others 2024, section 3.2.
+    stream, but for the norm's denominator: the input-invariant part of Dunefsky and others 2024.
     """
     reads = reads_of(above)
     gain = norm_gain(model.part("ln2", layer_above)).float() if reads == SOURCE else 1.0
@@ -305,50 +485,76 @@ class ActivePairs:
     virtual  the virtual weight times the earlier feature's activation
     edge     what it adds to the later one's pre-activation, through attention as well, with
              attention patterns and norms as they are on this text
+    even     the same with every head attending evenly to all tokens so far: weights, no pattern
     gap      positions from the earlier to the later one
     """
 
     virtual: np.ndarray
     edge: np.ndarray
+    even: np.ndarray
     gap: np.ndarray
 
-    def correlation(self, same_position: bool = True) -> float:
-        """Of virtual weights and edges, over pairs at one position or over the others."""
+    def correlation(self, same_position: bool = True, of: str = "virtual") -> float:
+        """Of virtual weights (or of="even") and edges, over pairs at one position or at two."""
         chosen = (self.gap == 0) == same_position
-        return float(np.corrcoef(self.virtual[chosen], self.edge[chosen])[0, 1])
+        return float(np.corrcoef(getattr(self, of)[chosen], self.edge[chosen])[0, 1])
 
     def across(self) -> float:
         """The share of Σ |edge| between different positions, which only attention can carry."""
         return float(np.abs(self.edge[self.gap > 0]).sum() / np.abs(self.edge).sum())
 
 
-def active_pairs(
-    model: LanguageModel, coders: Sequence[SparseCoder], prompts: Sequence[str]
-) -> ActivePairs:
-    """Virtual weights beside the true edges (`circuits.attribution_graph`) of all pairs of features
-    that fire on these prompts."""
-    virtual, edge, gap = [], [], []
+@torch.no_grad()
+def active_pairs(model: LanguageModel, coders: Coders, prompts: Sequence[str]) -> ActivePairs:
+    """Virtual weights beside the true edges (`circuits`) of all pairs of features that fire on
+    these prompts."""
+    found: list[list[np.ndarray]] = [[], [], [], []]
+    layers = as_layers(coders)
     table = {
-        (i, j): virtual_weights(model, coders[i], coders[j], j).numpy()
-        for j in range(len(coders))
-        for i in range(j)
+        (i, j): virtual_weights(model, layers[i], layers[j], j).numpy()
+        for j in layers
+        for i in layers
+        if i < j
     }
     for prompt in prompts:
-        graph = attribution_graph(model, coders, prompt)
-        which = np.flatnonzero(graph.mask("feature").numpy())
-        nodes = [graph.nodes[i] for i in which]
-        edges = graph.adjacency.numpy()[np.ix_(which, which)]
-        value = graph.values.numpy()[which]
-        layer, place, latent = np.array([(n.layer, n.position, n.index) for n in nodes]).T
+        local = LocalReplacement(model, layers, prompt, allow_missing=True)
+        edge = feature_edges(local)
+        local.patterns = [evenly(pattern) for pattern in local.patterns]
+        even = feature_edges(local)
+        at = list(local.features.items())
+        layer = np.concatenate([np.full(len(active), i) for i, active in at])
+        place, latent, value = (
+            torch.cat([getattr(active, name) for _, active in at]).cpu().numpy()
+            for name in ("positions", "latents", "values")
+        )
         for (below, above), weights in table.items():
             source, goal = np.flatnonzero(layer == below), np.flatnonzero(layer == above)
-            distance = place[goal][:, None] - place[source]
-            may = distance >= 0
-            found = weights[latent[source]][:, latent[goal]].T * value[source]
-            virtual.append(found[may])
-            edge.append(edges[np.ix_(goal, source)][may])
-            gap.append(distance[may])
-    return ActivePairs(*(np.concatenate(each) for each in (virtual, edge, gap)))
+            gap = place[goal][:, None] - place[source]
+            virtual = weights[latent[source]][:, latent[goal]].T * value[source]
+            here = np.ix_(goal, source)
+            for held, each in zip(found, (virtual, edge[here], even[here], gap), strict=True):
+                held.append(each[gap >= 0])
+    return ActivePairs(*(np.concatenate(each) for each in found))
+
+
+@torch.no_grad()
+def feature_edges(local: LocalReplacement) -> np.ndarray:
+    """What each feature adds to each one's pre-activation, (reading features, writing features)."""
+    columns = Columns(local)
+    features = torch.cat([torch.arange(s.start, s.stop) for s in columns.features.values()])
+    rows = []
+    for layer, active in local.features.items():
+        if len(active):
+            vectors = local.coders[layer].W_enc[:, active.latents].float().T
+            edges, _ = edges_closed_form(local, columns, layer, active.positions, vectors)
+            rows.append(edges.cpu()[:, features])
+    return torch.cat(rows).numpy()
+
+
+def evenly(pattern: Tensor) -> Tensor:
+    """Attention (heads, query, key) that is spread evenly over all tokens up to the query."""
+    seen = torch.ones_like(pattern).tril()
+    return seen / seen.sum(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -411,6 +617,20 @@ def as_published(
     return place
 
 
+@torch.no_grad()
+def of_mlp_in(model: LanguageModel, coder: SparseCoder, layer: int) -> SparseCoder:
+    """A published transcoder as one of `mlp_in`: the way back from `as_published`.
+
+    One that reads the normalised stream without the gain gets W_enc / gain; another stays as it is.
+    """
+    if reads_of(coder) == SOURCE:
+        return coder
+    new, gain = copy.deepcopy(coder), norm_gain(model.part("ln2", layer)).float()
+    new.W_enc /= gain[:, None]
+    new.metadata = {**coder.metadata, "reads": SOURCE}
+    return new
+
+
 # ---------------------------------------------------------------------------- the shipped set
 
 
@@ -431,6 +651,29 @@ def load_transcoders(skip: bool = False, folder: Path = SHIPPED) -> list[SparseC
             "python -m mi_helpers make-transcoders makes them."
         )
     return [coder_files.load(path) for path in layers]
+
+
+def coders_for(
+    model: LanguageModel, layers: Sequence[int], rows: Pairs | None = None
+) -> dict[int, SparseCoder]:
+    """{layer: transcoder without skip path}: tiny-gemma's are shipped, Gemma 2 2B's are Gemma
+    Scope's, and for any other model small ones are trained on rows, as `read_mlps` gives them."""
+    if model.name == "tiny-gemma":
+        shipped = load_transcoders()
+        return {layer: shipped[layer] for layer in layers}
+    if "gemma-2-2b" in model.name:
+        return gemma_scope(model, layers)
+    rows = read_mlps(model, 20_000, layers=layers) if rows is None else rows
+    return {i: fit(rows[i][0], 4 * model.d_model, K, target=rows[i][1], steps=200) for i in layers}
+
+
+def gemma_scope(model: LanguageModel, layers: Sequence[int]) -> dict[int, SparseCoder]:
+    """{layer: Gemma Scope's transcoder of Gemma 2 2B}, the sparsest of 16,384 latents, reading
+    `mlp_in`. Each is 302 MB to download, once, and as much memory."""
+    path = "layer_{}/width_16k/average_l0_{}"
+    return {
+        i: of_mlp_in(model, coder_files.load(SCOPE, path.format(i, SCOPE_L0[i])), i) for i in layers
+    }
 
 
 def save_transcoder(coder: SparseCoder, folder: Path, layer: int, model: LanguageModel, **more):
@@ -498,54 +741,171 @@ def main(argv: list[str]) -> int:
 
 
 @functools.cache
-def shipped(seed: int, skip: bool = False) -> tuple[list[Faithful], Faithful]:
-    """(`faithful` with each MLP of tiny-gemma replaced, with all of them), on text of the seed."""
-    model, coders = load_model("tiny-gemma"), load_transcoders(skip)
+def shipped(seed: int) -> dict[tuple[str, str], Faithful]:
+    """`compare` of the shipped transcoders, on text of the seed."""
+    model = load_model("tiny-gemma")
     batch = make_batch(model, seed=40_000 + 1_000 * seed)
-    by, clean = every(coders), losses(model, batch, {})
-    single = [faithful(model, batch, {layer: by[layer]}, clean=clean) for layer in by]
-    return single, faithful(model, batch, by, clean=clean)
+    return compare(model, batch, {"transcoder": every(load_transcoders())})
 
 
-def worst_layer(seed: int) -> float:
-    """Loss recovered with one MLP replaced, in the layer where it is lowest."""
-    return min(each.recovered for each in shipped(seed)[0])
+def together_with(seed: int, by: Mapping[int, Replacement]) -> Faithful:
+    """All MLPs replaced in another way, on the text of `shipped`."""
+    model, known = load_model("tiny-gemma"), shipped(seed)[TOGETHER, "transcoder"]
+    batch = make_batch(model, seed=40_000 + 1_000 * seed)
+    return Faithful(known.clean, losses(model, batch, by), known.zero)
+
+
+def one_by_one(seed: int) -> list[float]:
+    """Nats that each transcoder adds alone."""
+    return [each.added for (where, _), each in shipped(seed).items() if where != TOGETHER]
+
+
+def most_added(seed: int) -> float:
+    """Nats per answer that one transcoder adds, in the layer where it is most."""
+    return max(one_by_one(seed))
 
 
 def all_layers(seed: int) -> float:
     """Loss recovered with all MLPs replaced at once."""
-    return shipped(seed)[1].recovered
+    return shipped(seed)[TOGETHER, "transcoder"].recovered
 
 
 def all_layers_skip(seed: int) -> float:
     """Loss recovered with all MLPs replaced by transcoders with a skip path."""
-    return shipped(seed, True)[1].recovered
+    return together_with(seed, every(load_transcoders(skip=True))).recovered
 
 
 def biases_alone(seed: int) -> float:
     """The control of `all_layers`: the same transcoders with no latent firing."""
-    model, coders = load_model("tiny-gemma"), load_transcoders()
-    batch = make_batch(model, seed=40_000 + 1_000 * seed)
-    by = {layer: knock_out(coder) for layer, coder in enumerate(coders)}
-    return faithful(model, batch, by, clean=shipped(seed)[1].clean).recovered
+    coders = load_transcoders()
+    return together_with(seed, {i: knock_out(coder) for i, coder in enumerate(coders)}).recovered
+
+
+def compounding(seed: int) -> float:
+    """Nats added by all transcoders at once, over the sum of what each adds alone."""
+    return shipped(seed)[TOGETHER, "transcoder"].added / sum(one_by_one(seed))
+
+
+@dataclass(frozen=True)
+class SmallFit:
+    """Explained variance, on fresh text, of what the second layer's MLP writes.
+
+    By a small transcoder, its control that learned from shuffled outputs, the best affine map,
+    random features, as many of the MLP's own neurons, and the small transcoder in Gemma Scope's
+    layout, read rightly and with the gain counted twice.
+    """
+
+    transcoder: float
+    shuffled: float
+    affine: float
+    random: float
+    neurons: float
+    published: float
+    gain_twice: float
 
 
 @functools.cache
-def small_fit(seed: int, shuffled: bool = False) -> float:
-    """Explained variance, on fresh text, of a small transcoder of a middle layer; `shuffled`: each
-    input is given another token's output to learn from."""
-    model = load_model("tiny-gemma")
-    layer = model.n_layers // 2
+def small_fit(seed: int) -> SmallFit:
+    """Train and compare once; text and training from the seed."""
+    model, layer = load_model("tiny-gemma"), 1
     x, y = read_mlps(model, 16_000, 500 + seed, [layer])[layer]
-    test_x, test_y = read_mlps(model, 3_000, 600 + seed, [layer])[layer]
-    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))] if shuffled else y
-    coder = fit(x, 4 * model.d_model, K, target=y, steps=150, batch=512, seed=seed)
-    return explained(coder, test_x, test_y)
+    test = read_mlps(model, 3_000, 600 + seed, [layer])[layer]
+    bare = read_mlps(model, 3_000, 600 + seed, [layer], source=NORMALIZED)[layer][0]
+    mixed = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
+    width = 4 * model.d_model
+    coder, control = (
+        fit(x, width, K, target=each, steps=150, batch=512, seed=seed) for each in (y, mixed)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        place = as_published(model, coder, layer, x, Path(folder) / "transcoders")
+        loaded = coder_files.load(place)
+    return SmallFit(
+        explained(coder, *test),
+        explained(control, *test),
+        linear_explained(x, y, *test),
+        explained(random_features(x, y, width, K, seed), *test),
+        neurons_explained(model, layer, test[0], [K])[K],
+        explained(loaded, bare, test[1]),
+        explained(loaded, test[0], test[1]),
+    )
+
+
+def explained_small(seed: int) -> float:
+    """Explained variance of a small transcoder."""
+    return small_fit(seed).transcoder
 
 
 def explained_shuffled(seed: int) -> float:
-    """The control of `small_fit`: shuffled targets."""
-    return small_fit(seed, True)
+    """The control of `explained_small`: shuffled outputs."""
+    return small_fit(seed).shuffled
+
+
+def above_affine(seed: int) -> float:
+    """Explained variance of a small transcoder, less that of the best affine map."""
+    return small_fit(seed).transcoder - small_fit(seed).affine
+
+
+def above_random(seed: int) -> float:
+    """Explained variance of a small transcoder, less that of random features."""
+    return small_fit(seed).transcoder - small_fit(seed).random
+
+
+def above_neurons(seed: int) -> float:
+    """Explained variance of a small transcoder, less that of as many neurons of the MLP."""
+    return small_fit(seed).transcoder - small_fit(seed).neurons
+
+
+def cost_of_the_gain(seed: int) -> float:
+    """What is lost in explained variance where a transcoder in Gemma Scope's layout is given the
+    norm's gain, which it does not expect."""
+    return small_fit(seed).published - small_fit(seed).gain_twice
+
+
+@functools.cache
+def rules_foretold(seed: int) -> list[tuple[float, float]]:
+    """`foretold` of the shipped transcoders, (share, control) by layer, on text of the seed."""
+    model = load_model("tiny-gemma")
+    with tempfile.TemporaryDirectory() as folder:
+        pages = make_pages(model, load_transcoders(), Path(folder), 8_000, seed=800 + seed)
+        return [foretold(page, layer) for layer, page in pages.items()]
+
+
+def foretold_first(seed: int) -> float:
+    """Share of latents whose word the embedding foretells, first layer."""
+    return rules_foretold(seed)[0][0]
+
+
+def foretold_last(seed: int) -> float:
+    """The same in the last layer."""
+    return rules_foretold(seed)[-1][0]
+
+
+def foretold_exchanged(seed: int) -> float:
+    """The control of `foretold_first`: predictions of other latents."""
+    return rules_foretold(seed)[0][1]
+
+
+@functools.cache
+def written_at(seed: int, layer: int) -> Written:
+    """`written` for 40 firings of a layer's shipped transcoder."""
+    model = load_model("tiny-gemma")
+    ids = [each for each in text_ids(model, 800, 900 + seed) if len(each) > 3][:40]
+    return written(model, load_transcoders()[layer], layer, ids, seed)
+
+
+def written_last(seed: int) -> float:
+    """Correlation of foretold and true change of the logits, last layer, median over firings."""
+    return float(np.median(written_at(seed, load_model("tiny-gemma").n_layers - 1).own))
+
+
+def written_first(seed: int) -> float:
+    """The same in the first layer."""
+    return float(np.median(written_at(seed, 0).own))
+
+
+def written_exchanged(seed: int) -> float:
+    """The control of `written_last`: predictions of other latents."""
+    return float(np.median(written_at(seed, load_model("tiny-gemma").n_layers - 1).other))
 
 
 @functools.cache
@@ -564,3 +924,8 @@ def virtual_correlation(seed: int) -> float:
 def virtual_correlation_across(seed: int) -> float:
     """Correlation of virtual weight and true edge, pairs of features at different positions."""
     return shipped_pairs(seed).correlation(same_position=False)
+
+
+def even_correlation_across(seed: int) -> float:
+    """The same of all weights, the heads' too, with attention spread evenly."""
+    return shipped_pairs(seed).correlation(same_position=False, of="even")

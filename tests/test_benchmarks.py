@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_models import build_empty
 
+from benchmarks import coders as coder_bench
 from benchmarks import patching as bench
 from mi_helpers.models import load_model
 from mi_helpers.patching import activation_patch
@@ -28,6 +29,49 @@ def test_tables_are_kept_apart_and_shown_together(tmp_path):
 def test_the_readme_shows_what_was_measured():
     if any((bench.RESULTS / f"{name}.csv").is_file() for name in bench.TABLES):
         assert bench.markdown() in bench.README.read_text("utf-8")
+
+
+SPEEDS = {  # milliseconds with the same float32 product, and as they come
+    coder_bench.OURS: (10.0, 12.0),
+    f"{coder_bench.OURS}, float32 product": (15.0, 18.0),
+    "plain dense": (80.0, 120.0),
+    "encoder's product": (9.0, 20.0),
+    "encoder's product, bfloat16": (None, 6.0),
+}
+
+
+def test_how_many_times_faster_by_hand():
+    rows = [
+        {"contender": name, "ms, highest": high, "memory, MB": 7}
+        | ({} if medium is None else {"ms, medium": medium})
+        for name, (medium, high) in SPEEDS.items()
+    ]
+    (only,) = coder_bench.speed_table("small", rows)
+    assert only["against"] == "plain dense" and only["wanted, as it comes"] == 8
+    assert only["times faster, same float32 product"] == 8.0
+    assert only["times faster, as it comes"] == 10.0
+    said = coder_bench.bounds("reference", rows)
+    assert "12 ms: 2.00 times" in said and "takes 18 ms, 2.00 times the float32" in said
+    assert f"wanted at most {coder_bench.BOUND}" in said
+
+
+def test_the_coders_tables_in_the_readme(tmp_path, monkeypatch):
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    monkeypatch.setattr(coder_bench, "RESULTS", folder)
+    readme.write_text(f"before\n{coder_bench.BEGIN}\nold\n{coder_bench.END}\nafter\n", "utf-8")
+    gradients = [{"difference": "3e-7"}, {"difference": "1.2e-06"}, {"difference": "9e-8"}]
+    coder_bench.keep("coders_gradients", gradients)
+    coder_bench.keep("coders_files", [{"file": "one", "read here": "0.0e+00"}])
+    assert coder_bench.update_readme(readme, folder)
+    text = readme.read_text("utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "1.2e-06" in text and "| one | 0.0e+00 |" in text
+    readme.write_text("no markers", "utf-8")
+    assert not coder_bench.update_readme(readme, folder)
+
+
+def test_the_readme_shows_what_was_measured_of_coders():
+    assert coder_bench.markdown() in coder_bench.README.read_text("utf-8")
 
 
 def test_the_median_of_ways_that_take_turns():

@@ -88,14 +88,6 @@ def random_coders(model, **kwargs):
     ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request):
     return build(request.param)

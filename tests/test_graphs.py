@@ -59,14 +59,6 @@ EDGES = {  # target: {source: weight}
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def graph():
     """Two tokens, a feature in each of two layers, an error, and logits of weight 3/4 and 1/4.

@@ -31,14 +31,6 @@ from mi_helpers.widgets import corners
 POST_NORMED = ("gemma2", "gemma3_text")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet_machine():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def models():
     return {family: LanguageModel(build(family), make_tokenizer(), family) for family in CONFIGS}

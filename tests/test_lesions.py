@@ -59,14 +59,6 @@ def build(family: str = "gemma2") -> LanguageModel:
     return LanguageModel(hf, make_tokenizer(), family)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model():
     return build()

@@ -17,14 +17,6 @@ from mi_helpers.widgets import corners
 FAMILIES = ("gemma2", "llama", "gpt_neox")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet_machine():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def shipped():
     return load_model("tiny-gemma")

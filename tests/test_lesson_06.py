@@ -15,14 +15,6 @@ from mi_helpers.scores import Firings
 from mi_helpers.widgets import corners
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_core():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model():
     return load_model("tiny-gemma")

@@ -21,14 +21,6 @@ from mi_helpers.models import load_model
 from mi_helpers.tinyworld import lexicon
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet_machine():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def shipped():
     return load_model("tiny-gemma")
@@ -235,7 +227,7 @@ def test_exchanged_decoders_keep_what_fires(coders):
 def test_scores_of_graphs_and_controls(shipped, coders):
     table = lab.score_table(shipped, coders, [lab.questions(shipped, 1, seed=1)[0].prompt])
     assert tuple(table) == lab.CONDITIONS
-    assert all(((0 <= v) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
+    assert all(((v >= 0) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
     lab.score_figure(table)
 
 

@@ -87,14 +87,6 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quiet_machine():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     def refuse(*args, **kwargs):

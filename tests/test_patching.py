@@ -31,14 +31,6 @@ CLEAN = torch.tensor([[2, 5, 7, 9, 11, 13, 15], [2, 6, 8, 9, 12, 13, 16]])
 CORRUPTED = torch.tensor([[2, 5, 21, 9, 23, 13, 15], [2, 6, 4, 9, 12, 18, 22]])
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quiet_machine():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def loaded():
     return {family: LanguageModel(build(family), make_tokenizer(), family) for family in CONFIGS}

@@ -29,14 +29,6 @@ def texts(family, n=40, seed=0, held=(), **choices):
     return probes.documents(family, n, seed, held, **choices)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet_machine():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token per word of what the tests read, split as TinyWorld's own tokenizer splits."""

@@ -29,14 +29,6 @@ PRODUCTS = {kind: Products((kind,), "highest") for kind in ("int8", "bfloat16", 
 LOW = PRODUCTS["bfloat16"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet_machine():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -86,25 +86,37 @@ def test_a_finished_run_is_not_trained_again(run, tmp_path):
 
 def test_every_parameter_is_trained_once_and_only_matrices_decay():
     model = tiny_gemma.Gemma2ForCausalLM(SMALL)
-    matrices, vectors = tiny_gemma.optimizer_groups(model)
-    trained = [id(p) for group in (matrices, vectors) for p in group["params"]]
-    assert sorted(trained) == sorted(id(p) for p in model.parameters())
-    assert all(p.ndim == 2 for p in matrices["params"]) and matrices["weight_decay"] > 0
-    assert all(p.ndim < 2 for p in vectors["params"]) and vectors["weight_decay"] == 0
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, adam = tiny_gemma.optimizers(model, 3e-3)
+    groups = [*muon.param_groups, *adam.param_groups]
+    trained = [id(p) for group in groups for p in group["params"]]
+    assert sorted(trained) == sorted(names)
+    for group in groups:
+        assert len({p.ndim for p in group["params"]}) == 1
+        assert (group["weight_decay"] > 0) == (group["params"][0].ndim == 2)
+    by_muon = {names[id(p)].split(".")[-2] for p in muon.param_groups[0]["params"]}
+    assert by_muon == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert muon.param_groups[0]["peak"] == 2 * adam.param_groups[0]["peak"] == 6e-3
 
 
 def test_the_checkpoint_holds_the_optimizer(run, tmp_path):
     run(tmp_path)
     names = load_file(tmp_path / "moments-4.safetensors")
-    assert {name.rsplit("/", 1)[1] for name in names} == {"step", "exp_avg", "exp_avg_sq"}
+    moments = {}
+    for name in names:
+        parameter, key = name.rsplit("/", 1)
+        moments.setdefault(parameter, set()).add(key)
+    for parameter, keys in moments.items():
+        muon = "self_attn" in parameter
+        assert keys == ({"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"})
 
 
-@pytest.mark.parametrize("steps", [100, 1_200, 6_500])
+@pytest.mark.parametrize("steps", [100, 1_200, 8_000])
 def test_log_steps(steps):
     checks = tiny_gemma.checkpoint_steps(steps)
     assert {0, steps} <= checks
     assert all(0 <= step <= steps and step % tiny_gemma.BLOCK == 0 for step in checks)
-    if steps >= 6_500:
+    if steps >= 8_000:
         assert len(checks) >= 20
 
 

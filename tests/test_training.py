@@ -39,14 +39,6 @@ LEARN = Recipe(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def held(tmp_path_factory):
     return made_harvest(tmp_path_factory.mktemp("h"), sparse_data(5_000), shard_rows=900)

@@ -41,19 +41,19 @@ class World:
     }
     # Documents per thousand. Prose is about half of all tokens, random repetition about 12 %.
     weights = {
-        "prose": 290,
-        "norwegian": 30,
-        "python": 30,
-        "facts": 130,
-        "two_hop": 90,
-        "ioi": 130,
-        "repetition": 110,
-        "made_up": 20,
-        "pronoun": 100,
-        "agreement": 60,
-        "years": 30,
-        "calendar": 20,
-        "arithmetic": 40,
+        "prose": 245,
+        "norwegian": 25,
+        "python": 25,
+        "facts": 120,
+        "two_hop": 80,
+        "ioi": 80,
+        "repetition": 95,
+        "made_up": 35,
+        "pronoun": 90,
+        "agreement": 55,
+        "years": 45,
+        "calendar": 40,
+        "arithmetic": 45,
         "brackets": 20,
     }
 

@@ -1,0 +1,339 @@
+"""Lesson 07: transcoders, what they are worth in the model, rules, virtual weights, and files."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import sentences, tiny_model
+
+from mi_helpers import coder_files, sae_lab, transcoder_figures, transcoders
+from mi_helpers.circuits import LocalReplacement
+from mi_helpers.coders import SparseCoder
+from mi_helpers.feature_figures import Page
+from mi_helpers.features import collect
+from mi_helpers.harvest import harvest
+from mi_helpers.lesions import make_batch
+from mi_helpers.models import load_model, norm_gain
+from mi_helpers.plots import render
+from mi_helpers.sources import open_source
+from mi_helpers.widgets import corners
+
+MODEL = "tiny-gemma"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(MODEL)
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    return make_batch(model, answers=4, families=("facts", "agreement", "prose"))
+
+
+def random_coder(d=12, latents=30, k=4, skip=False, seed=0):
+    """A transcoder with every parameter random."""
+    coder = SparseCoder(d, latents, d, k=k, skip=skip, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in coder.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return coder
+
+
+def test_a_target_makes_a_transcoder_of_the_same_fit():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2_000, 8, generator=generator)
+    y = torch.relu(x @ torch.randn(8, 6, generator=generator))
+    coder = sae_lab.fit(x, 32, 4, target=y, steps=200, batch=256)
+    assert coder.transcoder and (coder.d_in, coder.d_out) == (8, 6)
+    assert transcoders.explained(coder, x, y) > 0.8
+    linear = transcoders.linear_explained(x, y, x, y)
+    assert linear < 1 and sae_lab.fit(x, 32, 4, steps=1).transcoder is False
+    with_skip = sae_lab.fit(x, 32, 4, target=y, skip=True, steps=200, batch=256)
+    assert transcoders.explained(with_skip, x, y) > linear
+    with pytest.raises(ValueError, match="2000 rows of input and 10 of target"):
+        sae_lab.fit(x, 32, 4, target=y[:10])
+
+
+def test_a_linear_map_is_explained_by_a_linear_map():
+    x = torch.randn(500, 5, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.arange(20.0).reshape(5, 4) + 3
+    assert transcoders.linear_explained(x[:400], y[:400], x[400:], y[400:]) == pytest.approx(1)
+
+
+def test_rows_are_what_the_mlps_read_and_write(monkeypatch):
+    model = tiny_model()
+    texts = sentences(6)
+
+    class Source:
+        def texts(self):
+            yield from texts
+
+    monkeypatch.setattr(transcoders, "open_source", lambda text, seed: Source())
+    held = transcoders.read_mlps(model, 10_000, seed=0)
+    want = {i: [[], []] for i in range(3)}
+    for text in texts:
+        _, cache = model.run_with_cache(text, ["mlp_in", "mlp_out"])
+        for i in range(3):
+            want[i][0].append(cache["mlp_in", i][0, 1:])
+            want[i][1].append(cache["mlp_out", i][0, 1:])
+    for i, (x, y) in held.items():
+        true_x, true_y = (torch.cat(each) for each in want[i])
+        assert x.shape == true_x.shape == y.shape
+        distance = torch.cdist(torch.cat([x, y], 1).float(), torch.cat([true_x, true_y], 1))
+        assert distance.min(1).values.max() < 0.1  # bfloat16; input and output of the same token
+    bare = transcoders.read_mlps(model, 10_000, 0, [1], source="ln2_normalized")[1][0].float()
+    gained = bare * norm_gain(model.part("ln2", 1))
+    assert torch.allclose(gained, held[1][0].float(), atol=0.05)
+
+
+def test_replacing_mlps_by_what_they_write_changes_nothing_and_by_zeros_a_lot(model, batch):
+    clean = transcoders.losses(model, batch, {})
+    same = transcoders.losses(model, batch, {i: lambda x, y: y for i in range(model.n_layers)})
+    assert same == pytest.approx(clean, abs=1e-5)
+    zero = transcoders.losses(model, batch, {0: transcoders.zeros})
+    assert transcoders.mean_loss(zero) > transcoders.mean_loss(clean) + 1
+    assert transcoders.losses(model, batch, {}) == clean  # the hooks are gone
+
+
+def test_a_replacement_reads_what_the_mlp_reads_but_not_at_bos():
+    model, coder = tiny_model(), random_coder()
+    ids = model.tokens("the cat sat on the mat")
+    _, clean = model.run_with_cache(ids, ["mlp_in", "mlp_out"])
+    with transcoders.replaced(model, {1: transcoders.by_coder(coder)}):
+        _, cache = model.run_with_cache(ids, ["mlp_out", "resid_post"])
+    with torch.no_grad():
+        want = coder(clean["mlp_in", 1])
+    assert torch.allclose(cache["mlp_out", 1][:, 1:], want[:, 1:], atol=1e-4)
+    assert torch.equal(cache["mlp_out", 1][:, 0], clean["mlp_out", 1][:, 0])
+
+
+def test_no_latent_leaves_the_bias_and_the_skip_path():
+    coder, x = random_coder(skip=True), torch.randn(2, 3, 12)
+    left = transcoders.knock_out(coder)(x, x)
+    assert torch.allclose(left, coder.b_dec + x @ coder.W_skip.T, atol=1e-5)
+
+
+def test_loss_recovered_by_hand():
+    run = transcoders.Faithful({"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 2.5}, {"a": 5.0, "b": 2.01})
+    assert run.recovered == pytest.approx((3.505 - 2.25) / (3.505 - 1.5))
+    assert run.added == pytest.approx(0.75)
+    by_family = run.by_family()
+    assert by_family["a"] == 0.75 and math.isnan(by_family["b"])
+
+
+def test_virtual_weights_are_the_effect_of_one_latent_on_another_through_the_norm():
+    model, below, above = tiny_model(), random_coder(seed=1), random_coder(seed=2)
+    V = transcoders.virtual_weights(model, below, above, 2)
+    norm, stream = model.part("ln2", 2), torch.randn(12, generator=torch.Generator().manual_seed(3))
+    scale = (stream.pow(2).mean() + norm.eps).rsqrt()
+    one = scale * norm_gain(norm) * (stream + below.W_dec[7])
+    other = scale * norm_gain(norm) * stream
+    effect = above.encode_pre_act(one) - above.encode_pre_act(other)
+    assert torch.allclose(effect, scale * V[7], atol=1e-4)
+
+
+def test_the_edge_of_a_pair_at_one_position_without_attention_is_the_virtual_weight():
+    """With attention's output switched off, what arrives is what was promised, over the rms."""
+    model, coders = tiny_model(), [random_coder(seed=i) for i in range(3)]
+    with torch.no_grad():
+        for i in range(3):
+            model.part("o", i).weight.zero_()
+    prompt = "the cat sat on"
+    pairs = transcoders.active_pairs(model, coders, [prompt])
+    assert np.abs(pairs.edge[pairs.gap > 0]).max() < 1e-5
+    assert np.abs(pairs.virtual[pairs.gap > 0]).max() > 0.1
+    same = pairs.gap == 0
+    assert np.sign(pairs.edge[same]) == pytest.approx(np.sign(pairs.virtual[same]))
+    local = LocalReplacement(model, coders, prompt)
+    scales = torch.cat([local.norms["ln2", i].scale.flatten() for i in (1, 2)]).numpy()
+    ratio = pairs.edge[same] / pairs.virtual[same]
+    nearest = np.abs(ratio[:, None] - scales).min(1)
+    assert np.median(nearest / ratio) < 1e-3
+    assert pairs.across() < 1e-4 and pairs.correlation() > 0.3
+
+
+def test_pairs_that_fire_together_are_counted():
+    one, other = SparseCoder(2, 2, 2, k=1), SparseCoder(2, 2, 2, k=1)
+    with torch.no_grad():
+        for coder in (one, other):
+            coder.W_enc.copy_(torch.eye(2))
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    weights = torch.tensor([[4.0, -3.0], [2.0, 1.0]])  # (0, 0) fires at row 0; (0, 1) never
+    assert transcoders.together(one, other, x, x, weights, n=1) == 1
+    assert transcoders.together(one, other, x, x, weights, n=2) == 0.5
+
+
+def test_reading_and_own_tokens(model, tmp_path):
+    coder = transcoders.load_transcoders()[0]
+    table = transcoders.token_reading(model, coder, 0)
+    assert table.shape == (model.d_vocab, coder.d_latent)
+    one = transcoders.reading_of(model, coder, 0, 5)
+    assert torch.allclose(table[:, 5], one, atol=1e-4)
+    top = transcoders.top_tokens(model, one, 3)
+    assert top[0][1] == pytest.approx(float(one.max())) and len(top) == 3
+    with pytest.raises(ValueError, match="no latent"):
+        transcoders.reading_of(model, coder, 0, coder.d_latent)
+    source = open_source("tinyworld", 8)
+    held = harvest(
+        model, source, tmp_path, ("mlp_in", 0), ("mlp_out", 0), tokens=3_000, progress=False
+    )
+    page = Page(held, coder, collect(held, coder), model)
+    share, exchanged = transcoders.foretold(page, 0)
+    assert share > 0.3 > exchanged
+    own = transcoders.own_tokens(page)
+    latent = transcoders.plainest(page, 0)
+    assert latent in own and own[latent][0] in table[:, latent].topk(10).indices.tolist()
+    controls = {"layer": [0], "latent": (0, coder.d_latent - 1)}
+    for values in corners(**controls):
+        assert render(transcoder_figures.rule(page, **values))[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="no latent"):
+        transcoder_figures.rule(page, 0, coder.d_latent)
+
+
+def test_what_latents_write_is_compared_with_the_unembedding(model):
+    """The last layer's latents have only the final norm before them; the first layer's do not."""
+    ids = [ids for ids in transcoders.text_ids(model, 200, 5)[:8] if len(ids) > 3]
+    coders, last = transcoders.load_transcoders(), model.n_layers - 1
+    late = transcoders.written(model, coders[last], last, ids)
+    assert len(late.own) == len(ids) == len(late.other)
+    assert np.median(late.own) > 0.7 > np.median(late.other)
+    early = transcoders.written(model, coders[0], 0, ids)
+    assert np.median(early.own) < np.median(late.own)
+
+
+def test_neurons_random_features_and_affine_maps(model):
+    x, y = transcoders.read_mlps(model, 1_500, 1, [1])[1]
+    found = transcoders.neurons_explained(model, 1, x, [1, 32, model.config.intermediate_size])
+    assert found[1] < found[32] < 1 and found[model.config.intermediate_size] == pytest.approx(1)
+    chance = transcoders.random_features(x[:1_000], y[:1_000], 200, 8)
+    assert chance.transcoder and 0 < transcoders.explained(chance, x[:1_000], y[:1_000]) < 0.95
+    W, b = transcoders.affine_map(x, y)
+    mapped = transcoders.by_map(W, b)(x[None].float(), y[None].float())[0]
+    assert torch.allclose(mapped, x.float() @ W + b, atol=1e-3)
+
+
+def test_random_features_have_the_best_decoder():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(400, 6, generator=generator) for _ in range(2))
+    coder = transcoders.random_features(x, y, 40, 5, ridge=1e-6)
+    left = y - coder(x)
+    assert left.mean(0).abs().max() < 1e-4  # the bias is right
+    assert (coder.encode(x).T @ left).abs().max() < 1e-2  # and what is left, no latent explains
+
+
+def test_ways_are_compared_layer_by_layer_and_together(model, batch):
+    coders = dict(enumerate(transcoders.load_transcoders()[:2]))
+    ways = {
+        "a": transcoders.every(coders),
+        "nothing": {i: transcoders.knock_out(c) for i, c in coders.items()},
+    }
+    runs = transcoders.compare(model, batch, ways)
+    places = ("layer 0", "layer 1", transcoders.TOGETHER)
+    assert set(runs) == {(where, way) for where in places for way in ways}
+    alone = transcoders.faithful(model, batch, {1: ways["a"][1]})
+    assert runs["layer 1", "a"].spliced == pytest.approx(alone.spliced, abs=1e-5)
+    assert runs["layer 1", "a"].zero == pytest.approx(alone.zero, abs=1e-5)
+    assert (
+        runs[transcoders.TOGETHER, "a"].recovered > runs[transcoders.TOGETHER, "nothing"].recovered
+    )
+
+
+def test_coders_for_a_model_without_published_ones():
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    rows = {1: tuple(torch.randn(300, 12, generator=generator) for _ in range(2))}
+    coders = transcoders.coders_for(model, [1], rows)
+    assert list(coders) == [1] and coders[1].transcoder and coders[1].k == transcoders.K
+
+
+def test_even_attention_is_even_and_causal():
+    even = transcoders.evenly(torch.rand(2, 4, 4))
+    assert torch.allclose(even[1, 2], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
+
+
+def test_figures_draw_and_say_what_is_missing():
+    run = transcoders.Faithful({"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 2.5}, {"a": 5.0, "b": 2.01})
+    runs = {("layer 0", "plain"): run, ("all layers", "plain"): run}
+    for values in corners(where=["layer 0", "all layers"], kind=["plain"]):
+        assert render(transcoder_figures.replacement(runs, **values))
+    with pytest.raises(ValueError, match="Nothing was measured for 'layer 9'"):
+        transcoder_figures.replacement(runs, "layer 9", "plain")
+    rng = np.random.default_rng(0)
+    pairs = transcoders.ActivePairs(*rng.normal(size=(3, 60)), np.arange(60) % 2)
+    assert render(transcoder_figures.virtual(pairs))
+    curves = {"a": [0.1, 0.2], "b": [-0.1, 0.3]}
+    assert render(transcoder_figures.equal_l0((4, 8), curves, curves))
+
+
+def test_published_form_reads_without_the_gain_and_computes_the_same(tmp_path):
+    model, coder = tiny_model(), random_coder(k=30)  # all latents, so TopK is a ReLU
+    stream = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    bare = stream * (stream.pow(2).mean(1, keepdim=True) + 1e-6).rsqrt()
+    x = bare * norm_gain(model.part("ln2", 1)).detach()
+    place = transcoders.as_published(model, coder, 1, x, tmp_path / "transcoders")
+    assert place.relative_to(tmp_path).as_posix() == "transcoders/layer_1/width_30/average_l0_30"
+    loaded = SparseCoder.load(place)
+    assert loaded.transcoder and loaded.activation == "jumprelu"
+    assert loaded.metadata["reads"] == "normalised"
+    assert torch.allclose(loaded(bare), coder(x), atol=1e-3)
+    assert not torch.allclose(loaded(x), coder(x), atol=0.1)
+    again = transcoders.of_mlp_in(model, loaded, 1)
+    assert torch.allclose(again(x), coder(x), atol=1e-3)
+    assert transcoders.of_mlp_in(model, again, 1) is again
+    with pytest.raises(ValueError, match="no skip path"):
+        transcoders.as_published(model, random_coder(skip=True), 1, x, tmp_path)
+
+
+def test_the_command_makes_a_set_that_loads_again(tmp_path):
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    rows = {
+        i: tuple(torch.randn(300, 12, generator=generator).bfloat16() for _ in range(2))
+        for i in range(3)
+    }
+    made = transcoders.make_transcoders(
+        model, tmp_path, rows=rows, steps=3, batch=64, say=lambda _: None
+    )
+    assert len(made) == 2 * 2 * 3
+    for skip in (False, True):
+        coders = transcoders.load_transcoders(skip, tmp_path)
+        assert [coder.metadata["layer"] for coder in coders] == [0, 1, 2]
+        assert all(coder.skip == skip and coder.k == transcoders.K for coder in coders)
+    again = transcoders.make_transcoders(
+        model, tmp_path / "b", rows=rows, steps=3, batch=64, say=lambda _: None
+    )
+    first, second = (
+        {path.relative_to(root): path.read_bytes() for path in paths}
+        for root, paths in ((tmp_path, made), (tmp_path / "b", again))
+    )
+    assert first == second
+    with pytest.raises(ValueError, match="make-transcoders makes them"):
+        transcoders.load_transcoders(folder=tmp_path / "nothing")
+
+
+def test_what_ships(model):
+    files = [path for path in transcoders.SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8 * 2**20
+    for kind, skip in transcoders.KINDS.items():
+        coders = transcoders.load_transcoders(skip)
+        assert len(coders) == model.n_layers
+        for layer, coder in enumerate(coders):
+            said = coder.metadata
+            assert (said["layer"], said["reads"], said["target"]) == (layer, "mlp_in", "mlp_out")
+            assert (coder.skip, coder.d_in, coder.d_out) == (skip, 144, 144)
+            config = json.loads(
+                (transcoders.SHIPPED / kind / f"layer_{layer}" / coder_files.CONFIG).read_text()
+            )
+            assert config["architecture"].startswith("topk_") and config["k"] == transcoders.K
+
+
+def test_the_shipped_set_works_in_the_model_and_its_biases_do_not(model, batch):
+    coders = transcoders.load_transcoders()
+    run = transcoders.faithful(model, batch, transcoders.every(coders))
+    alone = {i: transcoders.knock_out(coder) for i, coder in enumerate(coders)}
+    assert run.recovered > 0.8
+    assert transcoders.faithful(model, batch, alone, clean=run.clean).recovered < 0.5
