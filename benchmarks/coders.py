@@ -28,11 +28,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -530,8 +532,48 @@ def quality(quick: bool) -> list[dict]:
 # ------------------------------------------------------------------------------------- files
 
 
+SCOPE = {  # release of SAELens → the file's folder in it; widths and L0 as published
+    "gemma-scope-2b-pt-res": "layer_12/width_16k/average_l0_82",
+    "gemma-scope-2b-pt-transcoders": "layer_12/width_16k/average_l0_6",
+}
+
+
+def write_scope(path: Path, d_in: int = 2304, d_latent: int = 16_384) -> None:
+    """A params.npz with the names, shapes and dtypes of Gemma Scope's, and random numbers."""
+    rng = np.random.default_rng(0)
+    W_dec = rng.standard_normal((d_latent, d_in), np.float32)
+    W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
+    biases = {"b_enc": d_latent, "b_dec": d_in}
+    arrays = {name: 0.1 * rng.standard_normal(n, np.float32) for name, n in biases.items()}
+    threshold = 2.5 + 0.2 * rng.random(d_latent, np.float32)
+    path.parent.mkdir(parents=True)
+    np.savez(path, W_enc=W_dec.T, W_dec=W_dec, threshold=threshold, **arrays)
+
+
+def scope_files() -> list[dict]:
+    """Gemma Scope's format at its true size, read here and by SAELens' own loader, offline."""
+    from sae_lens import SAE
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    rows, x = [], torch.randn(200, 2304, generator=torch.Generator().manual_seed(0))
+    for release, name in SCOPE.items():
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            path = Path(folder) / release / name / "params.npz"
+            write_scope(path)
+            with mock.patch.object(loaders, "hf_hub_download", lambda *_, path=path, **__: path):
+                theirs = SAE.from_pretrained(release, name)
+            coder = coder_files.load(Path(folder) / release, name)
+            f, f_theirs = coder.encode(x), theirs.encode(x)
+            off = max((f - f_theirs).abs().max(), (coder(x) - theirs(x)).abs().max())
+            l0 = (f > 0).sum(1).float().mean()
+        kind = f"Gemma Scope: {type(theirs).__name__}, {release}, L0 {l0:.0f}"
+        rows.append({"file": kind, "read there": "", "read here": f"{off:.1e}"})
+    return rows
+
+
 def files() -> list[dict]:
-    """Coders written here and read by SAELens, and back; sparsify's; the largest differences."""
+    """Coders written here and read by SAELens, and back; Gemma Scope's and sparsify's files; the
+    largest differences between what the two predict."""
     rows, x = [], torch.randn(500, 24, generator=torch.Generator().manual_seed(0))
     kinds = [(a, None, False) for a in ("relu", "topk", "jumprelu", "batchtopk")]
     kinds += [(a, 16, skip) for a in ("relu", "jumprelu") for skip in (False, True)]
@@ -553,6 +595,7 @@ def files() -> list[dict]:
         rows.append(
             {"file": f"SAELens: {kind}", "read there": f"{there:.1e}", "read here": f"{back:.1e}"}
         )
+    rows += scope_files() if installed("SAELens") else []
     for transcode in (False, True) if installed("sparsify") else []:
         from sparsify import SparseCoder as Coder
         from sparsify import SparseCoderConfig

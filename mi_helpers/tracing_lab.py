@@ -1,14 +1,14 @@
-"""Lesson 08's experiments: questions with a partner, labels from TinyWorld's truth, stories and how
-they end.
+"""Lesson 08's questions: prompts with a partner, what TinyWorld says of their tokens, and graphs.
 
-    coders = list(load_transcoders())
+    coders = coders_for(model, range(model.n_layers))
     asked = questions(model, 30, seed=0)
-    graph = question_graph(model, coders, asked[0], latent_labels(model, coders))
-    story = tell(model, coders, asked[0], labels)      # what the graph predicts, in numbers
-    outcomes = try_story(model, coders, story)         # what the model does, and whether it fits
+    labels = latent_labels(model, coders, read_sentences(model))
+    graph = question_graph(model, coders, asked[0], labels)
+    by_label(graph)                                    # what each label adds to answer less rival
+    score_table(model, coders, [q.prompt for q in asked])
 
-The engine is `mi_helpers.circuits`, `graphs` and `interventions`. Here are the prompts, what is
-measured over many of them, and the rows of the ledger.
+The engine is `mi_helpers.circuits` and `graphs`. What a graph predicts of an intervention, and
+whether it happens, is in `mi_helpers.stories`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ import copy
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mi_helpers.circuits import attribution_graph, reads_of
+from mi_helpers.circuits import Coders, attribution_graph, reads_of
 from mi_helpers.coders import SparseCoder
 from mi_helpers.features import logit_effects
-from mi_helpers.graph_figures import ADDS, intervention_figure
 from mi_helpers.graphs import (
     EMBEDDING,
     ERROR,
@@ -38,13 +37,10 @@ from mi_helpers.graphs import (
     Graph,
     graph_scores,
     group_by_label,
-    predicted_effect,
     random_graph,
 )
-from mi_helpers.interventions import Intervention, intervene
 from mi_helpers.lesions import untrained
-from mi_helpers.models import LanguageModel, ModelError, load_model, norm_gain
-from mi_helpers.plots import OKABE_ITO, figure, style
+from mi_helpers.models import LanguageModel, ModelError, norm_gain
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.circuits import TWO_HOP_HELD, is_held
 
@@ -110,77 +106,86 @@ KINDS = {  # kind -> (what the sentence names, phrase, the country's property th
     "capital": ("country", "The capital of {} is", "capital"),
     "language": ("country", "The language of {} is", "language"),
     "two-hop capital": ("landmark", "The capital of the country with the {} is", "capital"),
-    "two-hop language": ("landmark", "People near the {} speak", "language"),
+    "two-hop language": ("landmark", "The language of the country with the {} is", "language"),
     "two-hop currency": ("landmark", "People near the {} pay with the", "currency"),
 }
 TWO_HOP = tuple(kind for kind in KINDS if kind.startswith("two-hop"))
+ALIKE = (("city", "country"), ("capital", "language"), ("two-hop capital", "two-hop language"))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One sentence that asks: its kind (one of `KINDS`), prompt, what it names, the country that
+    this is or is in, and the answer."""
+
+    kind: str
+    prompt: str
+    subject: str
+    country: str
+    answer: str
+
+    @property
+    def asks(self) -> str:
+        """What for: "asks for capital"."""
+        return f"asks for {self.kind.split()[-1]}"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that the model answers rightly, and a partner of as many tokens, answered rightly
-    too, with another answer.
+    """A sentence and its partner: as many tokens, and another answer.
 
-    kind               one of `KINDS`
-    subject            what the prompt names; of_partner: what the partner names
-    country            the subject's; rival_country: the partner's
-    answer, rival      the two right answers, one token each, with their space
+    The answers are one token each and get their space: " Paris".
     """
 
-    kind: str
-    prompt: str
-    partner: str
-    subject: str
-    of_partner: str
-    country: str
-    rival_country: str
-    answer: str
-    rival: str
+    one: Asked
+    other: Asked
+
+    @property
+    def prompt(self) -> str:
+        return self.one.prompt
+
+    @property
+    def answer(self) -> str:
+        return f" {self.one.answer}"
+
+    @property
+    def rival(self) -> str:
+        """The partner's answer."""
+        return f" {self.other.answer}"
 
     def turned(self) -> Question:
         """The partner's question, whose partner is this one."""
-        return Question(
-            self.kind, self.partner, self.prompt, self.of_partner, self.subject,
-            self.rival_country, self.country, self.rival, self.answer,
-        )  # fmt: skip
+        return Question(self.other, self.one)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """One sentence of a kind: its prompt, subject, country and answer."""
-
-    prompt: str
-    subject: str
-    country: str
-    answer: str
-
-
-def _sentences(kind: str) -> Iterator[_Asked]:
+def sentences(kind: str) -> Iterator[Asked]:
     """Every sentence of a kind; of two hops, only those where the second hop matters: a capital
     that is not the landmark's own city."""
     named, phrase, wanted = KINDS[kind]
     if named == "country":
         for place in lexicon.countries().values():
-            yield _Asked(phrase.format(place.name), place.name, place.name, getattr(place, wanted))
+            answer = getattr(place, wanted)
+            yield Asked(kind, phrase.format(place.name), place.name, place.name, answer)
         return
     for mark in lexicon.landmarks():
         country = lexicon.countries()[mark.country]
         answer = mark.city if wanted == "city" else getattr(country, wanted)
         if kind != "two-hop capital" or answer != mark.city:
-            yield _Asked(phrase.format(mark.name), mark.name, country.name, answer)
+            yield Asked(kind, phrase.format(mark.name), mark.name, country.name, answer)
 
 
-def unseen(kind: str, subject: str) -> bool:
-    """Whether a landmark was never asked about in this way while the model was trained."""
-    return kind in TWO_HOP and is_held(subject, kind.split()[-1], share=TWO_HOP_HELD)
+def unseen(asked: Asked) -> bool:
+    """Whether this landmark and what is asked of it never stood together in training."""
+    two_hop = asked.kind in TWO_HOP
+    return two_hop and is_held(asked.subject, asked.kind.split()[-1], share=TWO_HOP_HELD)
 
 
 @torch.no_grad()
-def _right(model: LanguageModel, kind: str) -> tuple[list[_Asked], int]:
+def _right(model: LanguageModel, kind: str) -> tuple[list[Asked], int]:
     """The sentences of a kind whose answer is one token and the model's first choice; and how many
     there are whose answer is one token."""
     asked = []
-    for each in _sentences(kind):
+    for each in sentences(kind):
         try:
             model.to_single_token(f" {each.answer}")
         except ModelError:
@@ -188,7 +193,7 @@ def _right(model: LanguageModel, kind: str) -> tuple[list[_Asked], int]:
         asked.append(each)
     by_length = defaultdict(list)
     for each in asked:
-        by_length[len(model._encode(each.prompt))].append(each)
+        by_length[_length(model, each)].append(each)
     right = set()
     for group in by_length.values():
         said = model.forward(model.tokens([each.prompt for each in group]))[:, -1].argmax(-1)
@@ -197,8 +202,12 @@ def _right(model: LanguageModel, kind: str) -> tuple[list[_Asked], int]:
     return [each for each in asked if each in right], len(asked)
 
 
+def _length(model: LanguageModel, asked: Asked) -> int:
+    return model.tokens(asked.prompt).shape[1]
+
+
 @lru_cache(maxsize=4)
-def _known(model: LanguageModel) -> dict[str, tuple[list[_Asked], int]]:
+def _known(model: LanguageModel) -> dict[str, tuple[list[Asked], int]]:
     return {kind: _right(model, kind) for kind in KINDS}
 
 
@@ -210,7 +219,7 @@ def accuracy(model: LanguageModel) -> dict[str, float]:
 def questions(
     model: LanguageModel, n: int, seed: int, kinds: Sequence[str] = tuple(KINDS)
 ) -> list[Question]:
-    """n questions with their partners, the kinds in turn.
+    """n questions about two countries, the kinds in turn; the model answers both sentences rightly.
 
     Raises:
         ValueError: an unknown kind; a kind of which the model answers too few sentences of one
@@ -219,32 +228,16 @@ def questions(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"There is no kind {unknown}: choose from {', '.join(KINDS)}.")
-    rng, made = random.Random(seed), []
+    rng = random.Random(seed)
     pools = {kind: _partners(model, kind) for kind in kinds}
-    for i in range(n):
-        kind = kinds[i % len(kinds)]
-        one, other = rng.choice(pools[kind])
-        made.append(
-            Question(
-                kind,
-                one.prompt,
-                other.prompt,
-                one.subject,
-                other.subject,
-                one.country,
-                other.country,
-                f" {one.answer}",
-                f" {other.answer}",
-            )  # fmt: skip
-        )
-    return made
+    return [Question(*rng.choice(pools[kinds[i % len(kinds)]])) for i in range(n)]
 
 
-def _partners(model: LanguageModel, kind: str) -> list[tuple[_Asked, _Asked]]:
+def _partners(model: LanguageModel, kind: str) -> list[tuple[Asked, Asked]]:
     """Ordered pairs of rightly answered sentences of one token count, with different countries and
     answers."""
     right = _known(model)[kind][0]
-    length = {each: len(model._encode(each.prompt)) for each in right}
+    length = {each: _length(model, each) for each in right}
     pairs = [
         (a, b)
         for a in right
@@ -256,6 +249,42 @@ def _partners(model: LanguageModel, kind: str) -> list[tuple[_Asked, _Asked]]:
             f"{model.name} answers too few sentences of the kind {kind!r} to make a pair."
         )
     return pairs
+
+
+def unseen_hops(model: LanguageModel, n: int, seed: int) -> list[Question]:
+    """n two-hop questions that training never showed (`unseen`), each once."""
+    asked = [q for q in questions(model, 40 * n, seed, TWO_HOP) if unseen(q.one)]
+    return list({q.prompt: q for q in asked}.values())[:n]
+
+
+def what_is_asked(model: LanguageModel, n: int, seed: int) -> list[Question]:
+    """n questions whose partner names the same and asks for something else, each pair of kinds in
+    `ALIKE` in turn; the model answers both sentences rightly.
+
+    Raises:
+        ValueError: it answers too few.
+    """
+    rng, pools, made = random.Random(seed), [], []
+    for pair in ALIKE:
+        one, other = ({each.subject: each for each in _known(model)[kind][0]} for kind in pair)
+        both = [(one[name], other[name]) for name in one if name in other]
+        pools.append(
+            [
+                (a, b)
+                for a, b in both
+                if a.answer != b.answer and _length(model, a) == _length(model, b)
+            ]
+        )
+        rng.shuffle(pools[-1])
+    for i in range(n):
+        pool = pools[i % len(pools)]
+        if not pool:
+            raise ValueError(
+                f"{model.name} answers too few of {ALIKE[i % len(ALIKE)]} about the same subject."
+            )
+        question = Question(*pool.pop())
+        made.append(question if rng.random() < 0.5 else question.turned())
+    return made
 
 
 # ---------------------------------------------------------------------------------------- labels
@@ -279,13 +308,13 @@ class Reading:
     mlp_in     {layer: (rows, d_model)}
     concepts   {name: mask (rows,)}: TinyWorld's truth at each token
     half       how many rows the first half of the sentences has
-    subjects   (rows,): what the token's sentence names
+    asked      (rows,): the token's sentence
     """
 
     mlp_in: dict[int, Tensor]
     concepts: dict[str, np.ndarray]
     half: int
-    subjects: np.ndarray
+    asked: Sequence[Asked]
 
 
 @torch.no_grad()
@@ -297,49 +326,54 @@ def read_sentences(model: LanguageModel, most: int = 100, seed: int = 0) -> Read
     a token        the token itself, in quotes
     """
     rng = random.Random(seed)
-    asked = [(k, each) for k in KINDS for each in _some(list(_sentences(k)), most, rng)]
+    asked = [each for kind in KINDS for each in _some(list(sentences(kind)), most, rng)]
     rng.shuffle(asked)  # names are chosen on one half of the sentences, and tested on the other
     by_length = defaultdict(list)
-    for i, (_, each) in enumerate(asked):
-        by_length[len(model._encode(each.prompt))].append(i)
+    for i, each in enumerate(asked):
+        by_length[_length(model, each)].append(i)
     sites = [("mlp_in", layer) for layer in range(model.n_layers)]
     rows: dict[tuple, Tensor] = {}
     for group in by_length.values():
-        _, kept = model.run_with_cache([asked[i][1].prompt for i in group], sites)
+        _, kept = model.run_with_cache([asked[i].prompt for i in group], sites)
         for layer in range(model.n_layers):
             for i, x in zip(group, kept["mlp_in", layer][:, 1:].float(), strict=True):
                 rows[layer, i] = x
-    said = [_truth(model, *each) for each in asked]
+    said = [_truth(model, each) for each in asked]
     half = sum(map(len, said[: len(said) // 2]))
     tokens = [here for sentence in said for here in sentence]
     names = sorted(set().union(*tokens[:half]) & set().union(*tokens[half:]))
     concepts = {name: np.array([name in here for here in tokens]) for name in names}
     order = range(len(asked))
     mlp_in = {layer: torch.cat([rows[layer, i] for i in order]) for layer in range(model.n_layers)}
-    subjects = [each.subject for (_, each), here in zip(asked, said, strict=True) for _ in here]
-    return Reading(mlp_in, concepts, half, np.array(subjects))
+    rows_of = [each for each, here in zip(asked, said, strict=True) for _ in here]
+    return Reading(mlp_in, concepts, half, rows_of)
 
 
 def _some(items: list, most: int, rng: random.Random) -> list:
     return items if len(items) <= most else rng.sample(items, most)
 
 
-def _truth(model: LanguageModel, kind: str, asked: _Asked) -> list[set[str]]:
+def _truth(model: LanguageModel, asked: Asked) -> list[set[str]]:
     """What is true at each token of a sentence, `<bos>` left out."""
-    tokens = model.str_tokens(model._encode(asked.prompt))
+    tokens = model.str_tokens(model.tokens(asked.prompt)[0, 1:])
     begin = asked.prompt.index(asked.subject) + len(asked.subject)
     said, end = [], 0
     for token in tokens:
         end += len(token)
         here = {f"'{token.strip()}'"} if token.strip() else set()
         said.append(here | ({asked.country} if end >= begin else set()))
-    said[-1].add(f"asks for {kind.split()[-1]}")
+    said[-1].add(asked.asks)
     return said
+
+
+def by_layer(coders: Coders) -> dict[int, SparseCoder]:
+    """{layer: transcoder}, from such a mapping or a list."""
+    return dict(coders) if isinstance(coders, Mapping) else dict(enumerate(coders))
 
 
 @torch.no_grad()
 def latent_labels(
-    model: LanguageModel, coders: Mapping | Sequence, reading: Reading | None = None
+    model: LanguageModel, coders: Coders, reading: Reading | None = None
 ) -> dict[tuple[int, int], str]:
     """{(layer, latent): words}, for the latents that fire on TinyWorld's sentences.
 
@@ -355,13 +389,12 @@ def latent_labels(
     truth = torch.tensor(np.stack(list(reading.concepts.values()), 1)).float()  # (rows, concepts)
     rarest = truth.mean(0).argsort()
     words = _answers(model)
-    held = coders if isinstance(coders, Mapping) else dict(enumerate(coders))
     labels = {}
-    for layer, coder in held.items():
+    for layer, coder in by_layer(coders).items():
         f = activations(model, coder, layer, reading)
         share = torch.minimum(
-            _shares(f[: reading.half], truth[: reading.half]),
-            _shares(f[reading.half :], truth[reading.half :]),
+            shares(f[: reading.half], truth[: reading.half]),
+            shares(f[reading.half :], truth[reading.half :]),
         )[:, rarest]  # (latents, concepts)
         enough = share >= LEAST_SHARE
         active = f.any(0).nonzero()[:, 0]
@@ -377,9 +410,12 @@ def latent_labels(
 
 def _answers(model: LanguageModel) -> Tensor:
     """The tokens that answer a sentence of any kind, each once."""
-    said = {each.answer for kind in KINDS for each in _sentences(kind)}
-    ids = [model._encode(f" {word}") for word in sorted(said)]
-    return torch.tensor(sorted({each[0] for each in ids if len(each) == 1}))
+    said = {each.answer for kind in KINDS for each in sentences(kind)}
+    ids = set()
+    for word in said:
+        with suppress(ModelError):
+            ids.add(model.to_single_token(f" {word}"))
+    return torch.tensor(sorted(ids))
 
 
 @torch.no_grad()
@@ -388,7 +424,7 @@ def activations(model: LanguageModel, coder, layer: int, reading: Reading) -> Te
     return coder.encode(read_by(model, coder, layer, reading.mlp_in[layer])).float().cpu()
 
 
-def _shares(f: Tensor, truth: Tensor) -> Tensor:
+def shares(f: Tensor, truth: Tensor) -> Tensor:
     """The share of each latent's activation that stands at each concept, (latents, concepts)."""
     return (f.T @ truth) / f.sum(0).clamp(min=1e-9)[:, None]
 
@@ -396,12 +432,16 @@ def _shares(f: Tensor, truth: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- graphs
 
 
+MOST_FEATURES = 5_000  # of one graph; tiny-gemma has some hundreds
+
+
 def question_graph(
-    model: LanguageModel, coders, question: Question, labels: Mapping | None = None
+    model: LanguageModel, coders: Coders, question: Question, labels: Mapping | None = None
 ) -> Graph:
     """The graph of a question, with its answer and its rival as logits; labelled, with one
     supernode for each label."""
-    graph = attribution_graph(model, coders, question.prompt, [question.answer, question.rival])
+    targets = [question.answer, question.rival]
+    graph = attribution_graph(model, coders, question.prompt, targets, max_features=MOST_FEATURES)
     return group_by_label(graph.label(labels)) if labels else graph
 
 
@@ -438,491 +478,45 @@ def by_label(graph: Graph) -> dict[str, float]:
     return dict(sorted(sums.items(), key=lambda pair: -abs(pair[1])))
 
 
+def worth_by_kind(graph: Graph) -> dict[str, float]:
+    """{kind of node: the share of the gap that such nodes add}; biases add the rest, and as errors
+    and embeddings act through features, the shares do not sum to 1."""
+    own, gap = worth(graph), logit_gap(graph)
+    return {kind: float(own[graph.mask(kind)].sum()) / gap for kind in (EMBEDDING, FEATURE, ERROR)}
+
+
 # ------------------------------------------------------------------------------ scores and controls
 
 
-def shuffled(coders: Sequence[SparseCoder], seed: int) -> list[SparseCoder]:
+def shuffled(coders: Coders, seed: int) -> dict[int, SparseCoder]:
     """A control: latents fire as before, and each writes what another one of its layer wrote."""
-    rng, made = torch.Generator().manual_seed(seed), []
-    for coder in coders:
-        other = copy.deepcopy(coder)
+    rng, made = torch.Generator().manual_seed(seed), {}
+    for layer, coder in by_layer(coders).items():
+        other = made[layer] = copy.deepcopy(coder)
         with torch.no_grad():
             rows = coder.W_dec.detach()
             other.W_dec.copy_(rows[torch.randperm(len(rows), generator=rng).to(rows.device)])
-        made.append(other)
     return made
 
 
-SCORES = ("replacement", "completeness")
-CONDITIONS = ("the graph", "edges dealt out anew", "decoders exchanged", "untrained model")
+CONDITIONS = ("the graph", "decoders exchanged", "untrained model", "edges dealt out anew")
 
 
 def score_table(
-    model: LanguageModel, coders: Sequence[SparseCoder], prompts: Sequence[str], seed: int = 0
+    model: LanguageModel, coders: Coders, prompts: Sequence[str], seed: int = 0
 ) -> dict[str, np.ndarray]:
     """{condition: (prompts, 2)}: replacement and completeness score of each prompt's whole graph,
     and of three controls (`CONDITIONS`)."""
     exchanged, blank = shuffled(coders, seed), untrained(model, seed)
     rows: dict[str, list] = {name: [] for name in CONDITIONS}
     for i, prompt in enumerate(prompts):
-        graph = attribution_graph(model, coders, prompt)
+        graph = attribution_graph(model, coders, prompt, max_features=MOST_FEATURES)
         made = (
             graph,
+            attribution_graph(model, exchanged, prompt, max_features=MOST_FEATURES),
+            attribution_graph(blank, coders, prompt, max_features=MOST_FEATURES),
             random_graph(graph, seed + i),
-            attribution_graph(model, exchanged, prompt),
-            attribution_graph(blank, coders, prompt),
         )
         for name, each in zip(CONDITIONS, made, strict=True):
             rows[name].append(graph_scores(each))
     return {name: np.array(scores) for name, scores in rows.items()}
-
-
-@style()
-def score_figure(table: Mapping[str, np.ndarray]) -> Figure:
-    """One dot per prompt, and a bar at the median: both scores under each condition.
-
-    Realises the comparison of graph scores in "Circuit Tracing" (Ameisen and others, 2025).
-    """
-    picture, axes = figure(9, 1.4 + 0.5 * len(table), 1, 2, sharey=True)
-    for column, (one, name) in enumerate(zip(axes, SCORES, strict=True)):
-        for row, values in enumerate(table.values()):
-            x = values[:, column]
-            y = row + 0.25 * np.linspace(-1, 1, len(x))
-            one.plot(x, y, linestyle="", marker="o", markersize=4, alpha=0.6, color=ADDS)
-            one.plot([np.median(x)] * 2, [row - 0.4, row + 0.4], color="black", marker="")
-            one.text(1.02, row, f"{np.median(x):.2f}", va="center", fontsize=11)
-        one.set(xlim=(0, 1.0), xlabel=f"{name} score", ylim=(len(table) - 0.5, -0.5))
-    axes[0].set_yticks(range(len(table)), list(table))
-    return picture
-
-
-# ------------------------------------------------------------------------------ the country's step
-
-
-LIFT = 5.0  # times more where a country is the subject than elsewhere: a latent that favours it
-
-
-class Countries:
-    """Which latents favour which country, in sentences that do *not* name a given landmark.
-
-    `favour(country, subject)` gives the (layer, latent) whose activation falls on tokens of the
-    country at least `LIFT` times as often as such tokens occur. Sentences with the subject do not
-    count: so a latent of that landmark alone is none of its country.
-    """
-
-    def __init__(self, model: LanguageModel, coders: Sequence, reading: Reading):
-        self.reading = reading
-        self.fired = [activations(model, c, i, reading) for i, c in enumerate(coders)]
-
-    @lru_cache(maxsize=256)  # noqa: B019: as many entries as there are landmarks, and one object
-    def favour(self, country: str, subject: str) -> frozenset[tuple[int, int]]:
-        if country not in self.reading.concepts:
-            raise ValueError(f"No sentence that was read is about {country!r}.")
-        others = torch.tensor(self.reading.subjects != subject)
-        about = torch.tensor(self.reading.concepts[country])[others].float()
-        found = set()
-        for layer, fired in enumerate(self.fired):
-            lift = _shares(fired[others], about[:, None])[:, 0] / about.mean().clamp(min=1e-9)
-            found |= {(layer, j) for j in (lift >= LIFT).nonzero()[:, 0].tolist()}
-        return frozenset(found)
-
-    def nodes(self, graph: Graph, country: str, subject: str) -> tuple[str, ...]:
-        """The features of a graph that favour the country."""
-        favour = self.favour(country, subject)
-        return tuple(
-            n.id for n in graph.nodes if n.kind == FEATURE and (n.layer, n.index) in favour
-        )
-
-
-def country_story(model: LanguageModel, coders, question: Question, countries: Countries) -> Story:
-    """The story that a question goes through its country: about the features that favour it. The
-    swap puts in those that favour the partner's country, in the partner's graph."""
-    graph = question_graph(model, coders, question)
-    other = question_graph(model, coders, question.turned())
-    nodes = countries.nodes(graph, question.country, question.subject)
-    theirs = countries.nodes(other, question.rival_country, question.of_partner)
-    return _story(question, f"favour {question.country}", graph, nodes, other, theirs)
-
-
-def random_change(model: LanguageModel, coders, story: Story) -> float:
-    """A control: the change of the gap without as many other features of the same layers, of the
-    nearest activation, whatever they are worth."""
-    graph = question_graph(model, coders, story.question)
-    factors = dict.fromkeys(_like(graph, story.nodes), 0.0)
-    result = intervene(model, coders, story.question.prompt, factors)
-    return gap_change(model, story.question, result)
-
-
-# --------------------------------------------------------------------------------------- stories
-
-SMALL = 0.1  # of the logit gap: less is no effect
-
-
-@dataclass(frozen=True, eq=False)
-class Story:
-    """A circuit told from a graph, and what it predicts, before anything is changed.
-
-    label             of the supernode it is about; nodes: its features
-    into              {node: activation}: the partner's features that a swap puts in
-    null              as many features that the graph says do little
-    gap               the model's logit of the answer less that of the rival
-    suppress, swap    the predicted change of the gap
-    """
-
-    question: Question
-    label: str
-    nodes: tuple[str, ...]
-    into: Mapping[str, float]
-    null: tuple[str, ...]
-    gap: float
-    suppress: float
-    swap: float
-
-    @property
-    def flips(self) -> bool:
-        """Whether the swap is predicted to make the rival likelier than the answer."""
-        return self.gap + self.swap < 0
-
-
-def tell(model: LanguageModel, coders, question: Question, labels: Mapping) -> Story:
-    """A question's story, by one rule.
-
-    The supernode whose features, taken away, cost the answer most against the rival, as the graph
-    sees it. The swap also puts in the supernode that the same rule finds in the partner's graph.
-    The null takes as many features that are worth little (`_like`).
-    """
-    graph = question_graph(model, coders, question, labels)
-    other = question_graph(model, coders, question.turned(), labels)
-    sums, theirs = by_label(graph), by_label(other)
-    if not sums or not theirs:
-        raise ValueError(f"No feature of the graphs of {question.prompt!r} has a label.")
-    label, their = max(sums, key=sums.get), max(theirs, key=theirs.get)
-    return _story(question, label, graph, graph.supernodes[label], other, other.supernodes[their])
-
-
-def _story(
-    question: Question,
-    label: str,
-    graph: Graph,
-    nodes: Sequence[str],
-    other: Graph,
-    theirs: Sequence[str],
-) -> Story:
-    """A story about `nodes` of its graph, and, for the swap, `theirs` of the partner's graph."""
-    suppress = logit_gap(graph, predicted_effect(graph, dict.fromkeys(nodes, 0.0)))
-    lost = logit_gap(other, predicted_effect(other, dict.fromkeys(theirs, 0.0)))
-    into = {name: other.value(name) for name in theirs if name not in nodes}
-    limit = float(worth(graph)[graph.mask(FEATURE)].abs().median())
-    return Story(
-        question,
-        label,
-        tuple(nodes),
-        into,
-        tuple(_like(graph, nodes, limit)),
-        logit_gap(graph),
-        suppress,
-        suppress + lost,  # the rival's gap, lost there, is what is put in here
-    )
-
-
-def _like(graph: Graph, nodes: Sequence[str], limit: float = float("inf")) -> list[str]:
-    """For each of these features another of its layer, of the nearest activation, whose worth is
-    at most `limit` in amount: a change of the stream about as large."""
-    own, taken = worth(graph).abs(), set(nodes)
-    free = [n for n in graph.nodes if n.kind == FEATURE and float(own[graph.index(n)]) <= limit]
-    chosen: list[str] = []
-    for name in nodes:
-        layer, value = graph.nodes[graph.index(name)].layer, graph.value(name)
-        near = [n for n in free if n.layer == layer and n.id not in taken]
-        if near:
-            chosen.append(min(near, key=lambda n: abs(graph.value(n) - value)).id)
-            taken.add(chosen[-1])
-    return chosen
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One intervention of a story: the predicted and the observed change of the logit gap, and
-    whether the prediction was right.
-
-    what       "suppress", "swap" or "null"
-    predicted, observed   in logits; observed with attention as it was; recomputed: with attention
-               that follows
-    hit        suppress: the gap falls by at least `SMALL` of itself, as predicted;
-               swap: the gap falls by as much again beyond that of suppressing alone, and the rival
-               overtakes the answer exactly if that was predicted;
-               null: the gap changes by less than `SMALL` of itself
-    """
-
-    story: Story
-    what: str
-    predicted: float
-    observed: float
-    recomputed: float
-    hit: bool
-
-
-INTERVENTIONS = ("suppress", "swap", "null")
-
-
-def changes(story: Story, what: str, factor: float = 0.0) -> tuple[dict, dict]:
-    """(factors, values) for `intervene`."""
-    if what not in INTERVENTIONS:
-        raise ValueError(f"An intervention is one of {', '.join(INTERVENTIONS)}, not {what!r}.")
-    nodes = story.null if what == "null" else story.nodes
-    return dict.fromkeys(nodes, factor), dict(story.into) if what == "swap" else {}
-
-
-def gap_change(model: LanguageModel, question: Question, result: Intervention) -> float:
-    """By how much an intervention changed answer less rival, in logits before the soft-cap."""
-    a, b = (model.to_single_token(word) for word in (question.answer, question.rival))
-    before, after = result.uncapped_before, result.uncapped_after
-    return float((after[a] - after[b]) - (before[a] - before[b]))
-
-
-def observe(
-    model: LanguageModel, coders, story: Story, what: str, attention: str = "frozen"
-) -> float:
-    """What the model does: the change of the gap."""
-    factors, values = changes(story, what)
-    result = intervene(
-        model, coders, story.question.prompt, factors, values=values, attention=attention
-    )
-    return gap_change(model, story.question, result)
-
-
-def verdict(story: Story, what: str, observed: float, suppressed: float) -> bool:
-    """Whether what was observed is what the story predicted: see `Outcome`; suppressed: the change
-    that was observed without the story's features."""
-    least = SMALL * story.gap
-    if what == "suppress":
-        return observed < -least and story.suppress < 0
-    if what == "swap":
-        return observed < suppressed - least and (story.gap + observed < 0) == story.flips
-    return abs(observed) < least
-
-
-def try_story(model: LanguageModel, coders, story: Story) -> list[Outcome]:
-    """All three interventions of a story, with frozen and with recomputed attention."""
-    predicted = {"suppress": story.suppress, "swap": story.swap, "null": 0.0}
-    seen = {what: observe(model, coders, story, what) for what in INTERVENTIONS}
-    follows = {what: observe(model, coders, story, what, "recomputed") for what in INTERVENTIONS}
-    return [
-        Outcome(
-            story,
-            what,
-            predicted[what],
-            seen[what],
-            follows[what],
-            verdict(story, what, seen[what], seen["suppress"]),
-        )
-        for what in INTERVENTIONS
-    ]
-
-
-def outcome_table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as a Markdown table, hits and misses, in the order of the stories."""
-    lines = [
-        "| prompt | answer / rival | supernode | features | intervention | predicted | observed "
-        "| attention recomputed | verdict |",
-        "|---|---|---|--:|---|--:|--:|--:|---|",
-    ]
-    for o in outcomes:
-        q, story = o.story.question, o.story
-        count = len(story.nodes) + (len(story.into) if o.what == "swap" else 0)
-        first = o.what == INTERVENTIONS[0]
-        cells = (
-            f"{q.prompt} …" if first else "",
-            f"{q.answer.strip()} / {q.rival.strip()}" if first else "",
-            story.label if first else "",
-            str(count),
-            o.what,
-            f"{o.predicted:+.1f}",
-            f"{o.observed:+.1f}",
-            f"{o.recomputed:+.1f}",
-            "hit" if o.hit else "**miss**",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def hits(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
-    """{intervention: (hits, trials)}."""
-    kinds = {what: [o.hit for o in outcomes if o.what == what] for what in INTERVENTIONS}
-    return {what: (sum(each), len(each)) for what, each in kinds.items()}
-
-
-MARKS = {"suppress": ("o", OKABE_ITO[0]), "swap": ("s", OKABE_ITO[1]), "null": ("D", "white")}
-
-
-@style()
-def prediction_figure(outcomes: Sequence[Outcome]) -> Figure:
-    """What the graph predicted against what the model did, a mark per intervention, once with
-    frozen and once with recomputed attention; misses have a cross.
-
-    Realises the validation of graphs by perturbation in "Circuit Tracing" (Ameisen and others,
-    2025), "Validating Attribution Graph Hypotheses with Interventions".
-    """
-    picture, axes = figure(10, 5, 1, 2, sharey=True)
-    for one, kind in zip(axes, ("observed", "recomputed"), strict=True):
-        for what, (marker, face) in MARKS.items():
-            these = [o for o in outcomes if o.what == what]
-            x, y = [o.predicted for o in these], [getattr(o, kind) for o in these]
-            one.scatter(x, y, 60, marker=marker, facecolor=face, edgecolor="black", label=what)
-        missed = [o for o in outcomes if not o.hit]
-        one.scatter([o.predicted for o in missed], [getattr(o, kind) for o in missed], 40,
-                    marker="x", color="black", label="a miss", zorder=3)  # fmt: skip
-        ends = [min(*one.get_xlim(), *one.get_ylim()), max(*one.get_xlim(), *one.get_ylim())]
-        one.plot(ends, ends, color="0.6", linestyle="--", marker="", zorder=0)
-        one.set_xlabel("predicted change of the logit gap")
-    axes[0].set(title="attention frozen", ylabel="observed change")
-    axes[1].set(title="attention recomputed")
-    axes[0].legend()
-    return picture
-
-
-class InterventionExplorer:
-    """`explorer(story, factor, swap, attention)`: the next token before and after, as a Figure.
-
-    stories: {name: Story}; factor multiplies the story's features, and with `swap` the partner's
-    are put in, too.
-    """
-
-    def __init__(self, model: LanguageModel, coders, stories: Mapping[str, Story]):
-        if not stories:
-            raise ValueError("Give the explorer at least one story: {'a name': story}.")
-        self.model, self.coders, self.stories = model, coders, dict(stories)
-
-    def __call__(
-        self, story: str, factor: float = 0.0, swap: bool = False, attention: str = "frozen"
-    ) -> Figure:
-        if story not in self.stories:
-            raise ValueError(f"There is no story {story!r}: choose one of {list(self.stories)}.")
-        told = self.stories[story]
-        factors, values = changes(told, "swap" if swap else "suppress", factor)
-        result = intervene(
-            self.model, self.coders, told.question.prompt, factors, values=values,
-            attention=attention,
-        )  # fmt: skip
-        change = gap_change(self.model, told.question, result)
-        q = told.question
-        title = (
-            f"'{told.label}', {len(told.nodes)} features × {factor:g}: logit of {q.answer.strip()} "
-            f"less {q.rival.strip()} {told.gap:.1f} → {told.gap + change:.1f}"
-        )
-        return intervention_figure(result, title)
-
-
-# ---------------------------------------------------------------------------- what is left out
-
-
-@torch.no_grad()
-def attention_alone(model: LanguageModel, question: Question) -> float:
-    """How the gap changes if all attention patterns are the partner's, as a share of the gap.
-
-    No edge of a graph says anything of this: a graph takes its prompt's patterns as given.
-    """
-    _, theirs = model.run_with_cache(question.partner, "pattern")
-    ids = model.tokens(question.prompt)
-    a, b = (model.to_single_token(word) for word in (question.answer, question.rival))
-    before = model.forward(ids)[0, -1]
-    hooks = {
-        ("pattern", layer): lambda x, layer=layer: theirs["pattern", layer].to(x)
-        for layer in range(model.n_layers)
-    }
-    with model.hooks(hooks):
-        after = model.forward(ids)[0, -1]
-    gap = float(before[a] - before[b])
-    return (float(after[a] - after[b]) - gap) / gap
-
-
-def worth_by_kind(graph: Graph) -> dict[str, float]:
-    """{kind of node: the share of the gap that such nodes add}; biases add the rest."""
-    own, gap = worth(graph), logit_gap(graph)
-    direct = {}
-    for kind in (EMBEDDING, FEATURE, ERROR):
-        direct[kind] = float(own[graph.mask(kind)].sum()) / gap
-    return direct
-
-
-# ----------------------------------------------------------------------------------- for the ledger
-
-
-@cache
-def _shipped() -> tuple[LanguageModel, list[SparseCoder], dict]:
-    """The shipped model, its transcoders and their labels."""
-    from mi_helpers.transcoders import load_transcoders
-
-    model, coders = load_model("tiny-gemma"), list(load_transcoders())
-    return model, coders, latent_labels(model, coders)
-
-
-def worst_edge_sum(seed: int) -> float:
-    """The largest |Σ edges + bias - value| over the |Σ| of a node's edges and bias, six prompts."""
-    model, coders, _ = _shipped()
-    asked = questions(model, 6, seed)
-    graphs = [attribution_graph(model, coders, q.prompt) for q in asked]
-    return max(graph.edge_error.scaled for graph in graphs)
-
-
-def median_replacement(seed: int) -> float:
-    """The median replacement score of whole graphs, fourteen prompts."""
-    model, coders, _ = _shipped()
-    graphs = [attribution_graph(model, coders, q.prompt) for q in questions(model, 14, seed)]
-    return float(np.median([graph_scores(graph)[0] for graph in graphs]))
-
-
-def exchanged_replacement(seed: int) -> float:
-    """The control: the same with the latents' decoder rows exchanged."""
-    model, coders, _ = _shipped()
-    exchanged = shuffled(coders, seed)
-    graphs = [attribution_graph(model, exchanged, q.prompt) for q in questions(model, 14, seed)]
-    return float(np.median([graph_scores(graph)[0] for graph in graphs]))
-
-
-@cache
-def _country_stories(seed: int, n: int = 8) -> list[Story]:
-    """Stories through the country, of two-hop questions whose landmark and relation never stood
-    together in training."""
-    model, coders, _ = _shipped()
-    return [country_story(model, coders, q, _countries()) for q in unseen_hops(model, n, seed)]
-
-
-@cache
-def _countries() -> Countries:
-    model, coders, _ = _shipped()
-    return Countries(model, coders, read_sentences(model))
-
-
-def unseen_hops(model: LanguageModel, n: int, seed: int) -> list[Question]:
-    """n two-hop questions that training never showed (`unseen`), each once."""
-    asked = questions(model, 40 * n, seed, TWO_HOP)
-    return list({q.prompt: q for q in asked if unseen(q.kind, q.subject)}.values())[:n]
-
-
-def _mean_share(seed: int, what: str) -> float:
-    model, coders, _ = _shipped()
-    stories = _country_stories(seed)
-    return float(np.mean([observe(model, coders, s, what) / s.gap for s in stories]))
-
-
-def country_swap(seed: int) -> float:
-    """Two hops: the change of the logit gap, as a share of it, when the features that favour the
-    country are exchanged for those of the partner's; mean over eight questions."""
-    return _mean_share(seed, "swap")
-
-
-def country_random(seed: int) -> float:
-    """The control: the same without as many other features of the same layers, about as active."""
-    model, coders, _ = _shipped()
-    stories = _country_stories(seed)
-    return float(np.mean([random_change(model, coders, s) / s.gap for s in stories]))
-
-
-def story_hits(seed: int) -> float:
-    """The share of ten stories whose features, suppressed, cost the answer as predicted."""
-    model, coders, labels = _shipped()
-    stories = [tell(model, coders, q, labels) for q in questions(model, 10, seed)]
-    seen = [observe(model, coders, s, "suppress") for s in stories]
-    hit = [verdict(s, "suppress", x, x) for s, x in zip(stories, seen, strict=True)]
-    return float(np.mean(hit))

@@ -38,20 +38,24 @@ def replacement(runs: Mapping[tuple[str, str], Faithful], where: str, kind: str)
 
 @plots.style()
 def equal_l0(
-    ks: Sequence[int],
+    l0: Mapping[str, Sequence[float]],
     explained: Mapping[str, Sequence[float]],
     added: Mapping[str, Sequence[float]],
 ) -> Figure:
-    """Explained variance, and loss that a replacement adds, against the latents per token."""
-    picture, axes = plots.figure(12, 4.4, columns=2)
-    panels = {"explained variance": explained, "nats added": added}
+    """Explained variance, and loss that a replacement adds, against how many latents (or neurons)
+    really fire per token; {kind: values}, a kind without values in a panel left out there."""
+    picture, axes = plots.figure(12, 4.6, columns=2)
+    panels = {"explained variance": explained, "nats added, this MLP replaced": added}
+    ends = [value for each in l0.values() for value in each]
+    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if min(ends) / 2 < n < 2 * max(ends)]
     for one, (title, curves) in zip(axes, panels.items(), strict=True):
-        for name, values in curves.items():
-            one.plot(ks, values, label=name)
-        one.set(title=title, xlabel="latents (or neurons) per token", xscale="log")
-        one.set_xticks(list(ks), [str(k) for k in ks])
+        for index, name in enumerate(l0):
+            look = {"color": plots.OKABE_ITO[index], "linestyle": plots.DASHES[index]}
+            if name in curves:
+                one.plot(l0[name], curves[name], label=name, **look)
+        one.set(title=title, xlabel="L0: units that fire per token", xscale="log")
+        one.set_xticks(ticks, [str(n) for n in ticks])
         one.minorticks_off()
-        one.set_ylim(bottom=min(0.0, *(min(values) for values in curves.values())))
     axes[0].legend()
     return picture
 

@@ -266,7 +266,8 @@ def test_figures_draw_and_say_what_is_missing():
     pairs = transcoders.ActivePairs(*rng.normal(size=(3, 60)), np.arange(60) % 2)
     assert render(transcoder_figures.virtual(pairs))
     curves = {"a": [0.1, 0.2], "b": [-0.1, 0.3]}
-    assert render(transcoder_figures.equal_l0((4, 8), curves, curves))
+    l0 = {"a": [3.5, 8], "b": [4, 8]}
+    assert render(transcoder_figures.equal_l0(l0, curves, {"b": [0.1, 0.2]}))
 
 
 def test_published_form_reads_without_the_gain_and_computes_the_same(tmp_path):

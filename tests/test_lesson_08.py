@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mi_helpers import stories, tracing_figures
 from mi_helpers import tracing_lab as lab
 from mi_helpers.circuits import LocalReplacement, attribution_graph
 from mi_helpers.coders import SparseCoder
@@ -18,7 +19,9 @@ from mi_helpers.graphs import (
     predicted_effect,
 )
 from mi_helpers.models import load_model
+from mi_helpers.plots import render
 from mi_helpers.tinyworld import lexicon
+from mi_helpers.widgets import corners
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +37,18 @@ def coders(shipped):
 
 
 @pytest.fixture(scope="module")
-def labels(shipped, coders):
-    return lab.latent_labels(shipped, coders, lab.read_sentences(shipped, 30))
+def reading(shipped):
+    return lab.read_sentences(shipped, 30)
+
+
+@pytest.fixture(scope="module")
+def labels(shipped, coders, reading):
+    return lab.latent_labels(shipped, coders, reading)
+
+
+@pytest.fixture(scope="module")
+def steps(shipped, coders, reading):
+    return stories.Steps(shipped, coders, reading)
 
 
 # -- the toy -----------------------------------------------------------------------------------
@@ -61,21 +74,28 @@ def test_the_toy_by_hand():
 
 def test_questions_are_answered_rightly(shipped):
     asked = lab.questions(shipped, 14, seed=0)
-    assert [q.kind for q in asked] == 2 * list(lab.KINDS)
+    assert [q.one.kind for q in asked] == 2 * list(lab.KINDS)
     place = {mark.name: mark for mark in lexicon.landmarks()}
-    for q in asked:
-        assert q.answer != q.rival and q.country != q.rival_country
-        assert shipped.tokens(q.prompt).shape == shipped.tokens(q.partner).shape
-        for prompt, answer in ((q.prompt, q.answer), (q.partner, q.rival)):
-            assert int(shipped(prompt)[0, -1].argmax()) == shipped.to_single_token(answer)
-        if q.subject in place:
-            assert place[q.subject].country == q.country
-        if q.kind == "two-hop capital":
-            assert place[q.subject].city != q.answer.strip()
+    for q in asked + lab.what_is_asked(shipped, 6, seed=0):
+        assert q.answer != q.rival and q.answer.startswith(" ")
+        assert shipped.tokens(q.prompt).shape == shipped.tokens(q.other.prompt).shape
+        for each in (q.one, q.other):
+            said = int(shipped(each.prompt)[0, -1].argmax())
+            assert said == shipped.to_single_token(f" {each.answer}")
+        if q.one.subject in place:
+            assert place[q.one.subject].country == q.one.country
+        if q.one.kind == "two-hop capital":
+            assert place[q.one.subject].city != q.one.answer
         assert q.turned().turned() == q and q.turned().answer == q.rival
+    assert all(q.one.country != q.other.country for q in asked)
     assert asked == lab.questions(shipped, 14, seed=0) != lab.questions(shipped, 14, seed=1)
     with pytest.raises(ValueError, match="no kind"):
         lab.questions(shipped, 2, seed=0, kinds=["rivers"])
+
+
+def test_the_partner_may_ask_for_something_else(shipped):
+    for q in lab.what_is_asked(shipped, 6, seed=0):
+        assert q.one.subject == q.other.subject and q.one.asks != q.other.asks
 
 
 def test_the_model_knows_both_hops(shipped):
@@ -84,20 +104,21 @@ def test_the_model_knows_both_hops(shipped):
     assert all(value > 0.85 for value in share.values()), share
 
 
-def test_unseen_pairs_are_those_that_training_left_out():
-    seen = [lab.unseen("two-hop language", mark.name) for mark in lexicon.landmarks()]
+def test_unseen_pairs_are_those_that_training_left_out(shipped):
+    seen = [lab.unseen(asked) for asked in lab.sentences("two-hop language")]
     assert 0.1 < np.mean(seen) < 0.4
-    assert not any(lab.unseen("city", mark.name) for mark in lexicon.landmarks())
+    assert not any(lab.unseen(asked) for asked in lab.sentences("city"))
+    assert all(lab.unseen(q.one) for q in lab.unseen_hops(shipped, 3, seed=0))
 
 
 # -- labels ------------------------------------------------------------------------------------
 
 
 def test_what_is_true_at_each_token(shipped):
-    asked = next(s for s in lab._sentences("two-hop language") if s.subject == "Eiffel Tower")
-    said = lab._truth(shipped, "two-hop language", asked)
-    tokens = shipped.str_tokens(shipped._encode(asked.prompt))
-    assert len(said) == len(tokens) and "asks for language" in said[-1]
+    asked = next(s for s in lab.sentences("two-hop currency") if s.subject == "Eiffel Tower")
+    said = lab._truth(shipped, asked)
+    tokens = shipped.str_tokens(shipped.tokens(asked.prompt)[0, 1:])
+    assert len(said) == len(tokens) and "asks for currency" in said[-1]
     about = ["France" in here for here in said]
     assert about == [False] * about.index(True) + [True] * (len(said) - about.index(True))
     assert "".join(tokens[: about.index(True) + 1]).strip().endswith("Eiffel Tower")
@@ -113,7 +134,8 @@ def test_a_label_is_the_rarest_concept_that_accounts_for_enough(shipped):
     x[:, 2] = 1.0  # latent 2: all rows
     rows = lambda *on: np.isin(np.arange(8), on)  # noqa: E731
     concepts = {"France": rows(0, 1, 4, 5), "'speak'": rows(1, 2, 3, 5, 6, 7), "'is'": rows(2, 6)}
-    reading = lab.Reading({layer: x for layer in range(n)}, concepts, 4)
+    asked = [next(lab.sentences("city"))] * 8
+    reading = lab.Reading({layer: x for layer in range(n)}, concepts, 4, asked)
     coder = SparseCoder(d, 3, d, "relu")
     with torch.no_grad():
         coder.W_enc.zero_()
@@ -123,7 +145,7 @@ def test_a_label_is_the_rarest_concept_that_accounts_for_enough(shipped):
     assert labels[0, 0] == "France" and labels[0, 1] == "'is'"
     # latent 2 is shared by France and 'speak'; France is the rarer one
     assert labels[0, 2] == "France"
-    nothing = lab.Reading(reading.mlp_in, {"'is'": rows(2, 6)}, 4)
+    nothing = lab.Reading(reading.mlp_in, {"'is'": rows(2, 6)}, 4, asked)
     assert lab.latent_labels(shipped, {0: coder}, nothing)[0, 2].startswith("→ ")
 
 
@@ -176,41 +198,136 @@ def test_worth_and_biases_make_up_the_gap(shipped, coders):
     assert gap == pytest.approx(lab.logit_gap(graph), abs=1e-3)
 
 
+# -- steps -------------------------------------------------------------------------------------
+
+
+def test_a_step_is_judged_by_sentences_that_share_nothing_else(shipped):
+    """Rows are six sentences' tokens; latents fire where their name says."""
+    asked = {
+        "mine": lab.Asked("capital", "", "Eiffel Tower", "France", ""),
+        "same": lab.Asked("capital", "", "Louvre", "France", ""),
+        "other": lab.Asked("language", "", "Louvre", "France", ""),
+        "rome": lab.Asked("capital", "", "Colosseum", "Italy", ""),
+        "speak": lab.Asked("language", "", "Colosseum", "Italy", ""),
+    }
+    rows = [asked[name] for name in ("mine", "same", "other", *["rome"] * 4, *["speak"] * 9)]
+    fires = {  # latent -> the sentences at which it fires
+        0: ("mine",),
+        1: ("mine", "same"),
+        2: ("other",),
+        3: ("rome",),
+        4: ("mine", "same", "other", "rome", "speak"),
+    }
+    x = torch.zeros(len(rows), shipped.d_model)
+    for j, names in fires.items():
+        for i, row in enumerate(rows):
+            x[i, j] = float(any(row is asked[name] for name in names))
+    coder = SparseCoder(shipped.d_model, 5, shipped.d_model, "relu")
+    with torch.no_grad():
+        coder.W_enc.zero_()
+        coder.W_enc[:5, :5] = torch.eye(5)
+    concepts = {
+        "France": np.array([row.country == "France" for row in rows]),
+        "asks for capital": np.array([row.kind == "capital" for row in rows]),
+    }
+    reading = lab.Reading({0: x}, concepts, 8, rows)
+    steps = stories.Steps(shipped, {0: coder}, reading)
+    q = lab.Question(asked["mine"], asked["rome"])
+    assert steps.latents(q, "country") == {(0, 2)}
+    assert steps.latents(q, "this country and this question") == {(0, 1)} - {(0, 2)}
+    lift = 13 / 4  # of latent 3 at "asks for capital", in sentences about other countries
+    assert steps.latents(q, "asked") == ({(0, 3)} if lift >= stories.LIFT else frozenset())
+    with pytest.raises(ValueError, match="A step is one of"):
+        steps.latents(q, "city")
+    with pytest.raises(ValueError, match="No sentence"):
+        steps.latents(q.turned(), "country")
+
+
+def test_supernodes_of_steps_share_no_node_and_places_sum_up(shipped, coders, steps):
+    q = lab.questions(shipped, 1, seed=1, kinds=["two-hop capital"])[0]
+    graph = steps.supernodes(lab.question_graph(shipped, coders, q), q)
+    names = [name for ids in graph.supernodes.values() for name in ids]
+    assert names and len(set(names)) == len(names)
+    where, own = steps.where(graph, q, "asked"), lab.worth(graph)
+    mine = sum(float(own[graph.index(n)]) for n in steps.nodes(graph, q, "asked"))
+    assert where.shape == (shipped.n_layers, len(graph.tokens))
+    assert where.sum() == pytest.approx(mine / lab.logit_gap(graph), rel=1e-3, abs=1e-4)
+
+
 # -- stories -----------------------------------------------------------------------------------
 
 
 def test_a_story_is_told_by_rule_and_tested(shipped, coders, labels):
     q = lab.questions(shipped, 1, seed=1, kinds=["capital"])[0]
-    story = lab.tell(shipped, coders, q, labels)
+    story = stories.tell(shipped, coders, q, labels)
     graph = lab.question_graph(shipped, coders, q, labels)
     sums = lab.by_label(graph)
-    assert sums[story.label] == max(sums.values())
-    assert set(story.nodes) == set(graph.supernodes[story.label])
+    label = story.step.removeprefix("label ")
+    assert sums[label] == max(sums.values())
+    assert set(story.nodes) == set(graph.supernodes[label])
     assert not set(story.null) & set(story.nodes) and len(story.null) <= len(story.nodes)
-    assert not set(story.into) & set(story.nodes)
-    outcomes = lab.try_story(shipped, coders, story)
-    assert [o.what for o in outcomes] == list(lab.INTERVENTIONS)
-    table = lab.outcome_table(outcomes)
-    assert table.count("\n") == 4 and q.prompt in table
-    assert sum(right for right, _ in lab.hits(outcomes).values()) == sum(o.hit for o in outcomes)
+    outcomes = stories.try_story(shipped, coders, story)
+    assert [o.what for o in outcomes] == list(stories.INTERVENTIONS)
+    table = stories.outcome_table(outcomes)
+    assert table.count("\n") == 2 and q.prompt in table
+    assert q.prompt in stories.story_table([story])
+    assert sum(right for right, _ in stories.hits(outcomes).values()) == sum(
+        o.hit for o in outcomes
+    )
+    with pytest.raises(ValueError, match="No feature"):
+        stories.tell(shipped, coders, q, {(0, -1): "nothing"})
+    figure = tracing_figures.prediction_figure(outcomes)
+    assert len(figure.axes) == 2
+
+
+def test_a_swap_gives_shared_features_the_partners_activation(shipped, coders, steps):
+    q = lab.what_is_asked(shipped, 1, seed=0)[0]
+    story = steps.story(q, "asked")
+    factors, values = stories.changes(story, "swap")
+    assert values == story.into and not set(factors) & set(values)
+    assert set(factors) == set(story.nodes) - set(values)
+    assert set(stories.changes(story, "suppress")[0]) == set(story.nodes)
 
 
 def test_verdicts_can_go_both_ways(shipped):
     q = lab.questions(shipped, 1, seed=1, kinds=["capital"])[0]
-    story = lab.Story(q, "x", ("0_1_1",), {}, (), gap=10.0, suppress=-4.0, swap=-12.0)
+    story = stories.Story(q, "x", ("0_1_1",), {}, (), gap=10.0, suppress=-4.0, swap=-12.0)
     assert story.flips
-    assert lab.verdict(story, "suppress", -3.0) and not lab.verdict(story, "suppress", -0.5)
-    assert not lab.verdict(story, "suppress", 3.0)
-    assert lab.verdict(story, "swap", -11.0) and not lab.verdict(story, "swap", -9.0)
-    assert lab.verdict(story, "null", 0.9) and not lab.verdict(story, "null", -1.1)
+    right = lambda what, seen: stories.verdict(story, what, seen, -3.0)  # noqa: E731
+    assert right("suppress", -3.0) and not right("suppress", -0.5)
+    assert not right("suppress", 3.0)
+    assert right("swap", -11.0) and not right("swap", -9.0)
+    assert not stories.verdict(story, "swap", -11.0, -10.5)  # the partner's features did nothing
+    assert right("null", 0.9) and not right("null", -1.1)
     with pytest.raises(ValueError, match="An intervention is one of"):
-        lab.changes(story, "shake")
+        stories.changes(story, "shake")
 
 
-def test_no_country_no_story(shipped, coders):
-    q = lab.questions(shipped, 1, seed=1, kinds=["capital"])[0]
-    with pytest.raises(ValueError, match="is called"):
-        lab.tell(shipped, coders, q, {(0, 0): "nothing"}, country=True)
+def test_single_features_obey_their_edges_where_all_else_is_held(shipped, coders):
+    asked = lab.questions(shipped, 1, seed=2)
+    data = stories.singles(shipped, coders, asked, most=3, others=2)
+    assert data.direct.shape == (5,)
+    assert np.allclose(data.direct, data.held, atol=1e-3)
+    assert -1 <= data.correlation() <= 1
+    assert len(tracing_figures.singles_figure(data).axes) == 3
+
+
+def test_the_explorer_draws_every_corner(shipped, coders, steps):
+    q = lab.what_is_asked(shipped, 1, seed=0)[0]
+    told = {"a": steps.story(q, "asked"), "b": steps.story(q.turned(), "asked")}
+    explorer = tracing_figures.InterventionExplorer(shipped, coders, told)
+    controls = {
+        "story": list(told),
+        "factor": (-2.0, 2.0, 0.5),
+        "swap": False,
+        "attention": ["frozen", "recomputed"],
+    }
+    for values in corners(**controls):
+        assert render(explorer(**values))[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="There is no story"):
+        explorer("c")
+    with pytest.raises(ValueError, match="at least one"):
+        tracing_figures.InterventionExplorer(shipped, coders, {})
 
 
 # -- controls ----------------------------------------------------------------------------------
@@ -219,7 +336,8 @@ def test_no_country_no_story(shipped, coders):
 def test_exchanged_decoders_keep_what_fires(coders):
     made = lab.shuffled(coders, 0)
     x = torch.randn(5, coders[0].d_in, generator=torch.Generator().manual_seed(0))
-    for a, b in zip(coders, made, strict=True):
+    for layer, a in enumerate(coders):
+        b = made[layer]
         assert torch.equal(a.encode(x), b.encode(x)) and not torch.equal(a.W_dec, b.W_dec)
         assert torch.allclose(a.W_dec.sum(0), b.W_dec.sum(0), atol=1e-4)
 
@@ -227,12 +345,12 @@ def test_exchanged_decoders_keep_what_fires(coders):
 def test_scores_of_graphs_and_controls(shipped, coders):
     table = lab.score_table(shipped, coders, [lab.questions(shipped, 1, seed=1)[0].prompt])
     assert tuple(table) == lab.CONDITIONS
-    assert all(((v >= 0) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
-    lab.score_figure(table)
+    assert all(((0 <= v) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
+    assert len(tracing_figures.score_figure(table).axes) == 2
 
 
 def test_the_partners_attention_changes_the_answer_by_what_it_is_measured(shipped):
     q = lab.questions(shipped, 1, seed=1, kinds=["city"])[0]
-    alike = lab.Question(**{**vars(q), "partner": q.prompt})
-    assert lab.attention_alone(shipped, alike) == pytest.approx(0.0, abs=1e-4)
-    assert lab.attention_alone(shipped, q) != pytest.approx(0.0, abs=1e-4)
+    alike = lab.Question(q.one, lab.Asked("city", q.prompt, "", "", q.other.answer))
+    assert stories.attention_alone(shipped, alike) == pytest.approx(0.0, abs=1e-4)
+    assert stories.attention_alone(shipped, q) != pytest.approx(0.0, abs=1e-4)
