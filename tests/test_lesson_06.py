@@ -247,7 +247,7 @@ def test_what_ships_is_made_the_same_twice(model, tmp_path):
 def test_the_shipped_autoencoder_and_table_are_of_the_shipped_model(model):
     coder = coder_files.load(sae_lab.CODER)
     assert (coder.d_in, coder.d_latent, coder.k) == (model.d_model, 8 * model.d_model, sae_lab.K)
-    assert coder.W_dec.norm(dim=1) == pytest.approx(torch.ones(coder.d_latent), abs=1e-4)
+    assert coder.W_dec.detach().norm(dim=1) == pytest.approx(torch.ones(coder.d_latent), abs=1e-4)
     ground = sae_lab.make_ground(model, 3_000, seed=77)
     with torch.no_grad():
         assert sae_lab.explained_variance(ground.x, coder(ground.x)) > 0.8

@@ -140,13 +140,14 @@ def test_a_label_is_the_rarest_concept_that_accounts_for_enough(shipped):
     with torch.no_grad():
         coder.W_enc.zero_()
         coder.W_enc[:3, :3] = torch.eye(3)
-        coder.W_dec.copy_(shipped.W_U[:, [7, 8, 9]].T)
+        ids = [7, 8, shipped.to_single_token(" Paris")]
+        coder.W_dec.copy_(shipped.W_U[:, ids].T)
     labels = lab.latent_labels(shipped, {0: coder}, reading)
     assert labels[0, 0] == "France" and labels[0, 1] == "'is'"
     # latent 2 is shared by France and 'speak'; France is the rarer one
     assert labels[0, 2] == "France"
     nothing = lab.Reading(reading.mlp_in, {"'is'": rows(2, 6)}, 4, asked)
-    assert lab.latent_labels(shipped, {0: coder}, nothing)[0, 2].startswith("→ ")
+    assert lab.latent_labels(shipped, {0: coder}, nothing)[0, 2] == "→ Paris"
 
 
 # -- worth -------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_a_step_is_judged_by_sentences_that_share_nothing_else(shipped):
         "rome": lab.Asked("capital", "", "Colosseum", "Italy", ""),
         "speak": lab.Asked("language", "", "Colosseum", "Italy", ""),
     }
-    rows = [asked[name] for name in ("mine", "same", "other", *["rome"] * 4, *["speak"] * 9)]
+    rows = [asked[name] for name in ("mine", "same", "other", *["rome"] * 4, *["speak"] * 20)]
     fires = {  # latent -> the sentences at which it fires
         0: ("mine",),
         1: ("mine", "same"),
@@ -234,9 +235,9 @@ def test_a_step_is_judged_by_sentences_that_share_nothing_else(shipped):
     steps = stories.Steps(shipped, {0: coder}, reading)
     q = lab.Question(asked["mine"], asked["rome"])
     assert steps.latents(q, "country") == {(0, 2)}
-    assert steps.latents(q, "this country and this question") == {(0, 1)} - {(0, 2)}
-    lift = 13 / 4  # of latent 3 at "asks for capital", in sentences about other countries
-    assert steps.latents(q, "asked") == ({(0, 3)} if lift >= stories.LIFT else frozenset())
+    assert steps.latents(q, "this country and this question") == {(0, 1)}
+    # of the 24 rows about other countries, 4 ask for a capital: a lift of 6 for latent 3
+    assert steps.latents(q, "asked") == {(0, 3)}
     with pytest.raises(ValueError, match="A step is one of"):
         steps.latents(q, "city")
     with pytest.raises(ValueError, match="No sentence"):
@@ -345,7 +346,7 @@ def test_exchanged_decoders_keep_what_fires(coders):
 def test_scores_of_graphs_and_controls(shipped, coders):
     table = lab.score_table(shipped, coders, [lab.questions(shipped, 1, seed=1)[0].prompt])
     assert tuple(table) == lab.CONDITIONS
-    assert all(((0 <= v) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
+    assert all(((v >= 0) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
     assert len(tracing_figures.score_figure(table).axes) == 2
 
 
