@@ -679,7 +679,7 @@ CLAIMS = [
     Claim(
         7,
         "transcoder-small",
-        "Small transcoder of layer 1's MLP, 4 d_model latents, k = 16: explained variance",
+        "Small transcoder of the middle MLP, 4 d_model latents, k = 16: explained variance",
         "measured in the lesson",
         "",
         ">= 0.75",

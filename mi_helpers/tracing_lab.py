@@ -39,6 +39,7 @@ from mi_helpers.graphs import (
     group_by_label,
     random_graph,
 )
+from mi_helpers.heads import repeated_tokens
 from mi_helpers.lesions import untrained
 from mi_helpers.models import LanguageModel, ModelError, norm_gain
 from mi_helpers.tinyworld import lexicon
@@ -181,9 +182,9 @@ def unseen(asked: Asked) -> bool:
 
 
 @torch.no_grad()
-def _right(model: LanguageModel, kind: str) -> tuple[list[Asked], int]:
-    """The sentences of a kind whose answer is one token and the model's first choice; and how many
-    there are whose answer is one token."""
+def _right(model: LanguageModel, kind: str) -> tuple[list[Asked], list[Asked]]:
+    """The sentences of a kind whose answer is one token and the model's first choice; and all whose
+    answer is one token."""
     asked = []
     for each in sentences(kind):
         try:
@@ -199,7 +200,7 @@ def _right(model: LanguageModel, kind: str) -> tuple[list[Asked], int]:
         said = model.forward(model.tokens([each.prompt for each in group]))[:, -1].argmax(-1)
         wanted = [model.to_single_token(f" {each.answer}") for each in group]
         right |= {e for e, a, b in zip(group, said.tolist(), wanted, strict=True) if a == b}
-    return [each for each in asked if each in right], len(asked)
+    return [each for each in asked if each in right], asked
 
 
 def _length(model: LanguageModel, asked: Asked) -> int:
@@ -207,13 +208,21 @@ def _length(model: LanguageModel, asked: Asked) -> int:
 
 
 @lru_cache(maxsize=4)
-def _known(model: LanguageModel) -> dict[str, tuple[list[Asked], int]]:
+def _known(model: LanguageModel) -> dict[str, tuple[list[Asked], list[Asked]]]:
     return {kind: _right(model, kind) for kind in KINDS}
 
 
-def accuracy(model: LanguageModel) -> dict[str, float]:
-    """{kind: share of its sentences that the model answers rightly}."""
-    return {kind: len(right) / max(n, 1) for kind, (right, n) in _known(model).items()}
+def accuracy(model: LanguageModel, only_unseen: bool = False) -> dict[str, float]:
+    """{kind: share of its sentences that the model answers rightly}; of two-hop kinds alone those
+    of pairs that training never showed, with only_unseen=True."""
+    shares = {}
+    for kind in TWO_HOP if only_unseen else KINDS:
+        right, asked = (
+            [each for each in some if unseen(each) or not only_unseen]
+            for some in _known(model)[kind]
+        )
+        shares[kind] = len(right) / max(len(asked), 1)
+    return shares
 
 
 def questions(
@@ -285,6 +294,30 @@ def what_is_asked(model: LanguageModel, n: int, seed: int) -> list[Question]:
         question = Question(*pool.pop())
         made.append(question if rng.random() < 0.5 else question.turned())
     return made
+
+
+def repeated(model: LanguageModel, n: int, seed: int, length: int = 8) -> list[Question]:
+    """n questions of another sort: random words, and then one of them again, answered by the word
+    that came after it. The partner has the same words and repeats another one. As many as the model
+    answers rightly, n at most."""
+    ids = repeated_tokens(model, 10 * n, length, seed)[:, -length:].tolist()
+    made = []
+    for i, row in enumerate(ids):
+        one, other = random.Random(f"{seed} {i}").sample(range(length - 1), 2)
+        pair = [_repeating(model, row, place) for place in (one, other)]
+        if None not in pair and pair[0].answer != pair[1].answer and len(made) < n:
+            made.append(Question(*pair))
+    return made
+
+
+def _repeating(model: LanguageModel, row: list[int], place: int) -> Asked | None:
+    """The words and the one at `place` again; None if the tokens of this text are others, or the
+    model goes on with another word."""
+    prompt, answer = model.tokenizer.decode([*row, row[place]]), model.str_tokens([row[place + 1]])
+    ids = model.tokens(prompt)[0]
+    same = ids[-len(row) - 1 :].tolist() == [*row, row[place]]
+    right = same and int(model.forward(ids[None])[0, -1].argmax()) == row[place + 1]
+    return Asked("repeated", prompt, "", "", answer[0].strip()) if right else None
 
 
 # ---------------------------------------------------------------------------------------- labels

@@ -29,7 +29,7 @@ def replacement(runs: Mapping[tuple[str, str], Faithful], where: str, kind: str)
     return plots.before_after(
         run.clean,
         run.spliced,
-        f"{where} replaced by {kind}: {run.recovered:.0%} of the loss recovered",
+        f"{where}, {kind}: {run.recovered:.0%} of the loss recovered",
         xlabel="loss on the answers, nats",
         limits=(0, 1.6 * longest),
         labels=("the model", "MLP replaced"),

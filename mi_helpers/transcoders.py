@@ -805,7 +805,7 @@ def compounding(seed: int) -> float:
 
 @dataclass(frozen=True)
 class SmallFit:
-    """Explained variance, on fresh text, of what the second layer's MLP writes.
+    """Explained variance, on fresh text, of what the MLP of the middle layer writes.
 
     By a small transcoder, its control that learned from shuffled outputs, the best affine map,
     random features, as many of the MLP's own neurons, and the small transcoder in Gemma Scope's
@@ -824,7 +824,8 @@ class SmallFit:
 @functools.cache
 def small_fit(seed: int) -> SmallFit:
     """Train and compare once; text and training from the seed."""
-    model, layer = load_model("tiny-gemma"), 1
+    model = load_model("tiny-gemma")
+    layer = model.n_layers // 2
     x, y = read_mlps(model, 16_000, 500 + seed, [layer])[layer]
     test = read_mlps(model, 3_000, 600 + seed, [layer])[layer]
     bare = read_mlps(model, 3_000, 600 + seed, [layer], source=NORMALIZED)[layer][0]
