@@ -34,7 +34,7 @@ from mi_helpers.report import as_markdown, report
 from mi_helpers.sites import width
 from mi_helpers.sources import open_source
 from mi_helpers.tinyworld.__main__ import Parser
-from mi_helpers.training import CODER, PRODUCTS, Recipe, train
+from mi_helpers.training import CODER, PRODUCTS, Recipe, check_recipe, train
 
 HARVEST = "harvest"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -195,6 +195,7 @@ class Pipeline:
     def recipe_fits(self, d_in: int) -> None:
         """Say now what the training would say after the harvest."""
         recipe = self.settings.recipe(d_in)
+        check_recipe(recipe, self.group)
         if recipe.activation in ("topk", "batchtopk") and not 1 <= recipe.k <= recipe.latents:
             raise RunError(
                 f"k is {recipe.k}, and the dictionary has {recipe.latents} latents: choose 1 to "

@@ -117,26 +117,39 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return peak * min(1.0, (step + 1) / rise, (recipe.steps - step) / fall)
 
 
+def check_recipe(recipe: Recipe, processes: Processes = ALONE) -> None:
+    """What can be said of a recipe before there is a harvest.
+
+    Raises:
+        RunError: numbers below 1, a negative rate, an unknown product, a batch that cannot be
+            shared.
+    """
+    for name in ("latents", "batch", "steps", "held_out", "dead_after", "log_every", "save_every"):
+        if getattr(recipe, name) < 1:
+            raise RunError(f"{name} is {getattr(recipe, name)}: it has to be 1 or more.")
+    for name in ("rate", "sparsity", "warm_up", "decay"):
+        if not 0 <= getattr(recipe, name) < math.inf:
+            raise RunError(f"{name} is {getattr(recipe, name)}: it has to be 0 or more.")
+    if recipe.products not in ("measured", *PRODUCTS):
+        listed = ", ".join(("measured", *PRODUCTS))
+        raise RunError(f"products is {recipe.products!r}: choose one of {listed}.")
+    if recipe.batch % processes.size:
+        raise RunError(f"A batch of {recipe.batch} cannot be shared by {processes.size} processes.")
+
+
 def split(held: Activations, recipe: Recipe, processes: Processes = ALONE) -> int:
     """How many rows are trained on: all but the held-out ones at the end of the text.
 
     Raises:
-        RunError: fewer than a batch, a batch that cannot be shared, numbers below 1.
+        RunError: fewer than a batch; what `check_recipe` raises.
     """
-    for name in ("batch", "steps", "held_out", "log_every", "save_every"):
-        if getattr(recipe, name) < 1:
-            raise RunError(f"{name} is {getattr(recipe, name)}: it has to be 1 or more.")
-    if recipe.products not in ("measured", *PRODUCTS):
-        listed = ", ".join(("measured", *PRODUCTS))
-        raise RunError(f"products is {recipe.products!r}: choose one of {listed}.")
+    check_recipe(recipe, processes)
     n = held.rows - min(recipe.held_out, held.rows // 10)
     if n < recipe.batch:
         raise RunError(
             f"The harvest has {n:,} rows to train on, fewer than one batch of {recipe.batch:,}: "
             "harvest more tokens, or choose a smaller batch."
         )
-    if recipe.batch % processes.size:
-        raise RunError(f"A batch of {recipe.batch} cannot be shared by {processes.size} processes.")
     return n
 
 

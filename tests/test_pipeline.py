@@ -110,6 +110,8 @@ def test_the_order_of_stages_is_said(place, tmp_path, capsys):
     [
         ({"k": 49}, "k is 49, and the dictionary has 48 latents"),
         ({"tokens": 63}, "63 tokens are fewer than one batch of 64"),
+        ({"steps": 0}, "steps is 0: it has to be 1 or more"),
+        ({"rate": -1}, "rate is -1.0: it has to be 0 or more"),
         ({"layer": 3}, "needs a layer from 0 to 2"),
         ({"site": "resid"}, "There is no site 'resid'"),
         ({"text": "nothing.txt"}, "There is no text at 'nothing.txt'"),
