@@ -15,31 +15,25 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mi_helpers.circuits import Coders, attribution_graph
-from mi_helpers.graphs import FEATURE, Graph, graph_scores, predicted_effect
+from mi_helpers.circuits import Coders
+from mi_helpers.graphs import FEATURE, Graph, predicted_effect
 from mi_helpers.interventions import Intervention, intervene
-from mi_helpers.models import LanguageModel, load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.tracing_lab import (
     Question,
     Reading,
     activations,
     by_label,
     by_layer,
-    latent_labels,
     logit_gap,
     question_graph,
-    questions,
-    read_sentences,
     shares,
-    shuffled,
-    unseen_hops,
-    what_is_asked,
     worth,
 )
 
@@ -128,7 +122,7 @@ def tell(model: LanguageModel, coders: Coders, question: Question, labels: Mappi
 # ------------------------------------------------------------------------------ steps of two hops
 
 LIFT = 5.0  # times more at a concept's tokens than elsewhere: a latent that favours it
-STEPS = ("country", "asked", "this country and this question")
+STEPS = ("country", "asked", "pair", "country or pair")
 
 
 class Steps:
@@ -141,9 +135,9 @@ class Steps:
     "country"   the question's country, in sentences that name something else and ask for
                 something else: a latent of the landmark, or of the answer, does not pass
     "asked"     what the question asks for, in sentences about other countries
-    "this country and this question"
-                a control: latents that favour the country where the *same* is asked, of something
-                else, and are not among the first: those of this pair alone
+    "pair"      the country where the *same* is asked, of something else, and not among the first:
+                latents of this pair of country and question alone
+    "country or pair"   the first and the third together
     """
 
     def __init__(self, model: LanguageModel, coders: Coders, reading: Reading):
@@ -165,7 +159,8 @@ class Steps:
         country = self.favour(one.country, elsewhere & ~same)
         if step == "country":
             return country
-        return self.favour(one.country, elsewhere & same) - country
+        pair = self.favour(one.country, elsewhere & same) - country
+        return pair if step == "pair" else country | pair
 
     def favour(self, concept: str, rows: np.ndarray) -> frozenset[tuple[int, int]]:
         """The (layer, latent) that favour a concept on these rows (booleans)."""
@@ -190,7 +185,8 @@ class Steps:
         graph = question_graph(self.model, self.coders, question)
         turned = question.turned()
         other = question_graph(self.model, self.coders, turned)
-        name = {"country": question.one.country, "asked": question.one.asks}.get(step, step)
+        one = question.one
+        name = {"country": one.country, "asked": one.asks}.get(step, f"{step} of {one.country}")
         nodes = self.nodes(graph, question, step)
         return make_story(question, name, graph, nodes, other, self.nodes(other, turned, step))
 
@@ -202,7 +198,7 @@ class Steps:
         groups = {
             one.country: country - asked,
             one.asks: asked - country,
-            f"{one.country} and {one.asks}": country & asked,
+            f"{one.country}, {one.asks.removeprefix('asks for ')}": country & asked,
         }
         order = [n.id for n in graph.nodes]
         named = {text: tuple(n for n in order if n in ids) for text, ids in groups.items() if ids}
@@ -271,6 +267,12 @@ def observe(
         model, coders, story.question.prompt, factors, values=values, attention=attention
     )
     return gap_change(model, story.question, result)
+
+
+def share_of_gap(model: LanguageModel, coders: Coders, told: Sequence[Story], what: str) -> float:
+    """The change of the gap over all stories together, as a share of their gaps."""
+    seen = sum(observe(model, coders, story, what) for story in told)
+    return seen / sum(story.gap for story in told)
 
 
 def verdict(story: Story, what: str, observed: float, suppressed: float) -> bool:
@@ -353,8 +355,8 @@ def agreement(outcomes: Sequence[Outcome]) -> tuple[float, float, float]:
     predicted, observed, recomputed = np.array(rows).T
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = float(np.nanmedian(observed / predicted))
-    both = (float(np.corrcoef(predicted, y)[0, 1]) for y in (observed, recomputed))
-    return *both, ratio
+    first, second = (float(np.corrcoef(predicted, y)[0, 1]) for y in (observed, recomputed))
+    return first, second, ratio
 
 
 def hit_table(sorts: Mapping[str, Sequence[Outcome]]) -> str:
@@ -378,13 +380,16 @@ def hit_table(sorts: Mapping[str, Sequence[Outcome]]) -> str:
 # --------------------------------------------------------------------------- controls and limits
 
 
-def random_change(model: LanguageModel, coders: Coders, story: Story) -> float:
-    """A control: the change of the gap without as many other features of the same layers, of the
-    nearest activation, whatever they are worth."""
-    graph = question_graph(model, coders, story.question)
-    factors = dict.fromkeys(like(graph, story.nodes), 0.0)
-    result = intervene(model, coders, story.question.prompt, factors)
-    return gap_change(model, story.question, result)
+def random_share(model: LanguageModel, coders: Coders, told: Sequence[Story]) -> float:
+    """A control: `share_of_gap` without as many other features of the same layers, of the nearest
+    activation, whatever they are worth."""
+    total = 0.0
+    for story in told:
+        graph = question_graph(model, coders, story.question)
+        factors = dict.fromkeys(like(graph, story.nodes), 0.0)
+        result = intervene(model, coders, story.question.prompt, factors)
+        total += gap_change(model, story.question, result)
+    return total / sum(story.gap for story in told)
 
 
 def turned(result: Intervention) -> tuple[int, int]:
@@ -416,6 +421,16 @@ class Singles:
         """Of the prediction over all paths with what is observed, attention frozen."""
         return float(np.corrcoef(self.paths, self.frozen)[0, 1])
 
+    def right_sign(self, least: float = 0.5) -> float:
+        """The share of predictions of `least` logits or more whose sign is right."""
+        large = np.abs(self.paths) >= least
+        return float((np.sign(self.paths) == np.sign(self.frozen))[large].mean())
+
+    def ratio(self, least: float = 0.5) -> float:
+        """Of predictions of `least` logits or more: the median of observed over predicted."""
+        large = np.abs(self.paths) >= least
+        return float(np.median(self.frozen[large] / self.paths[large]))
+
 
 def singles(
     model: LanguageModel,
@@ -431,11 +446,12 @@ def singles(
     for question in asked:
         graph = question_graph(model, coders, question)
         own = worth(graph)
+        edges = graph.adjacency[-2] - graph.adjacency[-1]  # to the answer, less those to the rival
         free = [n for n in graph.nodes if n.kind == FEATURE]
         free.sort(key=lambda n: -abs(float(own[graph.index(n)])))
         for node in free[:most] + rng.sample(free[most:], min(others, len(free) - most)):
-            out = {node.id: 0.0}
-            row = [logit_gap(graph, predicted_effect(graph, out, paths=p)) for p in (False, True)]
+            out, i = {node.id: 0.0}, graph.index(node)
+            row = [-float(edges[i]), -float(own[i])]
             for how in ({"effects": "direct"}, {}, {"attention": "recomputed"}):
                 result = intervene(model, coders, question.prompt, out, **how)
                 row.append(gap_change(model, question, result))
@@ -464,113 +480,3 @@ def attention_alone(model: LanguageModel, question: Question) -> float:
     before = gap()
     with model.hooks(hooks):
         return (gap() - before) / before
-
-
-# ----------------------------------------------------------------------------------- for the ledger
-
-
-@cache
-def _shipped() -> tuple[LanguageModel, dict, Steps]:
-    """The shipped model, its transcoders, and the steps."""
-    from mi_helpers.transcoders import coders_for
-
-    model = load_model("tiny-gemma")
-    coders = coders_for(model, range(model.n_layers))
-    return model, coders, Steps(model, coders, read_sentences(model))
-
-
-@cache
-def _graphs(seed: int) -> list[Graph]:
-    """The graphs of fourteen questions."""
-    model, coders, _ = _shipped()
-    return [attribution_graph(model, coders, q.prompt) for q in questions(model, 14, seed)]
-
-
-def edges_off(seed: int) -> float:
-    """The largest |Σ edges + bias - value| of a feature's pre-activation or a demeaned logit."""
-    return max(graph.edge_error.absolute for graph in _graphs(seed))
-
-
-def edges_off_scaled(seed: int) -> float:
-    """The same, each over the Σ |edges| + |bias| of its node."""
-    return max(graph.edge_error.scaled for graph in _graphs(seed))
-
-
-def median_replacement(seed: int) -> float:
-    """The median replacement score of whole graphs."""
-    return float(np.median([graph_scores(graph)[0] for graph in _graphs(seed)]))
-
-
-def median_completeness(seed: int) -> float:
-    """The median completeness score of whole graphs."""
-    return float(np.median([graph_scores(graph)[1] for graph in _graphs(seed)]))
-
-
-def exchanged_replacement(seed: int) -> float:
-    """The control: the same replacement score with the latents' decoder rows exchanged."""
-    model, coders, _ = _shipped()
-    exchanged = shuffled(coders, seed)
-    graphs = [attribution_graph(model, exchanged, q.prompt) for q in questions(model, 14, seed)]
-    return float(np.median([graph_scores(graph)[0] for graph in graphs]))
-
-
-@cache
-def _stories(seed: int, step: str) -> list[Story]:
-    """Ten stories of one step: of two-hop questions whose landmark and relation never stood
-    together in training; for "asked", of questions whose partner asks for something else."""
-    model, _, steps = _shipped()
-    make = what_is_asked if step == "asked" else unseen_hops
-    return [steps.story(q, step) for q in make(model, 10, seed)]
-
-
-def _mean_share(seed: int, step: str, what: str) -> float:
-    model, coders, _ = _shipped()
-    stories = _stories(seed, step)
-    return float(np.mean([observe(model, coders, s, what) / s.gap for s in stories]))
-
-
-def country_swap(seed: int) -> float:
-    """Two hops: the change of the logit gap, as a share of it, when the features of the country are
-    exchanged for those of the partner's; mean over ten questions."""
-    return _mean_share(seed, "country", "swap")
-
-
-def pair_swap(seed: int) -> float:
-    """The control: the same with features that favour the country only where the same is asked."""
-    return _mean_share(seed, "this country and this question", "swap")
-
-
-def asked_swap(seed: int) -> float:
-    """The same as `country_swap` with the features of what is asked for."""
-    return _mean_share(seed, "asked", "swap")
-
-
-def country_random(seed: int) -> float:
-    """The control: the change without as many other features of the same layers, as active."""
-    model, coders, _ = _shipped()
-    stories = _stories(seed, "country")
-    return float(np.mean([random_change(model, coders, s) / s.gap for s in stories]))
-
-
-def prediction_of_swaps(seed: int) -> float:
-    """Correlation of the predicted and the observed change, suppress and swap of twenty stories."""
-    model, coders, _ = _shipped()
-    told = _stories(seed, "country") + _stories(seed, "asked")
-    pairs = [(s.suppress, observe(model, coders, s, "suppress")) for s in told]
-    pairs += [(s.swap, observe(model, coders, s, "swap")) for s in told]
-    return float(np.corrcoef(np.array(pairs).T)[0, 1])
-
-
-def prediction_of_singles(seed: int) -> float:
-    """The same correlation for single features taken out, seven questions."""
-    model, coders, _ = _shipped()
-    return singles(model, coders, questions(model, 7, seed), seed=seed).correlation()
-
-
-def label_hits(seed: int) -> float:
-    """The share of fourteen stories of the largest label that suppress as predicted."""
-    model, coders, steps = _shipped()
-    labels = latent_labels(model, coders, steps.reading)
-    told = [tell(model, coders, q, labels) for q in questions(model, 14, seed)]
-    seen = [observe(model, coders, s, "suppress") for s in told]
-    return float(np.mean([verdict(s, "suppress", x, x) for s, x in zip(told, seen, strict=True)]))

@@ -31,7 +31,9 @@ def score_figure(table: Mapping[str, np.ndarray]) -> Figure:
             x = values[:, column]
             y = row + 0.25 * np.linspace(-1, 1, len(x))
             one.plot(x, y, linestyle="", marker="o", markersize=4, alpha=0.6, color=ADDS)
-            one.plot([np.median(x)] * 2, [row - 0.4, row + 0.4], color="black", marker="")
+            one.plot(
+                [np.median(x)] * 2, [row - 0.4, row + 0.4], color="black", marker="", linestyle="-"
+            )
             one.text(1.02, row, f"{np.median(x):.2f}", va="center", fontsize=11)
         one.set(xlim=(0, 1.0), xlabel=f"{name} score", ylim=(len(table) - 0.5, -0.5))
     axes[0].set_yticks(range(len(table)), list(table))
@@ -39,27 +41,28 @@ def score_figure(table: Mapping[str, np.ndarray]) -> Figure:
 
 
 @style()
-def prediction_figure(outcomes: Sequence[Outcome]) -> Figure:
-    """What the graph predicted against what the model did, a mark per intervention, once with
-    frozen and once with recomputed attention; misses have a cross.
+def prediction_figure(sorts: Mapping[str, Sequence[Outcome]]) -> Figure:
+    """What the graph predicted against what the model did, a panel for each sort of stories and a
+    mark for each intervention; misses have a cross.
 
     Realises the validation of graphs by perturbation in "Circuit Tracing" (Ameisen and others,
     2025), "Validating Attribution Graph Hypotheses with Interventions".
     """
-    picture, axes = figure(10, 5, 1, 2, sharey=True)
-    for one, kind in zip(axes, ("observed", "recomputed"), strict=True):
+    picture, axes = figure(12, 4.6, 1, len(sorts), sharex=True, sharey=True, squeeze=False)
+    for one, (name, outcomes) in zip(axes[0], sorts.items(), strict=True):
         for what, (marker, face) in MARKS.items():
             these = [o for o in outcomes if o.what == what]
-            x, y = [o.predicted for o in these], [getattr(o, kind) for o in these]
+            x, y = [o.predicted for o in these], [o.observed for o in these]
             one.scatter(x, y, 60, marker=marker, facecolor=face, edgecolor="black", label=what)
         missed = [o for o in outcomes if not o.hit]
-        one.scatter([o.predicted for o in missed], [getattr(o, kind) for o in missed], 40,
+        one.scatter([o.predicted for o in missed], [o.observed for o in missed], 40,
                     marker="x", color="black", label="a miss", zorder=3)  # fmt: skip
-        _diagonal(one)
-        one.set_xlabel("predicted change of the logit gap")
-    axes[0].set(title="attention frozen", ylabel="observed change")
-    axes[1].set(title="attention recomputed")
-    axes[0].legend()
+        one.set(title=name, xlabel="predicted change of the gap")
+    low = min(min(o.predicted, o.observed) for some in sorts.values() for o in some)
+    for one in axes[0]:
+        one.plot([low, 0], [low, 0], color="0.6", linestyle="--", marker="", zorder=0)
+    axes[0, 0].set_ylabel("observed change")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return picture
 
 
@@ -111,9 +114,6 @@ class InterventionExplorer:
             self.model, self.coders, q.prompt, factors, values=values, attention=attention
         )
         change = gap_change(self.model, q, result)
-        put_in = f", {len(values)} put in" if swap else ""
-        title = (
-            f"{told.step}: {len(told.nodes)} features × {factor:g}{put_in}; logit of "
-            f"{q.one.answer} less {q.other.answer}: {told.gap:.1f} → {told.gap + change:.1f}"
-        )
+        put_in = ", swapped" if swap else ""
+        title = f"{told.step} × {factor:g}{put_in}: gap {told.gap:.1f} → {told.gap + change:.1f}"
         return intervention_figure(result, title)

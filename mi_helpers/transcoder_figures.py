@@ -77,9 +77,9 @@ def rule(page: Page, layer: int, latent: int) -> Figure:
     left, right = picture.subplots(1, 2)
     count, share = page.features.count[latent], page.features.frequency[latent]
     read = top_tokens(page.model, reading_of(page.model, page.coder, layer, latent), SHOWN)
-    draw_bars(left, read, "fires for (embedding → encoder row)", "pre-activation, embedding alone")
+    draw_bars(left, read, "fires for (embedding → encoder)", "pre-activation, embedding alone")
     raised, _ = page.effects(latent, SHOWN)
-    draw_bars(right, raised, "writes (decoder row → unembedding)", "logit per unit of activation")
+    draw_bars(right, raised, "writes (decoder → unembedding)", "logit per unit of activation")
     picture.suptitle(
         f"layer {layer}, latent {latent}: fires {count:,} times, {share:.2%} of tokens"
     )
@@ -99,7 +99,7 @@ def virtual(pairs: ActivePairs, most: int = 4_000) -> Figure:
 
     Dunefsky and others 2024; Ameisen and others 2025, "Global Weights".
     """
-    picture, axes = plots.figure(12, 4.4, columns=3, sharex=True, sharey=True)
+    picture, axes = plots.figure(12, 4.4, columns=3, sharey=True)
     panels = {
         "at the same position\nvirtual weight": (pairs.gap == 0, pairs.virtual),
         "between positions\nvirtual weight": (pairs.gap > 0, pairs.virtual),

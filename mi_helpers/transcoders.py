@@ -55,6 +55,7 @@ SCOPE_L0 = (76, 65, 49, 54, 88, 87, 95, 70, 52, 72, 88, 5, 6, 8, 8, 8, 10, 12, 1
 SCOPE_L0 += (25, 37, 41)  # the lowest L0 of each layer's files: note the drop after layer 10
 
 TOGETHER = "all at once"
+MOST_NUMBERS = 2**27  # of latents by tokens that are computed at once
 
 Pairs = dict[int, tuple[Tensor, Tensor]]
 
@@ -366,6 +367,15 @@ def token_reading(model: LanguageModel, coder: SparseCoder, layer: int) -> Tenso
 
 
 @torch.no_grad()
+def first_words(model: LanguageModel, coder: SparseCoder, layer: int, among: int = 10) -> Tensor:
+    """The tokens that each latent reads most in `token_reading`, (latents, among), the first first;
+    some latents at a time, as the whole table of a large model has no room."""
+    x = model.part("ln2", layer)(model.W_E).float()
+    columns = coder.W_enc.split(max(1, MOST_NUMBERS // len(x)), dim=1)
+    return torch.cat([(x @ each).topk(among, dim=0).indices.T for each in columns]).cpu()
+
+
+@torch.no_grad()
 def reading_of(model: LanguageModel, coder: SparseCoder, layer: int, latent: int) -> Tensor:
     """`token_reading` of one latent, (d_vocab,)."""
     latent = int(coder.check_latents([latent]))
@@ -394,14 +404,13 @@ def own_tokens(page: Page, least: int = 10) -> dict[int, tuple[int, float]]:
 
 
 def foretold(page: Page, layer: int, among: int = 10) -> tuple[float, float]:
-    """Of the latents that fire in ten different texts, the share whose own token (`own_tokens`) is
-    among the first `among` that `token_reading` gives; and the same with predictions exchanged
-    between latents, which is the control."""
+    """(share, control): of the latents that fire in ten different texts, the share whose own token
+    (`own_tokens`) is among the first `among` that the embedding gives (`first_words`); and the same
+    with predictions exchanged between latents."""
     own = own_tokens(page)
     if not own:
         return float("nan"), float("nan")
-    first = token_reading(page.model, page.coder, layer).topk(among, dim=0).indices.T
-    first = first[list(own)].cpu().numpy()  # (latents, among)
+    first = first_words(page.model, page.coder, layer, among)[list(own)].numpy()
     token = np.array([token for token, _ in own.values()])[:, None]
     hits, control = ((each == token).any(1).mean() for each in (first, np.roll(first, 1, 0)))
     return float(hits), float(control)
@@ -411,9 +420,9 @@ def plainest(page: Page, layer: int) -> int:
     """A latent to begin with: of those that fire on one word only, which the embedding foretells
     first, the one whose decoder row raises one token farthest above the others."""
     own = own_tokens(page)
-    first = token_reading(page.model, page.coder, layer).argmax(0).tolist()
+    first = first_words(page.model, page.coder, layer, 1)[:, 0].tolist()
     plain = [i for i, (token, share) in own.items() if share > 0.95 and first[i] == token]
-    plain = plain or list(own) or [0]
+    plain = (plain or list(own) or [0])[:200]
     effects = logit_effects(page.model, page.coder.W_dec[plain])
     return plain[int((effects.amax(1) / effects.std(1)).argmax())]
 
@@ -611,7 +620,8 @@ def as_published(
 
     Two things change. Its input is the normalised stream *without* the norm's gain, so the gain
     moves into the encoder: W_enc' = gain · W_enc. And it is JumpReLU, so the k largest of each row
-    become all above one threshold, which the rows x (rows, d_model) exceed k times on average.
+    become all above one threshold, which the rows x (rows, d_model) exceed k times on average; one
+    that is JumpReLU already keeps its thresholds.
 
     Raises:
         ValueError: a skip path, which Gemma Scope's transcoders have not.
@@ -619,9 +629,13 @@ def as_published(
     if coder.skip:
         raise ValueError("Gemma Scope's transcoders have no skip path: give one without.")
     gain = norm_gain(model.part("ln2", layer)).float()
-    pre = coder.encode_pre_act(x.float())
-    cut = pre.flatten().topk(coder.k * len(x)).values[-1].clamp(min=0)
-    place = folder / f"layer_{layer}" / f"width_{coder.d_latent}" / f"average_l0_{coder.k}"
+    if coder.activation == "jumprelu":
+        l0, threshold = round(mean_l0(coder, x)), coder.threshold.numpy()
+    else:
+        pre, l0 = coder.encode_pre_act(x.float()), coder.k
+        cut = pre.flatten().topk(l0 * len(x)).values[-1].clamp(min=0)
+        threshold = np.full(coder.d_latent, float(cut), np.float32)
+    place = folder / f"layer_{layer}" / f"width_{coder.d_latent}" / f"average_l0_{l0}"
     place.mkdir(parents=True, exist_ok=True)
     np.savez(
         place / "params.npz",
@@ -629,7 +643,7 @@ def as_published(
         b_enc=coder.b_enc.numpy(),
         W_dec=coder.W_dec.numpy(),
         b_dec=coder.b_dec.numpy(),
-        threshold=np.full(coder.d_latent, float(cut), np.float32),
+        threshold=threshold,
     )
     return place
 
@@ -799,8 +813,8 @@ def biases_alone(seed: int) -> float:
 
 
 def compounding(seed: int) -> float:
-    """Nats added by all transcoders at once, over the sum of what each adds alone."""
-    return shipped(seed)[TOGETHER, "transcoder"].added / sum(one_by_one(seed))
+    """Nats added by all transcoders at once, less the sum of what each adds alone."""
+    return shipped(seed)[TOGETHER, "transcoder"].added - sum(one_by_one(seed))
 
 
 @dataclass(frozen=True)

@@ -167,10 +167,14 @@ def test_pairs_that_fire_together_are_counted():
     assert transcoders.together(one, other, x, x, weights, n=2) == 0.5
 
 
-def test_reading_and_own_tokens(model, tmp_path):
+def test_reading_and_own_tokens(model, tmp_path, monkeypatch):
     coder = transcoders.load_transcoders()[0]
     table = transcoders.token_reading(model, coder, 0)
     assert table.shape == (model.d_vocab, coder.d_latent)
+    first = transcoders.first_words(model, coder, 0, 3)
+    monkeypatch.setattr(transcoders, "MOST_NUMBERS", 100 * model.d_vocab)
+    assert torch.equal(transcoders.first_words(model, coder, 0, 3), first)
+    assert torch.equal(first[:, 0], (table - coder.b_enc).argmax(0))
     one = transcoders.reading_of(model, coder, 0, 5)
     assert torch.allclose(table[:, 5], one, atol=1e-4)
     top = transcoders.top_tokens(model, one, 3)
@@ -285,6 +289,8 @@ def test_published_form_reads_without_the_gain_and_computes_the_same(tmp_path):
     again = transcoders.of_mlp_in(model, loaded, 1)
     assert torch.allclose(again(x), coder(x), atol=1e-3)
     assert transcoders.of_mlp_in(model, again, 1) is again
+    place = transcoders.as_published(model, again, 1, x, tmp_path / "transcoders" / "twice")
+    assert torch.allclose(SparseCoder.load(place)(bare), coder(x), atol=1e-3)
     with pytest.raises(ValueError, match="no skip path"):
         transcoders.as_published(model, random_coder(skip=True), 1, x, tmp_path)
 

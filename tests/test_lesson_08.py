@@ -8,6 +8,7 @@ from mi_helpers import stories, tracing_figures
 from mi_helpers import tracing_lab as lab
 from mi_helpers.circuits import LocalReplacement, attribution_graph
 from mi_helpers.coders import SparseCoder
+from mi_helpers.graph_figures import GraphExplorer
 from mi_helpers.graphs import (
     EMBEDDING,
     ERROR,
@@ -21,6 +22,7 @@ from mi_helpers.graphs import (
 from mi_helpers.models import load_model
 from mi_helpers.plots import render
 from mi_helpers.tinyworld import lexicon
+from mi_helpers.transcoders import coders_for
 from mi_helpers.widgets import corners
 
 
@@ -235,7 +237,8 @@ def test_a_step_is_judged_by_sentences_that_share_nothing_else(shipped):
     steps = stories.Steps(shipped, {0: coder}, reading)
     q = lab.Question(asked["mine"], asked["rome"])
     assert steps.latents(q, "country") == {(0, 2)}
-    assert steps.latents(q, "this country and this question") == {(0, 1)}
+    assert steps.latents(q, "pair") == {(0, 1)}
+    assert steps.latents(q, "country or pair") == {(0, 1), (0, 2)}
     # of the 24 rows about other countries, 4 ask for a capital: a lift of 6 for latent 3
     assert steps.latents(q, "asked") == {(0, 3)}
     with pytest.raises(ValueError, match="A step is one of"):
@@ -277,8 +280,11 @@ def test_a_story_is_told_by_rule_and_tested(shipped, coders, labels):
     )
     with pytest.raises(ValueError, match="No feature"):
         stories.tell(shipped, coders, q, {(0, -1): "nothing"})
-    figure = tracing_figures.prediction_figure(outcomes)
-    assert len(figure.axes) == 2
+    assert stories.hit_table({"a": outcomes}).count("\n") == 2
+    assert len(tracing_figures.prediction_figure({"a": outcomes, "b": outcomes}).axes) == 2
+    seen = stories.share_of_gap(shipped, coders, [story], "suppress")
+    assert seen == pytest.approx(outcomes[0].observed / story.gap)
+    assert abs(stories.random_share(shipped, coders, [story])) < 10
 
 
 def test_a_swap_gives_shared_features_the_partners_activation(shipped, coders, steps):
@@ -309,7 +315,7 @@ def test_single_features_obey_their_edges_where_all_else_is_held(shipped, coders
     data = stories.singles(shipped, coders, asked, most=3, others=2)
     assert data.direct.shape == (5,)
     assert np.allclose(data.direct, data.held, atol=1e-3)
-    assert -1 <= data.correlation() <= 1
+    assert -1 <= data.correlation() <= 1 and 0 <= data.right_sign(0.0) <= 1
     assert len(tracing_figures.singles_figure(data).axes) == 3
 
 
@@ -331,6 +337,20 @@ def test_the_explorer_draws_every_corner(shipped, coders, steps):
         tracing_figures.InterventionExplorer(shipped, coders, {})
 
 
+def test_the_viewer_of_the_lesson_draws_or_says_why_not(shipped):
+    coders = coders_for(shipped, range(shipped.n_layers))
+    q = lab.unseen_hops(shipped, 1, seed=0)[0]
+    viewer = GraphExplorer({"a": lab.question_graph(shipped, coders, q)}, most_edges=150)
+    thresholds = {"node_threshold": (0.1, 0.95, 0.05), "edge_threshold": (0.5, 0.99, 0.01)}
+    drawn = 0
+    for values in corners(prompt=["a"], **thresholds):
+        try:
+            drawn += render(viewer(**values))[:4] == b"\x89PNG"
+        except ValueError as error:
+            assert "no feature is left" in str(error)
+    assert drawn >= 3 and viewer("a", 0.65, 0.9)
+
+
 # -- controls ----------------------------------------------------------------------------------
 
 
@@ -348,6 +368,15 @@ def test_scores_of_graphs_and_controls(shipped, coders):
     assert tuple(table) == lab.CONDITIONS
     assert all(((v >= 0) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
     assert len(tracing_figures.score_figure(table).axes) == 2
+
+
+def test_repeated_words_are_questions_too(shipped):
+    made = lab.repeated(shipped, 2, seed=0)
+    assert len(made) == 2
+    for q in made:
+        words = q.prompt.split()
+        assert words.index(q.one.answer) == words.index(words[-1]) + 1
+        assert shipped.tokens(q.prompt).shape == shipped.tokens(q.other.prompt).shape
 
 
 def test_the_partners_attention_changes_the_answer_by_what_it_is_measured(shipped):
