@@ -5,7 +5,7 @@
     labels = latent_labels(model, coders, read_sentences(model))
     graph = question_graph(model, coders, asked[0], labels)
     by_label(graph)                                    # what each label adds to answer less rival
-    score_table(model, coders, [q.prompt for q in asked])
+    score_table(model, coders, [graph])                # its scores, and those of three controls
 
 The engine is `mi_helpers.circuits` and `graphs`. What a graph predicts of an intervention, and
 whether it happens, is in `mi_helpers.stories`.
@@ -536,18 +536,17 @@ CONDITIONS = ("the graph", "decoders exchanged", "untrained model", "edges dealt
 
 
 def score_table(
-    model: LanguageModel, coders: Coders, prompts: Sequence[str], seed: int = 0
+    model: LanguageModel, coders: Coders, whole: Sequence[Graph], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """{condition: (prompts, 2)}: replacement and completeness score of each prompt's whole graph,
-    and of three controls (`CONDITIONS`)."""
+    """{condition: (graphs, 2)}: replacement and completeness score of each of these whole graphs,
+    and of three controls on the same prompts (`CONDITIONS`)."""
     exchanged, blank = shuffled(coders, seed), untrained(model, seed)
     rows: dict[str, list] = {name: [] for name in CONDITIONS}
-    for i, prompt in enumerate(prompts):
-        graph = attribution_graph(model, coders, prompt, max_features=MOST_FEATURES)
+    for i, graph in enumerate(whole):
         made = (
             graph,
-            attribution_graph(model, exchanged, prompt, max_features=MOST_FEATURES),
-            attribution_graph(blank, coders, prompt, max_features=MOST_FEATURES),
+            attribution_graph(model, exchanged, graph.prompt, max_features=MOST_FEATURES),
+            attribution_graph(blank, coders, graph.prompt, max_features=MOST_FEATURES),
             random_graph(graph, seed + i),
         )
         for name, each in zip(CONDITIONS, made, strict=True):

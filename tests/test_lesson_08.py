@@ -364,7 +364,8 @@ def test_exchanged_decoders_keep_what_fires(coders):
 
 
 def test_scores_of_graphs_and_controls(shipped, coders):
-    table = lab.score_table(shipped, coders, [lab.questions(shipped, 1, seed=1)[0].prompt])
+    graph = lab.question_graph(shipped, coders, lab.questions(shipped, 1, seed=1)[0])
+    table = lab.score_table(shipped, coders, [graph])
     assert tuple(table) == lab.CONDITIONS
     assert all(((v >= 0) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
     assert len(tracing_figures.score_figure(table).axes) == 2
