@@ -160,7 +160,7 @@ def printable(token: str) -> str:
 
 
 def firing_map(model: LanguageModel, coder, site: Key, text: str, n: int = 12) -> Figure:
-    """Which latents fire where in a text: the n that fire most strongly, by token.
+    """Which latents fire where in a text: the n that fire most, summed over it, by token.
 
     Raises:
         ValueError: the text is empty or too long.
@@ -171,7 +171,7 @@ def firing_map(model: LanguageModel, coder, site: Key, text: str, n: int = 12) -
         (x,) = read_sites(model, ids, [site])
         index, value = coder.encode_sparse(x[0, first:].float())
     table = torch.zeros(len(index), coder.d_latent).scatter_(1, index.cpu(), value.cpu())
-    chosen = table.max(0).values.topk(min(n, coder.d_latent)).indices
+    chosen = table.sum(0).topk(min(n, coder.d_latent)).indices
     chosen = chosen[table[:, chosen].max(0).values > 0]
     if not len(chosen):
         raise ValueError("No latent fires anywhere in this text: try another one.")

@@ -182,6 +182,23 @@ def frontier(rows: Sequence[dict]) -> Figure:
 
 
 @style()
+def splitting(rows: Sequence[dict], k: int) -> Figure:
+    """How many latents belong to a topic, on average over the topics, as the width doubles.
+
+    Bricken and others 2023: feature splitting.
+    """
+    line = sorted(select(rows, activation="topk", k=k, seed=0), key=lambda row: row["width"])
+    picture, axes = figure(8, 3.6)
+    widths = [row["width"] for row in line]
+    axes.plot(widths, [row["latents_per_topic"] for row in line])
+    axes.set(xscale="log", xlabel="latents", ylabel="per topic", title=f"Splitting, k = {k}")
+    axes.set_xticks(widths, [str(width) for width in widths])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    return picture
+
+
+@style()
 def scaling(rows: Sequence[dict], plane: Plane) -> Figure:
     """Normalised MSE over the width, one line per k, log-log; dashed, the plane that was fitted.
 

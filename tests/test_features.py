@@ -453,5 +453,10 @@ def test_a_text_shows_which_latents_fire_where(model, real):
     held, coder, _ = real
     figure = feature_figures.firing_map(model, coder, held.source, "the cat sat on the mat")
     assert figure.axes
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ids = model.tokens("the cat sat on the mat")
+    _, cache = model.run_with_cache(ids, held.source)
+    total = coder.encode(cache[held.source][0, 1:].float()).sum(0)  # without BOS
+    assert names == [f"latent {int(i)}" for i in total.topk(len(names)).indices]
     with pytest.raises(ValueError, match="empty"):
         feature_figures.firing_map(model, coder, held.source, "")

@@ -281,6 +281,7 @@ def test_figures_draw():
     filters = {"one": directions(10, 16), "two": directions(7, 16)}
     for figure in (
         sae_figures.frontier(rows),
+        sae_figures.splitting(rows, sae_lab.K),
         sae_figures.scaling(rows, plane),
         sae_figures.filter_panels(filters, columns=4),
         sae_figures.filter_map(filters),
