@@ -324,8 +324,8 @@ def keep_plan(folder: Path, plan: dict, processes: Processes) -> None:
         if differ:
             key = differ[0]
             raise RunError(
-                f"{folder} holds a harvest with another {key}: {before.get(key)}, not {plan[key]}. "
-                "Choose a new folder, or the same settings to go on with it."
+                f"{folder} holds a harvest with the setting {key} = {before.get(key)}, not "
+                f"{plan[key]}. Choose a new folder, or the same settings to go on with it."
             )
     processes.wait()
     if processes.first:

@@ -359,6 +359,13 @@ def fit_plane(width, k, y) -> Plane:
     return Plane(*(float(each) for each in found), float(1 - left))
 
 
+def width_slope(rows: Sequence[dict], k: int) -> float:
+    """The slope of log nMSE over log width, of the table's TopK runs at one k."""
+    runs = select(rows, activation="topk", k=k, seed=0)
+    width, error = (np.log([row[name] for row in runs]) for name in ("width", "nmse"))
+    return float(np.polyfit(width, error, 1)[0])
+
+
 def at_equal_l0(l0: float, curve: Mapping[float, float]) -> float:
     """The value of a curve {L0: value} at an L0, between its points along log L0.
 

@@ -162,6 +162,11 @@ class Steps:
         pair = self.favour(one.country, elsewhere & same) - country
         return pair if step == "pair" else country | pair
 
+    @lru_cache(maxsize=32)  # noqa: B019
+    def graph(self, question: Question) -> Graph:
+        """The graph of a question, kept for a while."""
+        return question_graph(self.model, self.coders, question)
+
     def favour(self, concept: str, rows: np.ndarray) -> frozenset[tuple[int, int]]:
         """The (layer, latent) that favour a concept on these rows (booleans)."""
         if concept not in self.reading.concepts:
@@ -182,9 +187,8 @@ class Steps:
     def story(self, question: Question, step: str) -> Story:
         """The story that a question goes through this step. The swap puts in the same step of the
         partner's graph."""
-        graph = question_graph(self.model, self.coders, question)
         turned = question.turned()
-        other = question_graph(self.model, self.coders, turned)
+        graph, other = self.graph(question), self.graph(turned)
         one = question.one
         name = {"country": one.country, "asked": one.asks}.get(step, f"{step} of {one.country}")
         nodes = self.nodes(graph, question, step)

@@ -488,19 +488,18 @@ def logit_gap(graph: Graph, change: Tensor | None = None) -> float:
 def worth(graph: Graph) -> Tensor:
     """What each node adds to the gap between the two logits, over all paths, (n,).
 
-    Walks from the logits back: a feature passes on the share of its value that the node makes up.
-    Taking the node away alone changes the gap by minus this much, as the graph sees it.
+    Seen from the logits: worth_s = Σ_t edge(s → t) · (worth_t / value_t), where a logit counts as 1
+    or -1, and a feature passes on the share of its value that the node makes up. Taking the node
+    away alone changes the gap by minus this much, as the graph sees it.
     """
-    edges = graph.adjacency.double()
+    edges, passes = graph.adjacency.double(), graph.mask(FEATURE)
     first, second = graph.mask(LOGIT).nonzero()[:2, 0].tolist()
-    weight, total = torch.zeros(len(graph)).double(), torch.zeros(len(graph)).double()
-    weight[first], weight[second] = 1.0, -1.0
-    feature = graph.mask(FEATURE).tolist()
-    for i in reversed(range(first)):
-        total[i] = edges[i + 1 :, i] @ weight[i + 1 :]
-        if feature[i]:
-            weight[i] = total[i] / graph.values[i].double()
-    return total.float()
+    share = torch.where(passes, 1 / graph.values.double(), 0.0)
+    direct = edges[first] - edges[second]
+    total = torch.linalg.solve_triangular(
+        -(edges * share[:, None]).T, direct[:, None], upper=True, unitriangular=True
+    )
+    return total[:, 0].float()
 
 
 def by_label(graph: Graph) -> dict[str, float]:

@@ -240,7 +240,7 @@ def test_a_harvest_of_another_model_is_said(held, model):
 
 
 def test_a_folder_with_another_harvest_is_said(held, model, source):
-    with pytest.raises(RunError, match="holds a harvest with another context: 12, not 10"):
+    with pytest.raises(RunError, match="holds a harvest with the setting context = 12, not 10"):
         again = SMALL | {"context": 10}
         harvest(model, source, held.folder, ("resid_post", 1), tokens=1_000, **again)
 

@@ -217,6 +217,15 @@ def test_a_plane_in_logarithms_is_found_again():
     )
 
 
+def test_the_slope_in_width_is_of_one_k():
+    common = {"activation": "topk", "seed": 0}
+    rows = [common | {"width": w, "k": 4, "nmse": 5 * w**-0.5} for w in (100, 200, 800)]
+    rows += [common | {"width": w, "k": 8, "nmse": 1.0} for w in (100, 200)]
+    rows += [row | {"seed": 1, "nmse": 1.0} for row in rows]
+    assert sae_lab.width_slope(rows, 4) == pytest.approx(-0.5)
+    assert sae_lab.width_slope(rows, 8) == pytest.approx(0)
+
+
 def test_curves_are_read_between_their_points():
     assert sae_lab.at_equal_l0(4, {2: 1.0, 8: 3.0}) == pytest.approx(2)
     with pytest.raises(ValueError, match="from L0 2.0 to 8.0, not to 9.0"):
