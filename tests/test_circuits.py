@@ -264,7 +264,7 @@ def test_edges_sum_exactly_and_both_methods_agree(model, bos_is_bias, record_pro
     """The claim of the whole module: value = Σ edges + bias, to 1e-4, relative and absolute."""
     options = {"bos_is_bias": bos_is_bias, "targets": [5, 30, 8]}
     graph = attribution_graph(model, random_coders(model), IDS, **options)
-    record_property("edge error", graph.edge_error)
+    record_property("edge error", str(graph.edge_error))
     assert graph.edge_error.absolute < 1e-4
     assert graph.edge_error.scaled < 1e-5
     assert (graph.mask(FEATURE).sum() > 100) and (graph.adjacency != 0).sum() > 5_000
