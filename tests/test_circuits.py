@@ -497,7 +497,7 @@ def test_the_edges_of_tiny_gemma_sum(tiny, record_property):
     """1,152 latents, 16 of them at each token, in every layer: random ones, the hardest case."""
     coders = [random_coder(144, 1152, seed=i, activation="topk", k=16) for i in range(6)]
     graph = attribution_graph(tiny, coders, TEXT)
-    record_property("edge error", graph.edge_error)
+    record_property("edge error", str(graph.edge_error))
     assert int(graph.mask(FEATURE).sum()) == 6 * 16 * (len(graph.tokens) - 1)
     assert graph.edge_error.absolute < 1e-4 and graph.edge_error.relative < 1e-4
     logits = tiny(TEXT)[0, -1]
