@@ -12,6 +12,7 @@ memory is its own too. The tables go to benchmarks/results and, between markers,
 
 import argparse
 import csv
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
@@ -204,7 +205,8 @@ class DictionaryLearning:
     rate, scale = 1e-3, 1.0
 
     def __init__(self, size: Size, x: Tensor, steps: int, rate: float | None = None):
-        if importlib.util.find_spec("nnsight") is None:  # imported for its harvest, not used here
+        if "nnsight" not in sys.modules and importlib.util.find_spec("nnsight") is None:
+            # imported for its harvest, which is not used here
             sys.modules["nnsight"] = types.SimpleNamespace(LanguageModel=object)
         from dictionary_learning.trainers.top_k import TopKTrainer
 
