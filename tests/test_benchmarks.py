@@ -46,7 +46,8 @@ def test_how_many_times_faster_by_hand():
         | ({} if medium is None else {"ms, medium": medium})
         for name, (medium, high) in SPEEDS.items()
     ]
-    (only,) = coder_bench.speed_table("small", rows)
+    failed = {"size": "small", "contender": "SAELens"}
+    (only,) = coder_bench.speed_table("small", [*rows, failed])
     assert only["against"] == "plain dense" and only["wanted, as it comes"] == 8
     assert only["times faster, same float32 product"] == 8.0
     assert only["times faster, as it comes"] == 10.0
