@@ -78,7 +78,7 @@ def optimizers(model, peak: float) -> list[torch.optim.Optimizer]:
 
     Muon orthogonalises each matrix's momentum (Jordan et al. 2024), scaled so that its updates are
     as large as AdamW's (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2); induction
-    then forms after two thirds of the steps that AdamW alone needs. Not for the MLPs: the more Muon,
+    then forms after two thirds of the steps that AdamW alone needs. Not for the MLPs: the more Muon
     the more single neurons stand for topics (median F1 of each topic's best neuron: 0.81 with all
     matrices, 0.63 with attention's, 0.28 with none), which larger models hardly show.
     """
