@@ -18,7 +18,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 
 from mi_helpers import coder_files
 from mi_helpers.coders import SparseCoder, explained_variance
+from mi_helpers.durable import put_between
 from mi_helpers.models import load_model
 from mi_helpers.sparse_products import (
     Products,
@@ -678,11 +678,7 @@ def markdown(folder: Path = RESULTS) -> str:
 
 def update_readme(path: Path = README, folder: Path = RESULTS) -> bool:
     """Put the tables between the markers; False where there are none."""
-    text = path.read_text("utf-8")
-    found = re.search(re.escape(BEGIN) + ".*?" + re.escape(END), text, flags=re.DOTALL)
-    if found:
-        path.write_text(text.replace(found[0], markdown(folder)), "utf-8", newline="\n")
-    return bool(found)
+    return put_between(path, BEGIN, END, markdown(folder))
 
 
 def machine() -> str:

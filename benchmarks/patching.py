@@ -13,7 +13,6 @@ import argparse
 import copy
 import csv
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mi_helpers import patching, restart
 from mi_helpers.architecture import empty_gemma2_2b, materialize
+from mi_helpers.durable import put_between
 from mi_helpers.models import DATA, LanguageModel, load_model
 from mi_helpers.patching import (
     HEAD_SITES,
@@ -391,11 +391,7 @@ def markdown(folder: Path = RESULTS) -> str:
 
 def update_readme(path: Path = README, folder: Path = RESULTS) -> bool:
     """Put the tables between the markers; False where there are none."""
-    text = path.read_text("utf-8")
-    found = re.search(re.escape(BEGIN) + ".*?" + re.escape(END), text, flags=re.DOTALL)
-    if found:
-        path.write_text(text.replace(found[0], markdown(folder)), "utf-8", newline="\n")
-    return bool(found)
+    return put_between(path, BEGIN, END, markdown(folder))
 
 
 def main(argv: list[str]) -> int:

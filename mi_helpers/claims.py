@@ -14,7 +14,6 @@ import csv
 import importlib
 import io
 import math
-import os
 import re
 import statistics
 import sys
@@ -22,6 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+
+from mi_helpers.durable import put_between, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "data" / "claims.csv"
@@ -1111,9 +1112,7 @@ def write(rows: Iterable[dict[str, str]], path: Path = LEDGER) -> None:
     table = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(stream.getvalue(), "utf-8", newline="\n")
-    os.replace(temporary, path)
+    write_text(path, stream.getvalue())
 
 
 def problems(rows: list[dict[str, str]], claims: list[Claim] | None = None) -> list[str]:
@@ -1195,22 +1194,9 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join([BEGIN, "", *lines, "", END])
 
 
-def in_readme(text: str) -> str | None:
-    """The part of a README from the first marker to the second; None where they are missing."""
-    found = re.search(re.escape(BEGIN) + ".*?" + re.escape(END), text, flags=re.DOTALL)
-    return found[0] if found else None
-
-
 def update_readme(rows: list[dict[str, str]], path: Path = README) -> bool:
-    """Put the table between the markers, atomically; False where there are none."""
-    text = path.read_text("utf-8") if path.is_file() else ""
-    old = in_readme(text)
-    if old is None:
-        return False
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text.replace(old, markdown(rows)), "utf-8", newline="\n")
-    os.replace(temporary, path)
-    return True
+    """Put the table between the README's markers; False where there are none."""
+    return put_between(path, BEGIN, END, markdown(rows))
 
 
 def main(argv: list[str]) -> int:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,6 +71,22 @@ def why_not_written(path: Path, error: BaseException) -> str:
 def write_text(path: Path, text: str) -> None:
     """A text file, atomically."""
     write_atomically(path, lambda to: to.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def between(text: str, begin: str, end: str) -> str | None:
+    """The part of a text from one marker to the other, markers included; None without them."""
+    found = re.search(re.escape(begin) + ".*?" + re.escape(end), text, flags=re.DOTALL)
+    return found[0] if found else None
+
+
+def put_between(path: Path, begin: str, end: str, new: str) -> bool:
+    """Put `new`, markers included, in the place of what stands between them; False without them."""
+    text = path.read_text("utf-8") if path.is_file() else ""
+    old = between(text, begin, end)
+    if old is None:
+        return False
+    write_text(path, text.replace(old, new))
+    return True
 
 
 def write_json(path: Path, value) -> None:

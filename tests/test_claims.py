@@ -7,6 +7,7 @@ import pytest
 from mi_helpers import claims
 from mi_helpers.__main__ import main
 from mi_helpers.claims import FAILS, HOLDS, UNMEASURED, Claim
+from mi_helpers.durable import between
 
 ROWS = claims.read()
 FAST = [claim for claim in claims.CLAIMS if claim.fast]
@@ -54,10 +55,7 @@ def test_one_seed_measured_again_agrees_with_the_ledger(each):
 
 
 def test_the_readme_shows_the_ledger_as_it_is():
-    text = claims.README.read_text("utf-8") if claims.README.is_file() else ""
-    shown = claims.in_readme(text)
-    if shown is None:
-        pytest.skip("README.md has no markers for the ledger")
+    shown = between(claims.README.read_text("utf-8"), claims.BEGIN, claims.END)
     assert shown == claims.markdown(ROWS)
 
 
@@ -183,7 +181,7 @@ def test_the_table_goes_between_the_markers(ledger, tmp_path):
     assert claims.update_readme(rows, readme)
     text = readme.read_text("utf-8")
     assert text.startswith("# T\n\n") and text.endswith("\n\nend\n") and "OUTDATED" not in text
-    assert claims.in_readme(text) == claims.markdown(rows)
+    assert between(text, claims.BEGIN, claims.END) == claims.markdown(rows)
     assert "| 77 | Half of one | derived: 1/2 | 1/2 | 0.510 ± 0.01 | 3 | ± 0.02 | holds |" in text
 
 
