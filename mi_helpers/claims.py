@@ -322,7 +322,7 @@ CLAIMS = [
     Claim(
         3,
         "skew-heads-side-effect",
-        "The same without the four heads that carry most of the skew",
+        "The same without the heads that carry more than a tenth of the skew each",
         "measured in the lesson",
         "",
         ">= 1",
@@ -451,7 +451,7 @@ CLAIMS = [
     Claim(
         5,
         "phase-change",
-        "Share of the induction score's rise in the steepest twentieth of training (shipped log)",
+        "Share of the induction score's rise in the steepest tenth of training (shipped log)",
         "Olsson et al. 2022, In-context Learning and Induction Heads, phase change",
         "",
         ">= 0.6",

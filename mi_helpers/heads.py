@@ -13,6 +13,7 @@ head's name describes what it does on one kind of text; it is not what the head 
 from __future__ import annotations
 
 import csv
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -424,23 +425,47 @@ def effective_embedding(model: LanguageModel, ids: Tensor, depth: int = 1) -> Te
 
 
 @torch.no_grad()
-def ov_circuit(model: LanguageModel, head: Head, ids: Tensor) -> Tensor:
+def ov_circuit(
+    model: LanguageModel, head: Head, ids: Tensor, through: Sequence[Head] = ()
+) -> Tensor:
     """What a head adds to the logit of each token when it attends to each token, (from, to):
 
         normed stream of token a · W_V W_O · gains · W_U[:, b]
 
     up to one positive factor per row and, as a softmax does not see it, one number per row: rows
-    are centred on 0. The stream is `effective_embedding` (the bare embedding for layer 0).
+    are centred on 0. The stream is `effective_embedding` (the bare embedding for layer 0), or with
+    `through` what those earlier heads write when they attend to the token: two links of a chain.
+
+    Raises:
+        ModelError: none of the heads in `through` comes before this one.
     """
     layer, h = head
-    stream = effective_embedding(model, ids, min(layer, 1))
-    read = model.part("ln1", layer)(stream).float()
-    value = read @ model.weight("W_V", layer)[h * model.n_kv_heads // model.n_heads].float()
-    written = value @ writing(model, layer)[h]
+    if through:
+        before = [each for each in through if each[0] < layer]
+        if not before:
+            names = ", ".join(map(head_name, through))
+            raise ModelError(f"{head_name(head)} reads nothing of {names}: it is not after them.")
+        stream = sum(_written(model, each, ids) for each in before)
+    else:
+        stream = effective_embedding(model, ids, min(layer, 1))
+    written = _moved(model, head, stream)
     final = model.ln_final
     unembed = _centred(final, norm_gain(final).float()[:, None] * model.W_U[:, ids].float(), 0)
     logits = written @ unembed
     return logits - logits.mean(1, keepdim=True)
+
+
+def _moved(model: LanguageModel, head: Head, stream: Tensor) -> Tensor:
+    """What a head writes when it attends to each row of a stream (tokens, d_model)."""
+    layer, h = head
+    value = model.part("ln1", layer)(stream).float()
+    value = value @ model.weight("W_V", layer)[h * model.n_kv_heads // model.n_heads].float()
+    return value @ writing(model, layer)[h]
+
+
+def _written(model: LanguageModel, head: Head, ids: Tensor) -> Tensor:
+    """What a head writes when it attends to each token, (tokens, d_model)."""
+    return _moved(model, head, effective_embedding(model, ids, min(head[0], 1)))
 
 
 def copying(logits: Tensor) -> dict[str, float]:
@@ -464,9 +489,17 @@ def copying(logits: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def copying_map(model: LanguageModel, ids: Tensor) -> dict[str, Tensor]:
-    """`copying` of every head, {name: (n_layers, n_heads)}, for the tokens ids (tokens,)."""
-    each = [copying(ov_circuit(model, head, ids).cpu()) for head in all_heads(model)]
+def copying_map(
+    model: LanguageModel, ids: Tensor, through: Sequence[Head] = ()
+) -> dict[str, Tensor]:
+    """`copying` of every head, {name: (n_layers, n_heads)}, for the tokens ids (tokens,); with
+    `through`, of what these heads write, and NaN for the heads that are not after any of them."""
+    nothing = dict.fromkeys(("first", "last", "own", "trace"), math.nan)
+    first = min((layer for layer, _ in through), default=-1)
+    each = [
+        copying(ov_circuit(model, head, ids, through).cpu()) if head[0] > first else nothing
+        for head in all_heads(model)
+    ]
     shape = (model.n_layers, model.n_heads)
     return {name: torch.tensor([row[name] for row in each]).reshape(shape) for name in each[0]}
 
@@ -676,6 +709,9 @@ def induction_without_repetition(seed: int) -> float:
 
 
 def phase_change(seed: int) -> float:
-    """Share of the induction score's rise that falls into the steepest twentieth of training."""
+    """Share of the induction score's rise that falls into the steepest tenth of training.
+
+    The log's checkpoints are up to 7 % of the run apart, so that no shorter part can be told.
+    """
     log = training_log()
-    return steepest(log["step"], log["induction_head"], 0.05 * log["step"][-1])[2]
+    return steepest(log["step"], log["induction_head"], 0.1 * log["step"][-1])[2]

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
-from mi_helpers.heads import SCORES, Head, head_name, pattern_scores
+from mi_helpers.heads import SCORES, head_name, pattern_scores
 from mi_helpers.ioi import ROLES, Node
 from mi_helpers.models import LanguageModel, ModelError
 from mi_helpers.plots import (
@@ -27,7 +27,13 @@ from mi_helpers.plots import (
 )
 
 MOST_TOKENS = 48  # of a pattern that is drawn
-ROLE_MEANS = {"IO": "receiver", "S1": "giver", "S2": "giver again", "END": "the last word"}
+ROLE_MEANS = {
+    "IO": "receiver",
+    "S1": "giver",
+    "S2": "giver again",
+    "END-2": "two before",
+    "END": "the last word",
+}
 
 
 @style()
@@ -206,7 +212,7 @@ def formation(
 @style()
 def circuit_drawing(
     circuit: Sequence[Node],
-    given: Mapping[Head, str],
+    given: Mapping[Node, str],
     looks: Mapping[tuple[str, str], Sequence],
     n_layers: int,
     title: str = "",
@@ -216,7 +222,7 @@ def circuit_drawing(
 
     After Wang et al. 2022, Interpretability in the Wild, figure 2 (the circuit of GPT-2 small).
 
-    given  {head: its job}; looks: mean attention from a role to another, as `attention_by_role` has
+    given  {node: its job}; looks: mean attention from a role to another, as `attention_by_role` has
     it; an arrow is drawn for `least` of attention and more, and is as wide as there is attention.
     """
     nodes = sorted(circuit)
@@ -241,7 +247,7 @@ def circuit_drawing(
     for (layer, role), each in slots.items():
         for i, node in enumerate(each):
             place = levels[layer] + 0.75 * i
-            job = given.get(node[:2], "no name")
+            job = given.get(node, "no name")
             for (start, to), values in looks.items():
                 weight = float(as_array(values)[node[:2]])
                 if start == role and to in at and weight >= least:
@@ -289,9 +295,11 @@ def agreement_plot(
             label = "random subsets" if chosen else "all heads of one job"
             colour = OKABE_ITO[0 if chosen else 5]
             axes.plot(*points.T, look, linestyle="", color=colour, label=label, markersize=8)
-    for (name, (x, y)), is_plain in zip(pairs.items(), plain, strict=True):
-        if not is_plain:
-            axes.annotate(name, (x, y), xytext=(9, -4), textcoords="offset points")
+    named = sorted((y, x, name) for name, (x, y) in pairs.items() if not name.startswith("random "))
+    below = -np.inf
+    for y, x, name in named:  # names of neighbours stand one above the other
+        below = max(y, below + 0.06 * (high - low))
+        axes.annotate(name, (x, y), xytext=(x + 0.03, below), va="center")
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(low, high), ylim=(low, high))
     axes.legend(loc="upper left")
     return picture

@@ -29,7 +29,7 @@ from mi_helpers.patching import path_patch, path_patch_map
 from mi_helpers.probes import documents, token_at
 from mi_helpers.tinyworld import lexicon
 
-ROLES = ("IO", "S1", "S1+1", "S2", "END", "elsewhere")
+ROLES = ("IO", "S1", "S1+1", "S2", "END-2", "END", "elsewhere")
 Node = tuple[int, int, str]  # layer, head, role
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -137,7 +137,7 @@ def _one_prompt(model: LanguageModel, document, single: Mapping[str, int]) -> di
         return None
     first, s1 = (a, b) if document.latents["order"] == "ABB" else (b, a)
     role = [-1] + [ROLES.index("elsewhere")] * (io - 1)
-    for name, at in zip(ROLES, (first, s1, s1 + 1, s2, io - 1), strict=False):
+    for name, at in zip(ROLES, (first, s1, s1 + 1, s2, io - 3, io - 1), strict=False):
         role[at] = ROLES.index(name)
     return {
         "ids": whole[:io],
@@ -483,6 +483,8 @@ LOOKS = (  # (from, to): which attention is measured
     ("END", "IO"),
     ("END", "S1"),
     ("END", "S2"),
+    ("END", "END-2"),
+    ("END-2", "S2"),
     ("S2", "S1"),
     ("S2", "S1+1"),
     ("S1+1", "S1"),
@@ -498,53 +500,70 @@ def attention_by_role(task: Task) -> dict[tuple[str, str], Tensor]:
     return {(q, k): by_row[rows, :, :, at[q], at[k]].mean(0) for q, k in LOOKS}
 
 
-JOBS = {  # in the order in which they are given
-    "name mover": "END attends to IO rather than S1, and the head copies",
-    "negative mover": "END attends to IO rather than S1, and the head suppresses",
-    "candidates": "END attends to IO and S1 alike, and the head copies: it brings both names",
-    "excluder": "END attends to S2, the giver, and the head suppresses: not this one",
-    "giver's reader": "END attends to S2, and the head does not suppress (GPT-2: S-inhibition)",
-    "duplicate token": "S2 attends to S1",
-    "induction": "S2 attends to S1+1",
-    "previous token": "S1+1 attends to S1",
+JOBS = {  # in the order in which they are given: the role at which a head has it, and what it is
+    "name mover": ("END", "attends to IO rather than S1, and copies"),
+    "negative mover": ("END", "attends to IO rather than S1, and suppresses"),
+    "candidates": ("END", "attends to IO and S1 alike, and copies: it brings both names"),
+    "excluder": (
+        "END",
+        "attends to S2, or to what a courier has brought to END-2, and suppresses that name",
+    ),
+    "giver's reader": ("END", "attends to S2 and does not suppress (GPT-2: S-inhibition)"),
+    "courier": ("END-2", "attends to S2, and copies: it brings the giver's name to this place"),
+    "duplicate token": ("S2", "attends to S1"),
+    "induction": ("S2", "attends to S1+1"),
+    "previous token": ("S1+1", "attends to S1"),
 }
 
 
-def jobs(looks: Mapping[tuple[str, str], Tensor], own: Tensor, least: float = 0.3) -> dict:
-    """{(layer, head): its job of `JOBS`, by score thresholds}; heads without one are left out.
+def couriers(looks: Mapping[tuple[str, str], Tensor], own: Tensor, least: float = 0.3) -> list:
+    """The heads that bring the giver's name to END-2, as `jobs` has it."""
+    found = (looks["END-2", "S2"] >= least) & (own.to(looks["END-2", "S2"]) >= 1)
+    return [tuple(head) for head in found.nonzero().tolist()]
+
+
+def jobs(
+    looks: Mapping[tuple[str, str], Tensor], own: Tensor, relayed: Tensor, least: float = 0.3
+) -> dict[Node, str]:
+    """{(layer, head, role): its job of `JOBS` there, by score thresholds}.
 
     Args:
         looks: `attention_by_role`.
         own: (n_layers, n_heads), the "own" score of `heads.copying` for the names' tokens: a head
             copies from 1 on and suppresses from -1 down (standard deviations of a row).
+        relayed: the same for what `couriers` write; NaN counts as nothing.
         least: attention that counts; for two targets together, twice as much.
     """
-    io, s1, s2 = (looks["END", role] for role in ("IO", "S1", "S2"))
-    own = own.to(io)
+    io, s1, s2, relay = (looks["END", role] for role in ("IO", "S1", "S2", "END-2"))
+    own, relayed = own.to(io), relayed.to(io)
     rather = io - s1 >= least
     both = (io + s1 >= 2 * least) & ((io - s1).abs() < least)
+    carries = torch.zeros_like(rather)
+    for head in couriers(looks, own, least):
+        carries[head] = True
     is_ = {
         "name mover": rather & (own >= 1),
         "negative mover": rather & (own <= -1),
         "candidates": both & (own >= 1),
-        "excluder": (s2 >= least) & (own <= -1),
+        "excluder": ((s2 >= least) & (own <= -1)) | ((relay >= least) & (relayed <= -1)),
         "giver's reader": (s2 >= least) & (own > -1),
+        "courier": carries,
         "duplicate token": looks["S2", "S1"] >= least,
         "induction": looks["S2", "S1+1"] >= least,
         "previous token": looks["S1+1", "S1"] >= least,
     }
-    found: dict[Head, str] = {}
-    for job in JOBS:
+    found: dict[Node, str] = {}
+    for job, (role, _) in JOBS.items():
         for layer, head in is_[job].nonzero().tolist():
-            found.setdefault((layer, head), job)
+            found.setdefault((layer, head, role), job)
     return dict(sorted(found.items()))
 
 
-def by_job(circuit: Iterable[Node], given: Mapping[Head, str]) -> dict[str, set[Node]]:
-    """The circuit's nodes by the job of their head; "no name" for the rest."""
+def by_job(circuit: Iterable[Node], given: Mapping[Node, str]) -> dict[str, set[Node]]:
+    """The circuit's nodes by their job; "no name" for the rest."""
     groups: dict[str, set[Node]] = {}
     for node in sorted(circuit):
-        groups.setdefault(given.get(node[:2], "no name"), set()).add(node)
+        groups.setdefault(given.get(node, "no name"), set()).add(node)
     return groups
 
 

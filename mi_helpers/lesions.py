@@ -299,16 +299,16 @@ class LesionLab:
 
 
 def strongest_dissociation(damage: Tensor) -> tuple[int, int, int, int]:
-    """The two parts and two skills (i, a, j, b) for which this is largest:
+    """The two parts and two skills (i, a, j, b) for which this is largest, both factors positive:
 
-        min(damage[i, a] - damage[i, b], damage[j, b] - damage[j, a])
+        (damage[i, a] - damage[i, b]) · (damage[j, b] - damage[j, a])
 
     So the lesion of i takes a and spares b, that of j takes b and spares a: Teuber's (1955) double
     dissociation. damage (parts, skills); what harms all skills alike scores nothing.
     """
     gap = damage[:, :, None] - damage[:, None, :]  # (parts, skills, skills)
-    best = gap.amax(0)
-    strength = torch.minimum(best, best.T)  # (skills, skills)
+    best = gap.amax(0).clamp(min=0)
+    strength = best * best.T  # (skills, skills)
     a, b = divmod(int(strength.argmax()), strength.shape[1])
     return int(gap[:, a, b].argmax()), a, int(gap[:, b, a].argmax()), b
 

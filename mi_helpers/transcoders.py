@@ -418,11 +418,13 @@ def foretold(page: Page, layer: int, among: int = 10) -> tuple[float, float]:
 
 def plainest(page: Page, layer: int) -> int:
     """A latent to begin with: of those that fire on one word only, which the embedding foretells
-    first, the one whose decoder row raises one token farthest above the others."""
+    first (and, if there are such, suffices for), the one whose decoder row raises one token
+    farthest above the others."""
     own = own_tokens(page)
     first = first_words(page.model, page.coder, layer, 1)[:, 0].tolist()
     plain = [i for i, (token, share) in own.items() if share > 0.95 and first[i] == token]
-    plain = (plain or list(own) or [0])[:200]
+    alone = [i for i in plain if reading_of(page.model, page.coder, layer, i)[own[i][0]] > 0]
+    plain = (alone or plain or list(own) or [0])[:200]
     effects = logit_effects(page.model, page.coder.W_dec[plain])
     return plain[int((effects.amax(1) / effects.std(1)).argmax())]
 

@@ -302,6 +302,28 @@ def test_the_ov_circuit_is_what_attending_to_a_token_adds_to_the_logits(gemma):
         assert torch.allclose(table[row], logits - logits.mean(), atol=1e-4)
 
 
+def test_a_chain_of_ov_circuits_reads_what_the_first_head_writes(gemma):
+    """Put what a head of layer 1 writes into the stream by hand, and let one of layer 2 read it."""
+    ids, first, (layer, h) = heads.word_ids(gemma), (1, 3), (2, 0)
+    table = heads.ov_circuit(gemma, (layer, h), ids, [first, (3, 1)])
+    for row, token in enumerate(ids.tolist()[:3]):
+        _, cache = gemma.run_with_cache(torch.tensor([[2, token]]), ["resid_pre", "v"])
+        brought = cache["v", 1][0, 1, first[1] // 2] @ gemma.weight("W_O", 1)[first[1]]
+        read = gemma.part("ln1", layer)(brought * (1 + gemma.part("ln1_post", 1).weight))
+        written = read @ gemma.weight("W_V", layer)[h // 2] @ gemma.weight("W_O", layer)[h]
+        written = written * (1 + gemma.part("ln1_post", layer).weight)
+        logits = (written * (1 + gemma.ln_final.weight)) @ gemma.W_U[:, ids]
+        assert torch.allclose(table[row], logits - logits.mean(), atol=1e-4)
+
+
+def test_a_chain_needs_an_earlier_head(gemma):
+    ids = heads.word_ids(gemma)
+    with pytest.raises(ModelError, match="L1H0 reads nothing of L1H3, L2H0: it is not after them"):
+        heads.ov_circuit(gemma, (1, 0), ids, [(1, 3), (2, 0)])
+    found = heads.copying_map(gemma, ids, [(1, 3)])["own"]
+    assert torch.isnan(found[:2]).all() and torch.isfinite(found[2:]).all()
+
+
 def test_the_qk_circuit_matches_where_queries_and_keys_are_one(gemma):
     ids = heads.word_ids(gemma)
     plain = heads.qk_circuit(gemma, (1, 0), ids, None)
@@ -356,7 +378,7 @@ def test_the_shipped_log_has_a_phase_change():
     assert (np.diff(steps) > 0).all() and log["induction_head"][-1] > 0.7
     assert heads.phase_change(0) > 0.6
     born = heads.reaches(steps, log["induction_head"])
-    assert abs(born - heads.reaches(steps, log["previous_token_head"])) < 0.05 * steps[-1]
+    assert heads.reaches(steps, log["previous_token_head"]) < born < 0.5 * steps[-1]
 
 
 # -- the shipped model ---------------------------------------------------------------------------

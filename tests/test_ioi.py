@@ -68,6 +68,7 @@ def test_prompts_are_aligned_and_named_by_role(shipped):
         assert torch.equal(prompts.ids[rows, prompts.at(role)], want)
     assert (prompts.at("S1+1") == prompts.at("S1") + 1).all()
     assert (prompts.at("END") == prompts.ids.shape[1] - 1).all()
+    assert (prompts.at("END-2") == prompts.at("END") - 2).all()
     first = prompts.at("IO") < prompts.at("S1")
     assert first.tolist() == [order == "ABB" for order in prompts.orders]
     assert (prompts.role[:, 0] == -1).all()
@@ -252,9 +253,27 @@ def test_jobs_by_thresholds():
     looks["S2", "S1"][1, 2] = 0.5
     looks["S2", "S1+1"][2, 0] = 0.5
     looks["S1+1", "S1"][2, 1] = 0.5
-    want = list(ioi.JOBS)
-    got = ioi.jobs(looks, own)
-    assert list(got.values()) == want and len(got) == 8 and (2, 2) not in got
+    looks["END-2", "S2"][0, 2] = 0.6  # one of the candidates carries the giver's name, too
+    looks["END", "END-2"][2, 1] = looks["END", "END-2"][2, 2] = 0.9
+    relayed = torch.full((3, 3), torch.nan)
+    relayed[2, 1], relayed[2, 2] = -2, 2
+    assert ioi.couriers(looks, own) == [(0, 2)]
+    got = ioi.jobs(looks, own, relayed)
+    assert got == {
+        (0, 0, "END"): "name mover",
+        (0, 1, "END"): "negative mover",
+        (0, 2, "END"): "candidates",
+        (0, 2, "END-2"): "courier",
+        (1, 0, "END"): "excluder",
+        (1, 1, "END"): "giver's reader",
+        (1, 2, "S2"): "duplicate token",
+        (2, 0, "S2"): "induction",
+        (2, 1, "END"): "excluder",
+        (2, 1, "S1+1"): "previous token",
+    }
+    assert {(role, job) for (_, _, role), job in got.items()} == {
+        (role, job) for job, (role, _) in ioi.JOBS.items()
+    }
 
 
 def test_parts_add_up_to_the_stream(task):
@@ -339,7 +358,7 @@ def test_its_circuit_is_small_faithful_and_better_than_chance():
 def test_the_circuit_can_be_drawn():
     model, circuit = ioi._found()
     looks = {pair: torch.rand(model.n_layers, model.n_heads) for pair in ioi.LOOKS}
-    given = dict.fromkeys([node[:2] for node in circuit], "candidates")
+    given = dict.fromkeys(circuit, "candidates")
     figure = heads_figures.circuit_drawing(circuit, given, looks, model.n_layers)
     assert plots.render(figure).startswith(b"\x89PNG")
     assert plots.render(heads_figures.circuit_drawing([], {}, looks, 6)).startswith(b"\x89PNG")
