@@ -414,10 +414,14 @@ def test_the_explorer_draws_every_corner(real):
         title = picture.axes[0].get_title(loc="left")
         shown[values["node_threshold"], values["edge_threshold"]] = int(title.split()[0])
         assert render(picture)[:4] == b"\x89PNG"
-    # in the last layer, features before the last position lead nowhere
+    # in the last layer, features before the last position lead nowhere; and next to no influence
+    # (here a millionth of all) may get lost in rounding
     last = len(real[2].tokens) - 1
     lead = [n for n in real[2].features() if n.layer < 5 or n.position == last]
-    assert 0 < shown[0.9, 1.0] < shown[1.0, 1.0] == len(lead)
+    weights = node_influence(real[2].adjacency, real[2].probabilities)
+    least = 1e-6 * float(weights.sum())
+    sure = sum(float(weights[real[2].index(n)]) > least for n in lead)
+    assert 0 < shown[0.9, 1.0] < sure <= shown[1.0, 1.0] <= len(lead)
     with pytest.raises(ValueError, match="no feature is left in the graph: raise them"):
         explorer("Colosseum", 0.0, 0.5)
     with pytest.raises(ValueError, match="There is no graph of 'Pantheon'"):
