@@ -58,8 +58,9 @@ def config(vocab_size: int = 3_840) -> Gemma2Config:
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up, a cosine down to a hundredth of the peak, and that for `TAIL` steps.
 
-    The tail is for probabilities that no single text shows: without it the largest error of the
-    40 occupations' pronouns was 0.051, with it 0.036.
+    The tail is for probabilities that no single text shows: the largest error of the 40
+    occupations' pronouns went from 0.051 to 0.036 in it, in phrasings that were trained on. In
+    unseen phrasings it did nothing for it (0.117 and 0.134).
     """
     if step < WARM_UP:
         return peak * (step + 1) / WARM_UP
