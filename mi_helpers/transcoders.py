@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import math
 import tempfile
 import time
 from collections import Counter
@@ -37,7 +38,7 @@ from mi_helpers.circuits import (
 )
 from mi_helpers.coders import SparseCoder, explained_variance
 from mi_helpers.feature_figures import Page
-from mi_helpers.features import collect, logit_effects
+from mi_helpers.features import collect, context, logit_effects
 from mi_helpers.harvest import batches, harvest
 from mi_helpers.lesions import Batch, family_losses, make_batch
 from mi_helpers.models import DATA, LanguageModel, load_model, norm_gain
@@ -416,17 +417,31 @@ def foretold(page: Page, layer: int, among: int = 10) -> tuple[float, float]:
     return float(hits), float(control)
 
 
+def next_tokens(page: Page, latent: int) -> list[int]:
+    """The ids of the tokens that come next where the latent fires most; a text's end has none."""
+    rows = (int(row) for row in page.features.top_row[latent] if row >= 0)
+    found = (context(page.held, row, str, around=1) for row in rows)
+    return [int(each.tokens[each.at + 1]) for each in found if each.at + 1 < len(each.tokens)]
+
+
+@torch.no_grad()
 def plainest(page: Page, layer: int) -> int:
     """A latent to begin with: of those that fire on one word only, which the embedding foretells
-    first (and, if there are such, suffices for), the one whose decoder row raises one token
-    farthest above the others."""
+    first (and, if there are such, suffices for), the one whose decoder row raises the words that
+    come next in the text farthest above the others."""
     own = own_tokens(page)
     first = first_words(page.model, page.coder, layer, 1)[:, 0].tolist()
     plain = [i for i, (token, share) in own.items() if share > 0.95 and first[i] == token]
     alone = [i for i in plain if reading_of(page.model, page.coder, layer, i)[own[i][0]] > 0]
     plain = (alone or plain or list(own) or [0])[:200]
     effects = logit_effects(page.model, page.coder.W_dec[plain])
-    return plain[int((effects.amax(1) / effects.std(1)).argmax())]
+    effects = (effects - effects.mean(1, keepdim=True)) / effects.std(1, keepdim=True)
+    after = [next_tokens(page, latent) for latent in plain]
+    raised = [
+        float(effect[ids].mean()) if ids else -math.inf
+        for effect, ids in zip(effects, after, strict=True)
+    ]
+    return plain[int(np.argmax(raised))]
 
 
 @dataclass(frozen=True)
@@ -926,9 +941,9 @@ def foretold_exchanged(seed: int) -> float:
 
 @functools.cache
 def written_at(seed: int, layer: int) -> Written:
-    """`written` for 40 firings of a layer's shipped transcoder."""
+    """`written` for 160 firings of a layer's shipped transcoder."""
     model = load_model("tiny-gemma")
-    ids = [each for each in text_ids(model, 800, 900 + seed) if len(each) > 3][:40]
+    ids = [each for each in text_ids(model, 6_000, 900 + seed) if len(each) > 3][:160]
     return written(model, load_transcoders()[layer], layer, ids, seed)
 
 

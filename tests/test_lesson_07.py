@@ -12,7 +12,7 @@ from mi_helpers import coder_files, sae_lab, transcoder_figures, transcoders
 from mi_helpers.circuits import LocalReplacement
 from mi_helpers.coders import SparseCoder
 from mi_helpers.feature_figures import Page
-from mi_helpers.features import collect
+from mi_helpers.features import collect, logit_effects
 from mi_helpers.harvest import harvest
 from mi_helpers.lesions import make_batch
 from mi_helpers.models import load_model, norm_gain
@@ -191,6 +191,13 @@ def test_reading_and_own_tokens(model, tmp_path, monkeypatch):
     own = transcoders.own_tokens(page)
     latent = transcoders.plainest(page, 0)
     assert latent in own and own[latent][0] in table[:, latent].topk(10).indices.tolist()
+    after = transcoders.next_tokens(page, latent)
+    effect = logit_effects(model, coder.W_dec[[latent]])[0]
+    assert np.isin(after, effect.topk(10).indices).mean() > 0.5
+    shard = held.shard(0)
+    ends, begin = shard.start[shard.piece + 1], shard.start[shard.piece] + shard.at
+    rows = [int(row) for row in page.features.top_row[latent] if row >= 0]
+    assert after == [int(shard.ids[begin[r] + 1]) for r in rows if begin[r] + 1 < ends[r]]
     controls = {"layer": [0], "latent": (0, coder.d_latent - 1)}
     for values in corners(**controls):
         assert render(transcoder_figures.rule(page, **values))[:4] == b"\x89PNG"
