@@ -56,7 +56,8 @@ def equal_l0(
         one.set(title=title, xlabel="L0: units that fire per token", xscale="log")
         one.set_xticks(ticks, [str(n) for n in ticks])
         one.minorticks_off()
-    axes[0].legend()
+    axes[0].margins(y=0.45)  # room for the legend, above the curves
+    axes[0].legend(loc="upper left", ncols=2)
     return picture
 
 

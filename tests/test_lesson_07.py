@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +215,16 @@ def test_what_latents_write_is_compared_with_the_unembedding(model):
     assert np.median(late.own) > 0.7 > np.median(late.other)
     early = transcoders.written(model, coders[0], 0, ids)
     assert np.median(early.own) < np.median(late.own)
+
+
+def test_a_text_longer_than_the_context_is_cut(model):
+    ids = transcoders.text_ids(model, 600, 5)
+    assert sum(len(row) - 1 for row in ids) >= 600
+    assert ids[0] == model.tokens(model.tokenizer.decode(ids[0][1:]))[0].tolist()
+    short = transcoders.text_ids(model, 200, 5, context=6)
+    assert max(len(row) for row in short) == 6 and short[0] == ids[0][:6]
+    model_of_few = SimpleNamespace(tokenizer=model.tokenizer, n_ctx=4)
+    assert max(len(row) for row in transcoders.text_ids(model_of_few, 200, 5)) == 4
 
 
 def test_neurons_random_features_and_affine_maps(model):
