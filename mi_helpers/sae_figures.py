@@ -149,7 +149,23 @@ def sparsity_explorer(rows: Sequence[dict], width: int, k: int) -> Figure:
     right.bar_label(drawn, [f"{value:.2f}" for value in values], padding=3)
     right.set_yticks(range(len(BARS)), BARS.values())
     right.invert_yaxis()
-    right.set(xlim=(0, 1.2), title=f"{chosen['latents_per_topic']:.1f} latents per topic")
+    right.set(xlim=(0, 1.2), title=f"{chosen['latents_per_topic']:.1f} latents per concept")
+    return picture
+
+
+@style()
+def concepts(rows: Sequence[dict]) -> Figure:
+    """How well the best latents tell six concepts, median F1, over k: one line per width."""
+    runs = select(rows, activation="topk", seed=0)
+    picture, axes = figure(8.5, 4.2)
+    ks = sorted({row["k"] for row in runs})
+    for width in sorted({row["width"] for row in runs}):
+        line = sorted(select(runs, width=width), key=lambda row: row["k"])
+        axes.plot([row["k"] for row in line], [row["f1"] for row in line], label=str(width))
+    axes.set(xscale="log", xlabel="k: latents per token", ylabel="F1, six concepts", ylim=(0, 1))
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.minorticks_off()
+    axes.legend(title="latents", loc="center left", bbox_to_anchor=(1, 0.5))
     return picture
 
 
@@ -183,7 +199,8 @@ def frontier(rows: Sequence[dict]) -> Figure:
 
 @style()
 def splitting(rows: Sequence[dict], k: int) -> Figure:
-    """How many latents belong to a topic, on average over the topics, as the width doubles.
+    """How many latents belong to a concept, on average over 28 topics and Norwegian, as the width
+    doubles.
 
     Bricken and others 2023: feature splitting.
     """
@@ -191,7 +208,7 @@ def splitting(rows: Sequence[dict], k: int) -> Figure:
     picture, axes = figure(8, 3.6)
     widths = [row["width"] for row in line]
     axes.plot(widths, [row["latents_per_topic"] for row in line])
-    axes.set(xscale="log", xlabel="latents", ylabel="per topic", title=f"Splitting, k = {k}")
+    axes.set(xscale="log", xlabel="latents", ylabel="per concept", title=f"k = {k}, 29 concepts")
     axes.set_xticks(widths, [str(width) for width in widths])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)

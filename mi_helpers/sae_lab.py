@@ -31,15 +31,18 @@ from mi_helpers.activations import Activations
 from mi_helpers.coders import SparseCoder, explained_variance
 from mi_helpers.features import Features, collect, fires
 from mi_helpers.harvest import harvest
+from mi_helpers.heads import repeated_tokens
 from mi_helpers.image_coding import gaussian_like
 from mi_helpers.labels import token_labels
 from mi_helpers.lesions import untrained
 from mi_helpers.models import DATA, Key, LanguageModel, load_model
 from mi_helpers.report import held_out_texts, predict, spliced, spliced_losses, token_losses
 from mi_helpers.scores import Best, Firings, score_units
+from mi_helpers.sites import read_sites
 from mi_helpers.sources import open_source
 from mi_helpers.sparse_products import Products
 from mi_helpers.sparse_step import SparseStep
+from mi_helpers.tinyworld.lexicon import topics
 from mi_helpers.training import Recipe, learning_rate, quality
 
 CONCEPTS = {  # TinyWorld's name of each concept that the reference run found
@@ -224,8 +227,8 @@ def best_latents(coder: SparseCoder, ground: Ground, names: Sequence[str] | None
 def strong(firings: Firings, share: float = STRONG) -> Firings:
     """Only the firings at `share` or more of what the latent reaches in the first half of the rows.
 
-    Most firings are weak, and say little: with 8 of 1,152 latents on at every token, some have to
-    be on wherever nothing fits.
+    The weakest firings say little: with 8 of 1,152 latents on at every token, some have to be on
+    wherever nothing fits.
     """
     early = firings.row < firings.n_rows // 2
     highest = np.full(firings.n_latents, np.inf)
@@ -263,6 +266,62 @@ def union_f1(firings: Firings, truth: np.ndarray, precision: float = 0.5) -> np.
     return np.array(found)
 
 
+# --------------------------------------------------------------------------- where in the text
+
+
+def topic_words(model: LanguageModel, topic: str) -> list[int]:
+    """The ids of a topic's nouns, both numbers, of those that are one token with their space.
+
+    Raises:
+        ValueError: TinyWorld has no such topic, or none of its nouns is one token.
+    """
+    nouns = {each.key: each.noun for each in topics()}
+    if topic not in nouns:
+        raise ValueError(f"TinyWorld has no topic {topic!r}; it has {', '.join(nouns)}.")
+    encode = model.tokenizer.encode
+    rows = [encode(f" {word}", add_special_tokens=False) for pair in nouns[topic] for word in pair]
+    found = sorted({row[0] for row in rows if len(row) == 1})
+    if not found:
+        raise ValueError(f"No noun of {topic} is one token of {model.name}.")
+    return found
+
+
+@torch.no_grad()
+def around_a_word(
+    model: LanguageModel,
+    coder: SparseCoder,
+    latent: int,
+    topic: str,
+    n: int = 32,
+    length: int = 24,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """A latent's mean value around a topic's word in lists of random words.
+
+    Each of the n lists has one of `topic_words` at a random place and is written twice in a row. At
+    the first writing nothing tells what comes next; at the second, the first does.
+
+    Returns:
+        {"first time" or "second time": {place: mean value of the latent at `middle(model)`}}
+    """
+    ids = repeated_tokens(model, n, length, seed)
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.tensor(topic_words(model, topic))
+    drawn = words[torch.randint(len(words), (n,), generator=generator)]
+    place = torch.randint(1, length - 1, (n,), generator=generator)
+    row, start = torch.arange(n), ids.shape[1] - 2 * length
+    at = {"first time": start + place, "second time": start + length + place}
+    for each in at.values():
+        ids[row, each] = drawn
+    (x,) = read_sites(model, ids, [middle(model)])
+    value = coder.encode(x.float())[..., latent]
+    places = {"the word before": -1, "the word of the topic": 0, "the word after": 1}
+    return {
+        time: {name: float(value[row, each + by].mean()) for name, by in places.items()}
+        for time, each in at.items()
+    }
+
+
 # ------------------------------------------------------------------------ splitting and sharing
 
 
@@ -280,6 +339,17 @@ def latents_of(
         belongs = (hits > precision * fired) & (hits > recall * concept.sum())
         counts.append(int(belongs.sum()))
     return np.array(counts)
+
+
+def own_latents(coder: SparseCoder, ground: Ground) -> dict[str, int]:
+    """{concept: how many latents of its own it has}, by strong firings (`strong`, `latents_of`)."""
+    found = latents_of(strong(firings_of(coder, ground.x)), ground.truth)
+    return dict(zip(ground.names, found.tolist(), strict=True))
+
+
+def of_topics(own: Mapping[str, int]) -> float:
+    """The mean of `own_latents` over the topics, Norwegian left out."""
+    return float(np.mean([count for name, count in own.items() if name != "norwegian"]))
 
 
 def matched_cosines(rows: Tensor, others: Tensor) -> np.ndarray:
@@ -749,12 +819,43 @@ def gain_over_l1(seed: int) -> float:
     return at_equal_l0(topk["l0"], relu) / topk["nmse"]
 
 
+def value_ahead(seed: int) -> float:
+    """The latents that are best for a topic, in lists of random words written twice: their mean
+    value at a word of the topic over that at the word before it, second time. Median of topics."""
+    model, outcome = load_model("tiny-gemma"), experiment(seed)
+    shares = []
+    for best in outcome.scores["latent"]:
+        if best.concept != "norwegian":
+            found = around_a_word(model, outcome.coder, best.unit, best.concept, seed=seed)
+            values = found["second time"]
+            shares.append(values["the word of the topic"] / max(values["the word before"], 1e-9))
+    return float(np.median(shares))
+
+
+@functools.cache
+def narrow_and_wide(seed: int) -> tuple[dict[str, int], dict[str, int]]:
+    """`own_latents` of an SAE of 2 d_model and of one of 16 d_model, k = 8, on the same text."""
+    model = load_model("tiny-gemma")
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(READ, 400 + seed)
+        held = harvest(model, source, folder, middle(model), tokens=100_000, progress=False)
+        x = rows_of(held)
+    ground = make_ground(model, 16_000, 500 + seed)
+    narrow, wide = (
+        fit(x, width * model.d_model, K, steps=400, batch=1_024, seed=seed) for width in (2, 16)
+    )
+    return own_latents(narrow, ground), own_latents(wide, ground)
+
+
 def splitting(seed: int) -> float:
-    """Latents per topic in the widest SAE of the shipped table over those in one of an eighth of
-    its width, k = 8."""
-    rows = {row["width"]: row for row in grid_rows(activation="topk", k=K, seed=seed % 2)}
-    widest = max(rows)
-    return rows[widest]["latents_per_topic"] / max(rows[widest // 8]["latents_per_topic"], 1e-9)
+    """Latents of Norwegian alone in an SAE of 16 d_model, over those in one of 2 d_model."""
+    narrow, wide = narrow_and_wide(seed)
+    return wide["norwegian"] / max(narrow["norwegian"], 1)
+
+
+def latents_of_a_topic(seed: int) -> float:
+    """Latents of a topic alone in an SAE of 16 d_model, mean of the topics."""
+    return of_topics(narrow_and_wide(seed)[1])
 
 
 def scaling_fit(seed: int) -> float:

@@ -204,6 +204,56 @@ def test_ground_and_scores_on_the_model(model):
     assert (best.unit, best.f1) == (1, 1.0)
 
 
+def test_a_topics_words_are_its_nouns(model):
+    ids = sae_lab.topic_words(model, "virology")
+    words = {model.tokenizer.decode([i]).strip() for i in ids}
+    assert {"virus", "viruses", "liver"} <= words and "Salk" not in words and len(words) == len(ids)
+    with pytest.raises(ValueError, match="no topic 'norwegian'"):
+        sae_lab.topic_words(model, "norwegian")
+
+
+@pytest.mark.parametrize(("layer", "by"), [(0, 0), (1, 1)])
+def test_a_planted_latent_is_found_at_its_word_or_after_it(model, monkeypatch, layer, by):
+    """A latent along the topic's embeddings fires at the word; one that reads a site at which each
+    token holds the one before, after it."""
+    words = torch.tensor(sae_lab.topic_words(model, "chess"))
+
+    def read(_, ids, sites):
+        assert sites == [sae_lab.middle(model)]
+        is_word = torch.isin(ids, words).float()
+        return [torch.stack([is_word, F.pad(is_word, (1, 0))[:, :-1]], -1)[..., layer : layer + 1]]
+
+    monkeypatch.setattr(sae_lab, "read_sites", read)
+    coder = SparseCoder(1, 2, k=2)
+    with torch.no_grad():
+        coder.W_enc.copy_(torch.tensor([[3.0, -1]]))
+        coder.b_enc.zero_(), coder.b_dec.zero_()
+    found = sae_lab.around_a_word(model, coder, 0, "chess", n=8)
+    for each in found.values():
+        before, at, after = each.values()
+        assert [before < 0.5, at > 2.9, after > 2.9] == [True, by == 0, by == 1]
+
+
+def test_a_topics_latent_runs_ahead_of_its_word_only_where_the_list_is_known(model):
+    coder = coder_files.load(sae_lab.CODER)
+    ground = sae_lab.make_ground(model, 12_000, seed=1)
+    (best,) = sae_lab.best_latents(coder, ground, ["aircraft"])
+    found = sae_lab.around_a_word(model, coder, best.unit, "aircraft", seed=1)
+    second = found["second time"]["the word before"]
+    assert second > 5 * found["second time"]["the word of the topic"]
+    assert second > 5 * found["first time"]["the word before"]
+
+
+def test_own_latents_are_named_and_topics_are_averaged_without_norwegian(monkeypatch):
+    firings, truth = made_firings()
+    monkeypatch.setattr(sae_lab, "firings_of", lambda coder, x: firings)
+    names = ("norwegian", "virology")
+    ground = sae_lab.Ground(torch.zeros(10, 2), torch.zeros(10, 2), truth, names, np.arange(10))
+    own = sae_lab.own_latents(None, ground)
+    assert own == {"norwegian": 2, "virology": 1}
+    assert sae_lab.of_topics({"norwegian": 40, "a": 1, "b": 2}) == 1.5
+
+
 # -- the table -------------------------------------------------------------------------------
 
 
@@ -289,6 +339,7 @@ def test_figures_draw():
     plane = sae_lab.fit_plane(*([row[name] for row in runs] for name in ("width", "k", "nmse")))
     filters = {"one": directions(10, 16), "two": directions(7, 16)}
     for figure in (
+        sae_figures.concepts(rows),
         sae_figures.frontier(rows),
         sae_figures.splitting(rows, sae_lab.K),
         sae_figures.scaling(rows, plane),
