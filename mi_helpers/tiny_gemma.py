@@ -27,6 +27,7 @@ from mi_helpers.tinyworld.world import World, batches
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "data" / "tiny_gemma"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 BLOCK = 100  # steps between possible checkpoints; also the unit of the text stream
 WARM_UP = 200
 TAIL = 800  # steps at the lowest learning rate, where probabilities settle
@@ -162,7 +163,8 @@ def progress_bar(step: int, steps: int, loss: float, rate: float, tokens: int) -
 def tokenizer_to(folder: Path, world: World) -> None:
     """The shipped tokenizer, so that a token keeps its id from model to model; else a new one."""
     if (SHIPPED / "tokenizer.json").exists():
-        AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(folder)
+        for name in TOKENIZER:
+            shutil.copyfile(SHIPPED / name, folder / name)
     else:
         train_tokenizer(world).save_pretrained(folder)
 
@@ -302,7 +304,7 @@ def ship(folder: Path, model, target: Path = SHIPPED) -> None:
     rows = skills.measure(model, skills.Suite(World(), tokenizer))
     target.mkdir(parents=True, exist_ok=True)
     model.float().save_pretrained(target)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER:
         shutil.copyfile(folder / name, target / name)
     shutil.copyfile(folder / "log.csv", target / "training_log.csv")
     rows += skills.topic_rows(load_model(target))

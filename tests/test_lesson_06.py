@@ -345,7 +345,7 @@ def test_figures_draw():
         sae_figures.scaling(rows, plane),
         sae_figures.filter_panels(filters, columns=4),
         sae_figures.filter_map(filters),
-        sae_figures.images({"a": directions(40, 60), "b": directions(40, 30)}),
+        sae_figures.images({"a": directions(40, 60).numpy(), "b": directions(40, 30).numpy()}),
         sae_figures.curves([{"step": 1, "a": 2.0}, {"step": 2, "a": 1.0}], {"a": "a title"}),
         sae_figures.histograms({"a": [0.1, 0.2], "b": [2.0]}, mark=0.7),
     ):
