@@ -12,6 +12,8 @@ READY := .venv/.ready
 PEERS := .peers/.ready
 CODERS := .peers-coders/.ready
 FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
+# In a container the only user is often root, whom Jupyter turns away unless told.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
 .PHONY: help lab test unit notebook-tests model notebooks bench exercises doctor
@@ -35,7 +37,7 @@ $(READY): requirements.txt pyproject.toml
 
 lab: $(READY)  ## open the first lesson in JupyterLab (LAB_ARGS="--no-browser --port=8899")
 	@$(BIN)/python -m jupyterlab --LabApp.app_settings_dir="$(CURDIR)/config/lab" \
-	  --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS) $(FIRST)
+	  --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/$(FIRST) $(AS_ROOT) $(LAB_ARGS)
 
 test: unit notebook-tests exercises  ## lint, unit tests, every notebook, every exercise
 
