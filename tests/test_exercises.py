@@ -22,11 +22,11 @@ EXERCISES = [
 ]
 
 
-def code_cells(lesson: int) -> list[str]:
-    """The sources of the code cells of a lesson's notebook."""
+def cells_of(lesson: int, kind: str) -> list[str]:
+    """The sources of the cells of a lesson's notebook that are "code", or "markdown"."""
     (path,) = NOTEBOOKS.glob(f"{lesson:02d}_*.ipynb")
     cells = nbformat.read(path, as_version=4).cells
-    return [cell.source for cell in cells if cell.cell_type == "code"]
+    return [cell.source for cell in cells if cell.cell_type == kind]
 
 
 # -- the lessons -----------------------------------------------------------------------------
@@ -39,16 +39,33 @@ def test_the_exercise_is_proved(exercise, lesson):
 
 @pytest.mark.parametrize(("exercise", "lesson"), EXERCISES)
 def test_the_exercise_stands_in_its_notebook(exercise, lesson):
-    cells = code_cells(lesson)
+    cells = cells_of(lesson, "code")
     name = exercise.stub_function().__name__
     assert any(exercise.stub.strip() in cell for cell in cells), "its stub is not there as it is"
     assert any(f'check("{exercise.id}", {name})' in cell for cell in cells), "its check is missing"
+    heading = (
+        f"### {exercise.id} {exercise.title}\n\n"
+        f"{'●' * exercise.difficulty} difficulty · {'★' * exercise.importance} importance · "
+        f"up to {exercise.minutes} minutes"
+    )
+    assert any(text.startswith(heading) for text in cells_of(lesson, "markdown"))
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_the_minutes_add_up(lesson):
+    total = sum(exercise.minutes for exercise in LESSONS[lesson])
+    (time,) = (text for text in cells_of(lesson, "markdown") if "**Time:**" in text)
+    read, exercises = re.search(r"about (\d+) minutes to read, (\d+) minutes for", time).groups()
+    assert int(exercises) == total
+    readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {lesson:02d} \| \[.*\| (.*) \|$", readme, re.MULTILINE)
+    assert row == f"{read} · {exercises}"
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_ids_are_unique_and_the_notebook_asks_for_no_others(lesson):
     ids = [exercise.id for exercise in LESSONS[lesson]]
-    asked = re.findall(r'\b(?:check|hint|solution)\("([^"]*)"', "\n".join(code_cells(lesson)))
+    asked = re.findall(r'\b(?:check|hint|solution)\("([^"]*)"', "\n".join(cells_of(lesson, "code")))
     assert len(set(ids)) == len(ids) > 0
     assert set(asked) == set(ids)
 
