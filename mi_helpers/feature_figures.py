@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from mi_helpers import plots
 from mi_helpers.activations import Activations, site_name
-from mi_helpers.features import Features, bin_edges, contexts, logit_effects
+from mi_helpers.features import Features, bin_edges, contexts, ends, logit_effects
 from mi_helpers.models import Key, LanguageModel
 from mi_helpers.sites import read_sites
 
@@ -53,10 +53,10 @@ class Page:
     ) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
         """(token, effect) of the n tokens that the latent raises most, and that it lowers most."""
         row = logit_effects(self.model, self.coder.W_dec[latent : latent + 1], self.gain)[0]
-        ends = row.topk(n), row.topk(n, largest=False)
         name = self.model.tokenizer.decode
         return tuple(
-            [(name([int(i)]), float(v)) for v, i in zip(*end, strict=True)] for end in ends
+            [(name([int(i)]), float(v)) for v, i in zip(*end, strict=True)]
+            for end in ends(self.model, row, n)
         )
 
 

@@ -331,7 +331,8 @@ def contexts(
 
 
 def logit_effects(model: LanguageModel, directions: Tensor, gain: bool = True) -> Tensor:
-    """What adding each direction (n, d_model) does to the logits, (n, d_vocab), less its mean.
+    """What adding each direction (n, d_model) does to the logits, (n, d_vocab), less its mean over
+    the tokens in use (`LanguageModel.in_use`).
 
     The direct path alone: direction · (final norm's gain, if `gain`) @ W_U, without the norm's
     scale and the soft-cap, so only differences within a row mean something.
@@ -344,8 +345,17 @@ def logit_effects(model: LanguageModel, directions: Tensor, gain: bool = True) -
         )
     if gain:
         directions = directions * norm_gain(model.ln_final).float()
-    effects = directions.to(model.dtype) @ model.W_U
-    return effects.float() - effects.float().mean(-1, keepdim=True)
+    effects = (directions.to(model.dtype) @ model.W_U).float()
+    return effects - effects[:, model.in_use].mean(-1, keepdim=True)
+
+
+def ends(model: LanguageModel, effects: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+    """[(values, token ids) of the n highest, (…) of the n lowest] of effects (…, d_vocab), among
+    the tokens in use: the others share one column of W_U, and would fill whole lists."""
+    ids = model.in_use.nonzero()[:, 0]
+    within, n = effects[..., ids], min(n, len(ids))
+    found = within.topk(n), within.topk(n, largest=False)
+    return [(values, ids[at]) for values, at in found]
 
 
 def extreme_logits(
@@ -356,8 +366,8 @@ def extreme_logits(
     parts = []
     with torch.no_grad():
         for rows in coder.W_dec.split(128):
-            effects = logit_effects(model, rows, gain)
-            parts.append((*effects.topk(n), *effects.topk(n, largest=False)))
+            high, low = ends(model, logit_effects(model, rows, gain), n)
+            parts.append((*high, *low))
     up, up_id, down, down_id = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
     return (up_id, up), (down_id, down)
 

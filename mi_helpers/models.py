@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 DATA = Path(__file__).resolve().parent.parent / "data"
+SPECIAL = ("bos", "eos", "pad", "unk")
+UNSEEN = 0.99  # cosine with the padding token's column of W_U, from which `in_use` says no
 DEFAULT_SITES = ("embed", "attn_out", "mlp_out", "resid_post")
 
 
@@ -325,6 +328,27 @@ class LanguageModel:
     def W_U(self) -> Tensor:
         """Unembedding (d_model, d_vocab): logits = softcap(ln_final(resid) @ W_U)."""
         return self.lm_head.weight.T
+
+    @cached_property
+    def in_use(self) -> Tensor:
+        """Which tokens of the vocabulary training has ever shown the model, (d_vocab,), bool.
+
+        Tokens that no text contains get the same gradient in every step, and end with one and the
+        same column of W_U: those whose column has a cosine of `UNSEEN` or more with that of the
+        padding token (of <unk>, if there is none) are taken for such. In tiny-gemma they are
+        numbers and pieces of foreign letters. A model without either has all of them in use.
+
+        Source: Land and Bartolo 2024, Fishing for Magikarp, section 2: distance of an unembedding
+        row from those of tokens known to be unused.
+        """
+        ids = {name: getattr(self.tokenizer, f"{name}_token_id", None) for name in SPECIAL}
+        for token in (ids["pad"], ids["unk"]):
+            if token is not None and token not in (ids["bos"], ids["eos"]):
+                columns = F.normalize(self.W_U.detach().float(), dim=0)
+                used = columns.T @ columns[:, token] < UNSEEN
+                used[token] = False
+                return used
+        return torch.ones(self.d_vocab, dtype=torch.bool, device=self.device)
 
     def weight(self, name: str, layer: int) -> Tensor:
         """One layer's W_Q, W_K, W_V (heads, d_model, d_head), W_O (n_heads, d_head, d_model),

@@ -213,8 +213,9 @@ def gaussian_noise(
 ) -> Tensor:
     """Causal tracing's corruption: N(0, (scale · σ)²) on the embeddings of the subject's tokens.
 
-    σ is the standard deviation of the embedding's entries over the vocabulary (as the stream gets
-    it), and `scale` is 3. Source: Meng et al. 2022, Locating and Editing Factual Associations.
+    σ is the standard deviation of the embedding's entries, as the stream gets them, over the tokens
+    in use (`LanguageModel.in_use`; those never seen may be many times as long), and `scale` is 3.
+    Source: Meng et al. 2022, Locating and Editing Factual Associations.
 
     Returns:
         (seeds, batch, pos, d_model), 0 outside the `subject` positions.
@@ -223,7 +224,8 @@ def gaussian_noise(
     at = _chosen(subject, length, "position")
     if seeds < 1:
         raise ModelError(f"seeds is {seeds}: give at least 1.")
-    some = torch.arange(0, model.d_vocab, -(-model.d_vocab // 4096), device=model.device)
+    used = model.in_use.nonzero()[:, 0]
+    some = used[:: -(-len(used) // 4096)]
     sigma = float(model.part("embed")(some).float().std())
     noise = torch.zeros(seeds, batch, length, model.d_model)
     for seed in range(seeds):

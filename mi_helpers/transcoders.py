@@ -38,7 +38,7 @@ from mi_helpers.circuits import (
 )
 from mi_helpers.coders import SparseCoder, explained_variance
 from mi_helpers.feature_figures import Page
-from mi_helpers.features import collect, context, logit_effects
+from mi_helpers.features import collect, context, ends, logit_effects
 from mi_helpers.harvest import batches, harvest
 from mi_helpers.lesions import Batch, family_losses, make_batch
 from mi_helpers.models import DATA, LanguageModel, load_model, norm_gain
@@ -374,11 +374,12 @@ def token_reading(model: LanguageModel, coder: SparseCoder, layer: int) -> Tenso
 
 @torch.no_grad()
 def first_words(model: LanguageModel, coder: SparseCoder, layer: int, among: int = 10) -> Tensor:
-    """The tokens that each latent reads most in `token_reading`, (latents, among), the first first;
-    some latents at a time, as the whole table of a large model has no room."""
-    x = model.part("ln2", layer)(model.W_E).float()
+    """The tokens in use that each latent reads most in `token_reading`, (latents, among), the first
+    first; some latents at a time, as the whole table of a large model has no room."""
+    ids = model.in_use.nonzero()[:, 0]
+    x = model.part("ln2", layer)(model.W_E[ids]).float()
     columns = coder.W_enc.split(max(1, MOST_NUMBERS // len(x)), dim=1)
-    return torch.cat([(x @ each).topk(among, dim=0).indices.T for each in columns]).cpu()
+    return torch.cat([ids[(x @ each).topk(among, dim=0).indices.T] for each in columns]).cpu()
 
 
 @torch.no_grad()
@@ -390,8 +391,8 @@ def reading_of(model: LanguageModel, coder: SparseCoder, layer: int, latent: int
 
 
 def top_tokens(model: LanguageModel, values: Tensor, n: int = 8) -> list[tuple[str, float]]:
-    """[(token, value)] of the n highest of values (d_vocab,)."""
-    top = values.topk(n)
+    """[(token, value)] of the n highest of values (d_vocab,), among the tokens in use."""
+    top, _ = ends(model, values, n)
     name = model.tokenizer.decode
     return [(name([int(i)]), float(v)) for v, i in zip(*top, strict=True)]
 
@@ -440,7 +441,8 @@ def plainest(page: Page, layer: int) -> int:
     alone = [i for i in plain if reading_of(page.model, page.coder, layer, i)[own[i][0]] > 0]
     plain = (alone or plain or list(own) or [0])[:200]
     effects = logit_effects(page.model, page.coder.W_dec[plain])
-    effects = (effects - effects.mean(1, keepdim=True)) / effects.std(1, keepdim=True)
+    used = effects[:, page.model.in_use]
+    effects = (effects - used.mean(1, keepdim=True)) / used.std(1, keepdim=True)
     after = [next_tokens(page, latent) for latent in plain]
     raised = [
         float(effect[ids].mean()) if ids else -math.inf
@@ -453,7 +455,7 @@ def plainest(page: Page, layer: int) -> int:
 class Written:
     """What happens to the logits when single latents stop writing, and what was foretold.
 
-    Each is a correlation over all tokens of the vocabulary, (firings,):
+    Each is a correlation over the tokens in use (`LanguageModel.in_use`), (firings,):
 
     own    with what the latent's decoder row foretells, through the unembedding
     other  with what the row of another latent foretells, one that fired in another text
@@ -495,8 +497,8 @@ def written(
         stream[1, place] -= push.to(stream)
         final = model.run_from_layer(stream, layer + 1, stop_at_layer=model.n_layers)
         before, after = model.unembed(final[:, place], softcap=False).float()
-        happened.append((before - after).cpu())
-        foretold.append(logit_effects(model, push[None])[0].cpu())
+        happened.append((before - after)[model.in_use].cpu())
+        foretold.append(logit_effects(model, push[None])[0, model.in_use].cpu())
     own = [_correlation(a, b) for a, b in zip(foretold, happened, strict=True)]
     turned = foretold[1:] + foretold[:1]
     other = [_correlation(a, b) for a, b in zip(turned, happened, strict=True)]

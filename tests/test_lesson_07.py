@@ -175,11 +175,12 @@ def test_reading_and_own_tokens(model, tmp_path, monkeypatch):
     first = transcoders.first_words(model, coder, 0, 3)
     monkeypatch.setattr(transcoders, "MOST_NUMBERS", 100 * model.d_vocab)
     assert torch.equal(transcoders.first_words(model, coder, 0, 3), first)
-    assert torch.equal(first[:, 0], (table - coder.b_enc).argmax(0))
+    used = table.masked_fill(~model.in_use[:, None], -torch.inf)
+    assert torch.equal(first[:, 0], (used - coder.b_enc).argmax(0))
     one = transcoders.reading_of(model, coder, 0, 5)
     assert torch.allclose(table[:, 5], one, atol=1e-4)
     top = transcoders.top_tokens(model, one, 3)
-    assert top[0][1] == pytest.approx(float(one.max())) and len(top) == 3
+    assert top[0][1] == pytest.approx(float(used[:, 5].max()), abs=1e-4) and len(top) == 3
     with pytest.raises(ValueError, match="no latent"):
         transcoders.reading_of(model, coder, 0, coder.d_latent)
     source = open_source("tinyworld", 8)

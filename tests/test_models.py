@@ -17,6 +17,7 @@ from mi_helpers import models
 from mi_helpers.architecture import architecture, empty_gemma2_2b, materialize
 from mi_helpers.models import LanguageModel, ModelError, load_model
 from mi_helpers.parity import parity_report
+from mi_helpers.tinyworld import World
 
 TEXT = "The Eiffel Tower is in the city of Paris"  # 10 tokens with BOS, more than any window
 WORDS = [*TEXT.split(), "Rome", "cat", "sat"]
@@ -780,3 +781,30 @@ def test_materialize_in_bf16_keeps_rotary_in_float32():
     assert model.dtype == torch.bfloat16
     assert model.decoder.rotary_emb.inv_freq.dtype == torch.float32
     assert model.W_E.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+# ---------------------------------------------------------------------------- tokens in use
+
+
+def test_the_tokens_that_training_never_showed_are_found():
+    """tiny-gemma's: none of them is in a text, and nearly all others are in some."""
+    tiny, world = load_model("tiny-gemma"), World()
+    texts = [world.document(seed).text for seed in range(3_000)]
+    ids = torch.tensor([i for each in tiny.tokenizer(texts)["input_ids"] for i in each])
+    count = ids.bincount(minlength=tiny.d_vocab)
+    assert tiny.in_use[count > 0].all()
+    assert 0.05 < (~tiny.in_use).float().mean() < 0.15
+    assert not tiny.in_use[tiny.tokenizer.pad_token_id]
+    assert (count[tiny.in_use] > 0).float().mean() > 0.85
+
+
+def test_without_training_only_the_padding_token_is_out_of_use(gemma):
+    pad = gemma.tokenizer.pad_token_id
+    assert (~gemma.in_use).nonzero().tolist() == [[pad]]
+
+
+def test_with_no_token_known_to_be_unused_all_are_in_use(gemma):
+    fresh = LanguageModel(gemma.hf, make_tokenizer())
+    fresh.tokenizer.pad_token = fresh.tokenizer.unk_token = fresh.tokenizer.eos_token
+    assert fresh.in_use.all() and len(fresh.in_use) == fresh.d_vocab
+    assert LanguageModel(gemma.hf, None).in_use.all()
