@@ -793,7 +793,8 @@ def test_the_tokens_that_training_never_showed_are_found():
     ids = torch.tensor([i for each in tiny.tokenizer(texts)["input_ids"] for i in each])
     count = ids.bincount(minlength=tiny.d_vocab)
     assert tiny.in_use[count > 0].all()
-    assert 0.05 < (~tiny.in_use).float().mean() < 0.15
+    card = (models.DATA / "tiny_gemma" / "README.md").read_text(encoding="utf-8")
+    assert f"{int((~tiny.in_use).sum())} of its tokens" in card
     assert not tiny.in_use[tiny.tokenizer.pad_token_id]
     assert (count[tiny.in_use] > 0).float().mean() > 0.85
 
