@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 PART, META = ".part", "mi_helpers"
+STALE = (f"*{PART}", ".tmp??????")  # what a kill may leave: ours, and safetensors' own
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,6 +44,13 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise RunError(why_not_written(path, error)) from error
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed writes have left in a folder; nobody may be writing there."""
+    for pattern in STALE:
+        for stale in folder.glob(pattern):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def flush(path: Path) -> None:

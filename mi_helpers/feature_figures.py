@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from mi_helpers import plots
 from mi_helpers.activations import Activations, site_name
-from mi_helpers.features import Features, bin_edges, contexts, ends, logit_effects
+from mi_helpers.features import Features, bin_edges, contexts, extremes, logit_effects
 from mi_helpers.models import Key, LanguageModel
 from mi_helpers.sites import read_sites
 
@@ -56,7 +56,7 @@ class Page:
         name = self.model.tokenizer.decode
         return tuple(
             [(name([int(i)]), float(v)) for v, i in zip(*end, strict=True)]
-            for end in ends(self.model, row, n)
+            for end in extremes(self.model, row, n)
         )
 
 

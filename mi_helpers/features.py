@@ -349,7 +349,7 @@ def logit_effects(model: LanguageModel, directions: Tensor, gain: bool = True) -
     return effects - effects[:, model.in_use].mean(-1, keepdim=True)
 
 
-def ends(model: LanguageModel, effects: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+def extremes(model: LanguageModel, effects: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
     """[(values, token ids) of the n highest, (…) of the n lowest] of effects (…, d_vocab), among
     the tokens in use: the others share one column of W_U, and would fill whole lists."""
     ids = model.in_use.nonzero()[:, 0]
@@ -366,7 +366,7 @@ def extreme_logits(
     parts = []
     with torch.no_grad():
         for rows in coder.W_dec.split(128):
-            high, low = ends(model, logit_effects(model, rows, gain), n)
+            high, low = extremes(model, logit_effects(model, rows, gain), n)
             parts.append((*high, *low))
     up, up_id, down, down_id = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
     return (up_id, up), (down_id, down)

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from mi_helpers.activations import FORMAT, MANIFEST, Activations, site_name
 from mi_helpers.durable import (
-    PART,
     RunError,
     load_tensors,
     need_space,
     read_about,
     read_json,
     save_tensors,
+    sweep,
     write_json,
 )
 from mi_helpers.models import Key, LanguageModel, ModelError
@@ -329,8 +329,7 @@ def keep_plan(folder: Path, plan: dict, processes: Processes) -> None:
             )
     processes.wait()
     if processes.first:
-        for stale in folder.glob(f"*{PART}"):
-            stale.unlink()
+        sweep(folder)
         if not (folder / PLAN).exists():
             write_json(folder / PLAN, plan)
     processes.wait()

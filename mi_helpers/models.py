@@ -41,7 +41,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-SPECIAL = ("bos", "eos", "pad", "unk")
 UNSEEN = 0.99  # cosine with the padding token's column of W_U, from which `in_use` says no
 DEFAULT_SITES = ("embed", "attn_out", "mlp_out", "resid_post")
 
@@ -333,17 +332,18 @@ class LanguageModel:
     def in_use(self) -> Tensor:
         """Which tokens of the vocabulary training has ever shown the model, (d_vocab,), bool.
 
-        Tokens that no text contains get the same gradient in every step, and end with one and the
-        same column of W_U: those whose column has a cosine of `UNSEEN` or more with that of the
-        padding token (of <unk>, if there is none) are taken for such. In tiny-gemma they are
-        numbers and pieces of foreign letters. A model without either has all of them in use.
+        Tokens that no text contains get all but the same gradient in every step, and end with one
+        and the same column of W_U: those whose column has a cosine of `UNSEEN` or more with that of
+        the padding token (of <unk>, if there is none) are taken for such. In tiny-gemma they are
+        numbers, symbols and pieces of letters. A model without either has all of them in use.
 
-        Source: Land and Bartolo 2024, Fishing for Magikarp, section 2: distance of an unembedding
-        row from those of tokens known to be unused.
+        Source: Land and Bartolo 2024, Fishing for Magikarp: the cosine of an unembedding row with
+        those of tokens known to be unused.
         """
-        ids = {name: getattr(self.tokenizer, f"{name}_token_id", None) for name in SPECIAL}
-        for token in (ids["pad"], ids["unk"]):
-            if token is not None and token not in (ids["bos"], ids["eos"]):
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+        bos, eos, *unused = (getattr(self.tokenizer, name, None) for name in names)
+        for token in unused:
+            if token not in (None, bos, eos):
                 columns = F.normalize(self.W_U.detach().float(), dim=0)
                 used = columns.T @ columns[:, token] < UNSEEN
                 used[token] = False

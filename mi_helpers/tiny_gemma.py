@@ -9,7 +9,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from mi_helpers import manifest, skills
+from mi_helpers.durable import sweep, write_atomically, write_json
 from mi_helpers.models import load_model
 from mi_helpers.tinyworld.tokenizer import train_tokenizer
 from mi_helpers.tinyworld.world import World, batches
@@ -91,13 +91,6 @@ def adamw(model, peak: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def save_atomically(write, path: Path) -> None:
-    """`write(temporary path)`, then rename: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def save_run(folder: Path, model, optimizer, state: dict) -> None:
     """One checkpoint. `state.json` is written last and names the step of the other two files."""
     names = {p: name for name, p in model.named_parameters()}
@@ -108,9 +101,10 @@ def save_run(folder: Path, model, optimizer, state: dict) -> None:
     }
     step = state["step"]
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_atomically(lambda path: save_file(weights, path), folder / f"model-{step}.safetensors")
-    save_atomically(lambda path: save_file(moments, path), folder / f"moments-{step}.safetensors")
-    save_atomically(lambda path: path.write_text(json.dumps(state)), folder / "state.json")
+    for name, tensors in (("model", weights), ("moments", moments)):
+        path = folder / f"{name}-{step}.safetensors"
+        write_atomically(path, lambda to, tensors=tensors: save_file(tensors, to))
+    write_json(folder / "state.json", state)
     for old in folder.glob("m*-*.safetensors"):
         if not old.stem.endswith(f"-{step}"):
             old.unlink()
@@ -118,6 +112,7 @@ def save_run(folder: Path, model, optimizer, state: dict) -> None:
 
 def load_run(folder: Path, model, optimizer) -> dict:
     """Put the last checkpoint into `model` and `optimizer`; its state ({} for a new run)."""
+    sweep(folder)
     if not (folder / "state.json").exists():
         return {}
     state = json.loads((folder / "state.json").read_text())

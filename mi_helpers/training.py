@@ -31,6 +31,7 @@ from mi_helpers.durable import (
     need_space,
     read_json,
     save_tensors,
+    sweep,
     why_not_written,
     write_json,
     write_text,
@@ -212,8 +213,7 @@ def keep_recipe(folder: Path, recipe: Recipe, held: Activations, processes: Proc
             )
     processes.wait()
     if processes.first:
-        for stale in folder.glob(f"*{PART}"):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        sweep(folder)
         if not path.exists():
             chosen = PRODUCTS.get(recipe.products)
             chosen = chosen or quickest(processes.device, held.d_in, recipe.latents)

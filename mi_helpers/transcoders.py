@@ -38,7 +38,7 @@ from mi_helpers.circuits import (
 )
 from mi_helpers.coders import SparseCoder, explained_variance
 from mi_helpers.feature_figures import Page
-from mi_helpers.features import collect, context, ends, logit_effects
+from mi_helpers.features import collect, context, extremes, logit_effects
 from mi_helpers.harvest import batches, harvest
 from mi_helpers.lesions import Batch, family_losses, make_batch
 from mi_helpers.models import DATA, LanguageModel, load_model, norm_gain
@@ -392,7 +392,7 @@ def reading_of(model: LanguageModel, coder: SparseCoder, layer: int, latent: int
 
 def top_tokens(model: LanguageModel, values: Tensor, n: int = 8) -> list[tuple[str, float]]:
     """[(token, value)] of the n highest of values (d_vocab,), among the tokens in use."""
-    top, _ = ends(model, values, n)
+    top, _ = extremes(model, values, n)
     name = model.tokenizer.decode
     return [(name([int(i)]), float(v)) for v, i in zip(*top, strict=True)]
 

@@ -56,7 +56,8 @@ def work(folder, text, processes=None, recipe=RECIPE):
 
 
 def die_at(call, folder, text):
-    """SIGKILL to itself at the `call`-th of: before a write, within it, at a flush, at a rename."""
+    """SIGKILL to itself at the `call`-th of: before a write, when safetensors has begun a file of
+    its own, half-way through, at a flush, at a rename."""
     calls = iter(range(10**6))
 
     def count():
@@ -65,6 +66,10 @@ def die_at(call, folder, text):
 
     def torn(tensors, path, metadata):
         count()
+        own = path.with_name(f".tmp{os.getpid() % 10**6:06d}")  # named as safetensors names it
+        own.touch()
+        count()
+        own.unlink()
         save(tensors, path, metadata)
         with open(path, "r+b") as file:  # as if the kill came half-way through the file
             size = file.seek(0, 2)

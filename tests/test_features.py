@@ -33,6 +33,7 @@ from mi_helpers.features import (
 )
 from mi_helpers.harvest import harvest
 from mi_helpers.labels import Labels, token_labels
+from mi_helpers.models import DATA, load_model
 from mi_helpers.scores import Firings, score_units
 from mi_helpers.sources import open_source
 
@@ -376,6 +377,16 @@ def test_extreme_logits_and_neighbours(model, real):
     both = (rows @ rows.T).fill_diagonal_(-2)
     assert torch.equal(near, both.topk(5).indices)
     assert torch.allclose(cosine, both.topk(5).values, atol=1e-6)
+
+
+def test_what_latents_raise_and_lower_is_tokens_in_use():
+    """Without that, the shared column of the others is at an end of many latents' lists."""
+    tiny = load_model("tiny-gemma")
+    coder = SparseCoder.load(DATA / "sae" / "tiny_gemma")
+    (up, _), (down, _) = extreme_logits(tiny, coder)
+    assert tiny.in_use[up].all() and tiny.in_use[down].all()
+    bare = logit_effects(tiny, coder.W_dec.detach()).topk(10).indices
+    assert (~tiny.in_use[bare]).any(1).float().mean() > 0.1
 
 
 def test_every_latent_is_written_as_a_line(model, real, tmp_path):

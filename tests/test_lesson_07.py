@@ -207,7 +207,7 @@ def test_reading_and_own_tokens(model, tmp_path, monkeypatch):
         transcoder_figures.rule(page, 0, coder.d_latent)
 
 
-def test_what_latents_write_is_compared_with_the_unembedding(model):
+def test_what_latents_write_is_compared_with_the_unembedding(model, monkeypatch):
     """The last layer's latents have only the final norm before them; the first layer's do not."""
     ids = [ids for ids in transcoders.text_ids(model, 200, 5)[:8] if len(ids) > 3]
     coders, last = transcoders.load_transcoders(), model.n_layers - 1
@@ -216,6 +216,9 @@ def test_what_latents_write_is_compared_with_the_unembedding(model):
     assert np.median(late.own) > 0.7 > np.median(late.other)
     early = transcoders.written(model, coders[0], 0, ids)
     assert np.median(early.own) < np.median(late.own)
+    monkeypatch.setitem(vars(model), "in_use", torch.ones_like(model.in_use))
+    with_unseen = transcoders.written(model, coders[0], 0, ids)  # their shared column agrees
+    assert np.median(early.own) < np.median(with_unseen.own) - 0.02
 
 
 def test_a_text_longer_than_the_context_is_cut(model):

@@ -246,6 +246,14 @@ def test_gaussian_noise_has_the_size_of_the_embedding(gemma):
     assert not torch.equal(noise[0], noise[1])
 
 
+def test_gaussian_noise_takes_no_notice_of_tokens_never_seen():
+    tiny = load_model("tiny-gemma")
+    noise = gaussian_noise(tiny, tiny.tokens("The Eiffel Tower"), [2], seeds=200, scale=1)
+    entries = tiny.part("embed")(torch.arange(tiny.d_vocab))
+    assert noise[:, :, 2].std() == pytest.approx(entries[tiny.in_use].std().item(), rel=0.02)
+    assert entries.std() > 1.2 * entries[tiny.in_use].std()
+
+
 def test_any_metric_can_be_used(gemma):
     def probability(logits):
         return logits.softmax(-1)[..., 30].mean(-1)
