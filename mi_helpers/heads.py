@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mi_helpers.models import DATA, LanguageModel, ModelError, load_model, norm_gain
 from mi_helpers.patching import path_patch_map
-from mi_helpers.tinyworld.circuits import vocabulary
+from mi_helpers.tinyworld.copying import vocabulary
 
 Head = tuple[int, int]  # (layer, head)
 MODES = ("mean", "zero", "resample")

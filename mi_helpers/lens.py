@@ -28,7 +28,7 @@ from mi_helpers.lesions import SITE, answer_positions, lesion, part_name, untrai
 from mi_helpers.models import Key, LanguageModel, ModelError, load_model, norm_gain
 from mi_helpers.skills import is_own_city
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.tinyworld.circuits import city_country
+from mi_helpers.tinyworld.facts import city_country
 from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World

@@ -30,7 +30,7 @@ from mi_helpers.patching import (
 )
 from mi_helpers.probes import mean_difference, midpoint, pad, project_out
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.tinyworld.circuits import vocabulary
+from mi_helpers.tinyworld.copying import vocabulary
 from mi_helpers.tinyworld.world import World
 
 # ------------------------------------------------------------------------------------------ gates

@@ -33,7 +33,7 @@ from torch import Tensor
 from mi_helpers.models import Key, LanguageModel, load_model
 from mi_helpers.superposition import on_one_core
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.tinyworld.circuits import BE_FORMS
+from mi_helpers.tinyworld.grammar import BE_FORMS
 from mi_helpers.tinyworld.prose import REGISTERS, TENSES, VOICES, topic_posterior
 from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.tokenizer import offsets

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from mi_helpers import sae_lab
 from mi_helpers.models import LanguageModel, load_model
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.tinyworld.circuits import BE_FORMS, vocabulary
+from mi_helpers.tinyworld.copying import vocabulary
+from mi_helpers.tinyworld.grammar import BE_FORMS
 from mi_helpers.tinyworld.lexicon import DATA
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World

@@ -43,7 +43,8 @@ from mi_helpers.heads import repeated_tokens
 from mi_helpers.lesions import untrained
 from mi_helpers.models import LanguageModel, ModelError, norm_gain
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.tinyworld.circuits import TWO_HOP_HELD, is_held
+from mi_helpers.tinyworld.facts import TWO_HOP_HELD
+from mi_helpers.tinyworld.held import is_held
 
 # ------------------------------------------------------------------------------------- a toy model
 

@@ -79,7 +79,7 @@ def test_prompts_are_aligned_and_named_by_role(shipped):
 
 
 def test_the_pairs_of_names_were_never_trained_on(shipped):
-    from mi_helpers.tinyworld.circuits import is_held
+    from mi_helpers.tinyworld.held import is_held
 
     prompts = ioi.make_prompts(shipped, 10, seed=3)
     for io, s in zip(prompts.io.tolist(), prompts.s.tolist(), strict=True):

@@ -16,7 +16,7 @@ from mi_helpers import plots, probes
 from mi_helpers.models import LanguageModel
 from mi_helpers.probes import KINDS, Mark
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.tinyworld.circuits import DAYS
+from mi_helpers.tinyworld.counting import DAYS
 from mi_helpers.tinyworld.prose import topic_posterior
 from mi_helpers.tinyworld.tokenizer import SPLIT
 from mi_helpers.tinyworld.world import World

@@ -19,7 +19,17 @@ from hypothesis import strategies as st
 from prose_reader import Reader
 
 from mi_helpers.__main__ import main
-from mi_helpers.tinyworld import circuits, dialects, lexicon, prose, source
+from mi_helpers.tinyworld import (
+    copying,
+    counting,
+    dialects,
+    facts,
+    grammar,
+    lexicon,
+    names,
+    prose,
+    source,
+)
 from mi_helpers.tinyworld.lexicon import Country, Landmark, Topic
 from mi_helpers.tinyworld.source import Draw, Script, Weighted, every_outcome
 from mi_helpers.tinyworld.world import World
@@ -288,7 +298,7 @@ def test_a_name_in_two_slots_has_two_derivations():
     assert reader.derivations("The court chase the net in straight sets.", frames) == []
 
 
-# -- circuits: exact by brute force ------------------------------------------------------------
+# -- determined families: exact by brute force ------------------------------------------------------------
 
 WORDS = {
     "object": ("book", "apple"),
@@ -316,7 +326,8 @@ NORWEGIAN = {
     "adverb": (("ofte",),),
     "time": (("i dag",),),
 }
-CACHED = [f for f in vars(circuits).values() if hasattr(f, "cache_clear")]
+FAMILY_MODULES = (copying, counting, facts, grammar, names)
+CACHED = [f for m in FAMILY_MODULES for f in vars(m).values() if hasattr(f, "cache_clear")]
 
 
 @pytest.fixture
@@ -333,12 +344,12 @@ def small_lexicon(monkeypatch):
         (lexicon, "countries", lambda: COUNTRIES),
         (lexicon, "landmarks", lambda: LANDMARKS),
         (lexicon, "norwegian", lambda: NORWEGIAN),
-        (circuits, "vocabulary", lambda: ("red", "cat", "Oslo", "seen")),
-        (circuits, "is_held", hold),
-        (circuits, "MOODS", ("tired", "happy")),
-        (circuits, "NEAR", ("near", "by")),
-        (circuits, "STATES", ("old", "red")),
-        (circuits, "EVENTS", ("reign", "strike")),
+        (copying, "vocabulary", lambda: ("red", "cat", "Oslo", "seen")),
+        *((module, "is_held", hold) for module in FAMILY_MODULES if hasattr(module, "is_held")),
+        (grammar, "MOODS", ("tired", "happy")),
+        (grammar, "NEAR", ("near", "by")),
+        (grammar, "STATES", ("old", "red")),
+        (counting, "EVENTS", ("reign", "strike")),
         (dialects, "CODE_NAMES", ("value", "total", "count", "index")),
         (dialects, "CODE_FUNCTIONS", ("load", "save")),
     ):
@@ -389,7 +400,7 @@ def test_nats_are_exact_by_brute_force(small_lexicon, outcomes, case, held):
 
 
 def test_a_pronoun_is_she_with_its_probability_by_brute_force(small_lexicon, outcomes):
-    found = outcomes(lambda draw: circuits.pronoun(draw))
+    found = outcomes(lambda draw: grammar.pronoun(draw))
     p = Counter()
     for chance, document in found:
         said = {s.value: document.text[s.start : s.end] for s in document.find("pronoun")[:1]}
@@ -458,9 +469,9 @@ def test_nats_of_brackets_are_exact(seed):
 def test_nats_of_repetition_are_exact(seed):
     document = WORLD.document(seed, "repetition")
     words = document.text.split()
-    n, size = len(set(words)), len(circuits.vocabulary())
-    most = min(circuits.MOST_TIMES, circuits.LONGEST // n)
-    choices = [len(circuits.LENGTHS), most - 1, *range(size, size - n, -1)]  # length, times, words
+    n, size = len(set(words)), len(copying.vocabulary())
+    most = min(copying.MOST_TIMES, copying.LONGEST // n)
+    choices = [len(copying.LENGTHS), most - 1, *range(size, size - n, -1)]  # length, times, words
     assert document.nats == pytest.approx(sum(map(math.log, choices)), abs=1e-9)
 
 
@@ -734,8 +745,8 @@ def test_a_fact_is_what_the_csv_says(family):
     assert (
         relations
         == {
-            "facts": set(circuits.FACTS),
-            "two_hop": {f"landmark-country-{hop}" for hop in circuits.TWO_HOP},
+            "facts": set(facts.FACTS),
+            "two_hop": {f"landmark-country-{hop}" for hop in facts.TWO_HOP},
         }[family]
     )
 
@@ -756,7 +767,7 @@ def test_the_order_of_names_can_be_chosen(order):
     assert {d.latents["order"] for d in sample("ioi", 50, order=order)} == {order}
 
 
-@pytest.mark.parametrize("family, most", [("repetition", circuits.MOST_TIMES), ("made_up", 4)])
+@pytest.mark.parametrize("family, most", [("repetition", copying.MOST_TIMES), ("made_up", 4)])
 def test_a_sequence_is_repeated_word_for_word(family, most):
     seen = Counter()
     for document in sample(family, 1_000):
@@ -767,7 +778,7 @@ def test_a_sequence_is_repeated_word_for_word(family, most):
         assert [s.value for s in document.find("answer")] == (times - 1) * words[1:length]
         seen[times] += 1
     assert set(seen) == set(range(2, most + 1))
-    assert all(word in circuits.vocabulary() for word in words) == (family == "repetition")
+    assert all(word in copying.vocabulary() for word in words) == (family == "repetition")
 
 
 def test_the_verb_agrees_with_the_first_noun():
@@ -881,14 +892,14 @@ def templates(family, n, held=()):
 def known_templates(family):
     tables = {
         "prose": [WORLD.book.frame_parts],
-        "facts": circuits.FACTS.values(),
-        "two_hop": circuits.TWO_HOP.values(),
-        "ioi": [circuits.IOI],
-        "pronoun": [circuits.PRONOUNS],
-        "agreement": [circuits.AGREEMENT],
-        "years": [circuits.YEARS],
-        "calendar": [circuits.CALENDAR, circuits.BACKWARD],
-        "arithmetic": [circuits.ARITHMETIC, circuits.SUBTRACT],
+        "facts": facts.FACTS.values(),
+        "two_hop": facts.TWO_HOP.values(),
+        "ioi": [names.IOI],
+        "pronoun": [grammar.PRONOUNS],
+        "agreement": [grammar.AGREEMENT],
+        "years": [counting.YEARS],
+        "calendar": [counting.CALENDAR, counting.BACKWARD],
+        "arithmetic": [counting.ARITHMETIC, counting.SUBTRACT],
     }
     return [[str(template) for template in table] for table in tables[family]]
 
@@ -912,7 +923,7 @@ def test_the_mixture_never_writes_a_held_out_template():
     held = set()
     for family in ("prose", "facts", "two_hop", "ioi", "pronoun", "agreement", "calendar"):
         held |= templates(family, 300, ("templates",)) - templates(family, 1)
-    held -= {template for table in circuits.FACTS.values() for template in map(str, table[:-2])}
+    held -= {template for table in facts.FACTS.values() for template in map(str, table[:-2])}
     assert len(held) > 20
     assert not held & templates(None, 4_000)
 
@@ -975,7 +986,7 @@ def test_a_world_can_have_other_shares():
 def test_there_are_two_thousand_words(mixture):
     words = {word for d in mixture if d.family != "made_up" for word in re.findall(r"\w+", d.text)}
     assert len({word.lower() for word in words}) >= 2_000
-    assert len(circuits.vocabulary()) >= 2_000
+    assert len(copying.vocabulary()) >= 2_000
 
 
 def test_there_are_two_dozen_topics_of_forty_entries():

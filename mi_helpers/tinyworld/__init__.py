@@ -3,7 +3,12 @@
 source    draws that count their surprise; pages, documents, spans
 lexicon   words and facts, read from data/
 prose     topical prose: hidden variables through shared frames; the perfect reader
-circuits  families whose next word is determined
+facts     facts about places, and questions that take two of them
+names     who receives, among people named before
+grammar   pronouns and agreement
+counting  years, calendar, sums, brackets
+copying   random and made-up words, again and again
+held      what training never touches
 dialects  Norwegian and Python code
 world     the mixture; streams of documents and of token batches
 tokenizer the trained tokenizer, and labels by token

@@ -1,9 +1,8 @@
 """Two ways of writing that share nothing with the English frames: Norwegian prose, Python code."""
 
 from mi_helpers.tinyworld import lexicon
+from mi_helpers.tinyworld.held import NO_HOLD
 from mi_helpers.tinyworld.source import LOG, Document, Draw, Page, compile_template
-
-NO_HOLD = frozenset()
 
 NORWEGIAN_FRAMES = tuple(
     compile_template(frame)

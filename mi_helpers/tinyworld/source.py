@@ -186,6 +186,10 @@ def compile_template(template: str) -> list:
     return parts
 
 
+def compiled(*templates: str) -> tuple:
+    return tuple(compile_template(t) for t in templates)
+
+
 class Page:
     """Text under construction. `write` adds text; `mark` adds text with a label."""
 
@@ -225,3 +229,7 @@ class Page:
 
     def text(self) -> str:
         return "".join(self.parts)
+
+
+def finish(page: Page, draw: Draw, family: str, **latents) -> Document:
+    return Document(page.text(), family, latents, page.spans, draw.nats, draw.hidden)

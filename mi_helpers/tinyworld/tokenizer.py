@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mi_helpers.tinyworld import circuits, lexicon
+from mi_helpers.tinyworld import copying, facts, lexicon
 from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.world import World
 
@@ -33,11 +33,11 @@ def tiles(*words: str) -> Iterator[str]:
 
 def must_be_single() -> list[str]:
     """What the course relies on to be one token each."""
-    places = {c for c in circuits.city_country()}
+    places = {c for c in facts.city_country()}
     countries = lexicon.countries().values()
     starts = [*lexicon.people(), *places, *(c.name for c in countries)]
     pairs = [f"{n:02d}" for n in range(100)]
-    return [*tiles(*circuits.vocabulary()), *starts, *pairs, *tiles(*pairs)]
+    return [*tiles(*copying.vocabulary()), *starts, *pairs, *tiles(*pairs)]
 
 
 def splitter():

@@ -4,12 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mi_helpers.tinyworld import circuits, dialects
+from mi_helpers.tinyworld import copying, counting, dialects, facts, grammar, names
+from mi_helpers.tinyworld.held import HELD, NO_HOLD
 from mi_helpers.tinyworld.prose import Prose, marginal_nats, standard_book, topic_posterior
 from mi_helpers.tinyworld.source import Document, Draw, Weighted
-
-NO_HOLD = frozenset()
-HELD = frozenset({"templates", "entities"})
 
 
 class World:
@@ -27,17 +25,17 @@ class World:
         "prose": None,  # written by Prose, with this world's book
         "norwegian": dialects.norwegian,
         "python": dialects.python_code,
-        "facts": circuits.facts,
-        "two_hop": circuits.two_hop,
-        "ioi": circuits.ioi,
-        "repetition": circuits.repetition,
-        "made_up": circuits.made_up,
-        "pronoun": circuits.pronoun,
-        "agreement": circuits.agreement,
-        "years": circuits.years,
-        "calendar": circuits.calendar,
-        "arithmetic": circuits.arithmetic,
-        "brackets": circuits.brackets,
+        "facts": facts.facts,
+        "two_hop": facts.two_hop,
+        "ioi": names.ioi,
+        "repetition": copying.repetition,
+        "made_up": copying.made_up,
+        "pronoun": grammar.pronoun,
+        "agreement": grammar.agreement,
+        "years": counting.years,
+        "calendar": counting.calendar,
+        "arithmetic": counting.arithmetic,
+        "brackets": counting.brackets,
     }
     # Documents per thousand. Prose is about half of all tokens, random repetition about 12 %.
     weights = {
@@ -82,7 +80,7 @@ class World:
         if family == "prose":
             if choices:
                 raise ValueError(f"prose takes no choices, so not {', '.join(choices)}.")
-            return Prose(self.book, draw, held, fact=circuits.fact_sentence).document()
+            return Prose(self.book, draw, held, fact=facts.fact_sentence).document()
         return self.families[family](draw, held, **choices)
 
     def document(self, seed: int, family: str | None = None, held=NO_HOLD, **choices) -> Document:
