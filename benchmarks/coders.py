@@ -39,17 +39,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mi_helpers import coder_files
-from mi_helpers.coders import SparseCoder, explained_variance
-from mi_helpers.durable import put_between
+from mi_helpers.files import put_between
 from mi_helpers.models import load_model
-from mi_helpers.sparse_products import (
+from mi_helpers.saes import files as coder_files
+from mi_helpers.saes.coder import SparseCoder, explained_variance
+from mi_helpers.saes.products import (
     Products,
     float32_precision,
     quickest,
     weighted_sums,
 )
-from mi_helpers.sparse_step import SparseStep
+from mi_helpers.saes.step import SparseStep
 from mi_helpers.tinyworld.world import World
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,10 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mi_helpers.harvest import harvest
 from mi_helpers.models import load_model
-from mi_helpers.sources import open_source
-from mi_helpers.training import Recipe, peak_rate, read_log, train
+from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.sources import open_source
+from mi_helpers.saes.training import Recipe, peak_rate, read_log, train
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 WIDTHS = (288, 1_152, 4_608)

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mi_helpers import patching, restart
+from mi_helpers import patching
+from mi_helpers import prefix as restart
 from mi_helpers.architecture import empty_gemma2_2b, materialize
-from mi_helpers.durable import put_between
+from mi_helpers.files import put_between
 from mi_helpers.models import DATA, LanguageModel, load_model
 from mi_helpers.patching import (
     HEAD_SITES,

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from mi_helpers import estimate
 from mi_helpers.architecture import empty_gemma2_2b, materialize
-from mi_helpers.features import collect
-from mi_helpers.harvest import harvest
 from mi_helpers.models import DATA, LanguageModel
-from mi_helpers.report import report
-from mi_helpers.sources import open_source
+from mi_helpers.saes import estimate
+from mi_helpers.saes.features import collect
+from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.report import report
+from mi_helpers.saes.sources import open_source
+from mi_helpers.saes.training import Recipe, train
 from mi_helpers.tinyworld.tokenizer import load_tokenizer
-from mi_helpers.training import Recipe, train
 
 SITE = ("resid_post", 12)
 GB = 1e9

@@ -5,21 +5,21 @@ import importlib
 import sys
 
 COMMANDS = {
-    "claims": ("mi_helpers.claims:main", "show the ledger of claims, or measure it anew"),
-    "doctor": ("mi_helpers.doctor:main", "say what works on this machine"),
-    "exercises": ("mi_helpers.exercises.prove:main", "prove every exercise of every lesson"),
-    "features": ("mi_helpers.pipeline:main_features", "say what each latent of a coder is"),
-    "harvest": ("mi_helpers.pipeline:main_harvest", "write a model's activations to disk"),
-    "make-sae": ("mi_helpers.sae_lab:main", "make the sparse autoencoder that ships in data/"),
-    "make-transcoders": ("mi_helpers.transcoders:main", "make the transcoders in data/"),
+    "claims": ("mi_helpers.course.ledger:main", "show the ledger of claims, or measure it anew"),
+    "doctor": ("mi_helpers.course.doctor:main", "say what works on this machine"),
+    "exercises": ("mi_helpers.course.prove:main", "prove every exercise of every lesson"),
+    "features": ("mi_helpers.saes.pipeline:main_features", "say what each latent of a coder is"),
+    "harvest": ("mi_helpers.saes.pipeline:main_harvest", "write a model's activations to disk"),
+    "make-sae": ("mi_helpers.lessons.lesson_06.experiments:main", "make the sparse autoencoder that ships in data/"),
+    "make-transcoders": ("mi_helpers.lessons.lesson_07.experiments:main", "make the transcoders in data/"),
     "manifest": ("mi_helpers.manifest:main", "check or write the checksums of data/"),
-    "notebooks": ("mi_helpers.notebooks:main", "run the notebooks and save them clean"),
-    "report": ("mi_helpers.pipeline:main_report", "measure a trained coder, in the model too"),
-    "run": ("mi_helpers.pipeline:main_run", "harvest, train, report and features, in one go"),
-    "skills": ("mi_helpers.skills:main", "measure what the model can do, per family"),
+    "notebooks": ("mi_helpers.course.notebooks:main", "run the notebooks and save them clean"),
+    "report": ("mi_helpers.saes.pipeline:main_report", "measure a trained coder, in the model too"),
+    "run": ("mi_helpers.saes.pipeline:main_run", "harvest, train, report and features, in one go"),
+    "skills": ("mi_helpers.tiny_gemma.skills:main", "measure what the model can do, per family"),
     "tinyworld": ("mi_helpers.tinyworld.__main__:main", "write text from the TinyWorld generator"),
-    "train": ("mi_helpers.pipeline:main_train", "train a sparse coder on a harvest"),
-    "train-model": ("mi_helpers.tiny_gemma:main_train", "train tiny-gemma again"),
+    "train": ("mi_helpers.saes.pipeline:main_train", "train a sparse coder on a harvest"),
+    "train-model": ("mi_helpers.tiny_gemma.training:main_train", "train tiny-gemma again"),
 }
 
 

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mi_helpers.durable import RunError, load_tensors, read_json, save_tensors, write_json
-from mi_helpers.lesions import SITE, answer_positions, lesion, part_name, untrained
+from mi_helpers.ablation import SITE, answer_positions, lesion, part_name, untrained
+from mi_helpers.files import RunError, load_tensors, read_json, save_tensors, write_json
 from mi_helpers.models import Key, LanguageModel, ModelError, load_model, norm_gain
-from mi_helpers.skills import is_own_city
+from mi_helpers.tiny_gemma.skills import is_own_city
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.facts import city_country
 from mi_helpers.tinyworld.source import Document

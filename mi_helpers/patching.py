@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mi_helpers.models import LanguageModel, ModelError, _nearest
-from mi_helpers.restart import (
+from mi_helpers.prefix import (
     MOST_TOKENS,
     BaseRun,
     Edit,

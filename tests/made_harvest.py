@@ -2,8 +2,8 @@
 
 import torch
 
-from mi_helpers.activations import FORMAT, MANIFEST, Activations
-from mi_helpers.durable import save_tensors, write_json
+from mi_helpers.files import save_tensors, write_json
+from mi_helpers.saes.activations import FORMAT, MANIFEST, Activations
 
 
 def made_harvest(folder, x, target=None, shard_rows=300, piece=7, ids=None):

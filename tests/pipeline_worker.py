@@ -10,14 +10,14 @@ import signal
 import torch
 from tiny_models import sentences, tiny_model
 
-from mi_helpers import durable
-from mi_helpers.activations import Activations
-from mi_helpers.harvest import harvest
-from mi_helpers.processes import RENDEZVOUS, finish, start
-from mi_helpers.sources import open_source
-from mi_helpers.training import Recipe, train
+from mi_helpers import files as durable
+from mi_helpers.saes.activations import Activations
+from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.processes import RENDEZVOUS, finish, start
+from mi_helpers.saes.sources import open_source
+from mi_helpers.saes.training import Recipe, train
 
-PRELOAD = ["mi_helpers.training", "mi_helpers.harvest", "transformers.models.gemma2"]
+PRELOAD = ["mi_helpers.saes.training", "mi_helpers.saes.harvest", "transformers.models.gemma2"]
 SMALL = {"tokens": 900, "context": 12, "shard_tokens": 150, "batch_tokens": 60}
 RECIPE = Recipe(
     latents=48,

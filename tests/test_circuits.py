@@ -5,12 +5,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mi_helpers import circuits
-from mi_helpers.circuits import FrozenNorm, LocalReplacement, attribution_graph, pick_logits
-from mi_helpers.coders import SparseCoder
-from mi_helpers.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Node, predicted_effect
-from mi_helpers.interventions import intervene
+from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Node, predicted_effect
+from mi_helpers.circuits.interventions import intervene
+from mi_helpers.circuits.replacement import (
+    FrozenNorm,
+    LocalReplacement,
+    attribution_graph,
+    pick_logits,
+)
+from mi_helpers.circuits import replacement as circuits
 from mi_helpers.models import LanguageModel, ModelError, load_model
+from mi_helpers.saes.coder import SparseCoder
 
 TEXT = "the capital of the country of the Colosseum is the city that people visit"
 IDS = [2, 9, 4, 9, 7, 11, 4, 20, 3]

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from mi_helpers import claims
 from mi_helpers.__main__ import main
-from mi_helpers.claims import FAILS, HOLDS, UNMEASURED, Claim
-from mi_helpers.durable import between
+from mi_helpers.course import ledger as claims
+from mi_helpers.course.ledger import FAILS, HOLDS, UNMEASURED, Claim
+from mi_helpers.files import between
 
 ROWS = claims.read()
 FAST = [claim for claim in claims.CLAIMS if claim.fast]

@@ -7,8 +7,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import notebook_times
-from mi_helpers import doctor, notebooks
 from mi_helpers.__main__ import COMMANDS, main
+from mi_helpers.course import doctor, notebooks
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -12,11 +12,12 @@ from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 from test_coders import KINDS, inputs, random_coder
 
-from mi_helpers import coder_files, durable
-from mi_helpers.coder_files import load, save
-from mi_helpers.coders import ACTIVATIONS, SparseCoder
-from mi_helpers.durable import RunError
+from mi_helpers import files as durable
+from mi_helpers.files import RunError
 from mi_helpers.models import ModelError
+from mi_helpers.saes import files as coder_files
+from mi_helpers.saes.coder import ACTIVATIONS, SparseCoder
+from mi_helpers.saes.files import load, save
 
 X = inputs(40)
 

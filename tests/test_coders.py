@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mi_helpers.coders import (
+from mi_helpers.saes.coder import (
     ACTIVATIONS,
     SparseCoder,
     check_finite,

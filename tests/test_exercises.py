@@ -9,10 +9,10 @@ import nbformat
 import pytest
 import torch
 
-from mi_helpers.exercises import hint, progress, prove, record, solution
-from mi_helpers.exercises.check import NOT_ATTEMPTED, RIGHT, WRONG, Exercise, Verdict, evaluate
+from mi_helpers.course import hint, progress, prove, record, solution
+from mi_helpers.course.check import NOT_ATTEMPTED, RIGHT, WRONG, Exercise, Verdict, evaluate
 
-mechanism = importlib.import_module("mi_helpers.exercises.check")  # the name is the function's too
+mechanism = importlib.import_module("mi_helpers.course.check")  # the name is the function's too
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 LESSONS = mechanism.lessons()
 EXERCISES = [

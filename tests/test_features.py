@@ -11,11 +11,12 @@ from made_harvest import made_harvest, sparse_data
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from tiny_models import sentences, tiny_model
 
-from mi_helpers import feature_figures
-from mi_helpers import features as module
-from mi_helpers.coders import SparseCoder
-from mi_helpers.durable import RunError
-from mi_helpers.features import (
+from mi_helpers.files import RunError
+from mi_helpers.models import DATA, load_model
+from mi_helpers.saes import features as module
+from mi_helpers.saes import figures as feature_figures
+from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.features import (
     Features,
     Highest,
     bin_edges,
@@ -31,11 +32,10 @@ from mi_helpers.features import (
     scramble,
     write_latents,
 )
-from mi_helpers.harvest import harvest
-from mi_helpers.labels import Labels, token_labels
-from mi_helpers.models import DATA, load_model
-from mi_helpers.scores import Firings, score_units
-from mi_helpers.sources import open_source
+from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.labels import Labels, token_labels
+from mi_helpers.saes.scores import Firings, score_units
+from mi_helpers.saes.sources import open_source
 
 # -- scores ----------------------------------------------------------------------------------
 

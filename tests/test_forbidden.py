@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mi_helpers import notebooks
+from mi_helpers.course import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {".git", ".venv", ".cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "runs"}

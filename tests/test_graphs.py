@@ -7,16 +7,13 @@ import pytest
 import torch
 
 from mi_helpers import widgets
-from mi_helpers.circuits import attribution_graph
-from mi_helpers.coders import SparseCoder
-from mi_helpers.durable import RunError
-from mi_helpers.graph_figures import (
+from mi_helpers.circuits.figures import (
     GraphExplorer,
     graph_figure,
     intervention_figure,
     supernode_figure,
 )
-from mi_helpers.graphs import (
+from mi_helpers.circuits.graphs import (
     EMBEDDING,
     ERROR,
     FEATURE,
@@ -37,9 +34,12 @@ from mi_helpers.graphs import (
     random_graph,
     save_graph,
 )
-from mi_helpers.interventions import intervene
+from mi_helpers.circuits.interventions import intervene
+from mi_helpers.circuits.replacement import attribution_graph
+from mi_helpers.files import RunError
 from mi_helpers.models import load_model
 from mi_helpers.plots import render
+from mi_helpers.saes.coder import SparseCoder
 
 PROMPT = "the capital of the country of the Colosseum is"
 NODES = [

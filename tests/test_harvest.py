@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny_models import sentences, tiny_model, word_tokenizer
 
-from mi_helpers import durable
-from mi_helpers import harvest as module
-from mi_helpers.activations import Activations, Shuffled
-from mi_helpers.durable import RunError
-from mi_helpers.harvest import batches, check_model, harvest, pieces
+from mi_helpers import files as durable
+from mi_helpers.files import RunError
 from mi_helpers.models import LanguageModel, ModelError
-from mi_helpers.processes import Processes
+from mi_helpers.saes import harvest as module
+from mi_helpers.saes.activations import Activations, Shuffled
+from mi_helpers.saes.harvest import batches, check_model, harvest, pieces
+from mi_helpers.saes.processes import Processes
+from mi_helpers.saes.sources import open_source
 from mi_helpers.sites import NORMALIZED, read_sites, width
-from mi_helpers.sources import open_source
 
 SMALL = {"context": 12, "shard_tokens": 150, "batch_tokens": 60, "progress": False}
 
@@ -342,7 +342,7 @@ def test_a_write_that_the_system_cuts_short_is_named(tmp_path):
     """The kernel refuses to let the file grow: the same path as a full disk, without a fake."""
     script = (
         "import resource, signal, sys, torch; from pathlib import Path\n"
-        "from mi_helpers.durable import save_tensors\n"
+        "from mi_helpers.files import save_tensors\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "save_tensors(Path(sys.argv[1]), {'x': torch.zeros(10**5)})\n"

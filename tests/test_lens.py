@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_models import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import lens as lenses
-from mi_helpers.durable import RunError
-from mi_helpers.exercises import lesson_04
+from mi_helpers.ablation import untrained
+from mi_helpers.files import RunError
 from mi_helpers.lens import (
     Attribution,
     TunedLens,
@@ -22,8 +22,8 @@ from mi_helpers.lens import (
     read_out,
     read_stream,
 )
-from mi_helpers.lens_figures import LENSES, LensViewer, lens_grid, lens_table, shown
-from mi_helpers.lesions import untrained
+from mi_helpers.lessons.lesson_04 import exercises as lesson_04
+from mi_helpers.lessons.lesson_04.figures import LENSES, LensViewer, lens_grid, lens_table, shown
 from mi_helpers.models import LanguageModel, ModelError, load_model, norm_gain
 from mi_helpers.plots import render
 from mi_helpers.widgets import corners
@@ -319,7 +319,7 @@ def test_a_failed_save_leaves_the_old_lens(saved, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mi_helpers.durable.save_file", full)
+    monkeypatch.setattr("mi_helpers.files.save_file", full)
     with pytest.raises(RunError, match="disk is full"):
         TunedLens(4, 20).save(folder)
     assert torch.equal(TunedLens.load(folder).weight, lens.weight)

@@ -13,10 +13,11 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mi_helpers import lesions, plots, widgets
+from mi_helpers import ablation as lesions
+from mi_helpers import plots, widgets
+from mi_helpers.ablation import LesionLab, family_losses, lesion, make_batch
 from mi_helpers.architecture import architecture, empty_gemma2_2b
-from mi_helpers.exercises import lesson_00
-from mi_helpers.lesions import LesionLab, family_losses, lesion, make_batch
+from mi_helpers.lessons.lesson_00 import exercises as lesson_00
 from mi_helpers.models import LanguageModel, load_model
 from mi_helpers.tinyworld import World
 

@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Lasso
 
-from mi_helpers import coder_files, image_coding, sae_figures, sae_lab
-from mi_helpers.coders import SparseCoder
-from mi_helpers.features import Features
+from mi_helpers.lessons.lesson_06 import experiments as sae_lab
+from mi_helpers.lessons.lesson_06 import figures as sae_figures
+from mi_helpers.lessons.lesson_06 import image_coding
 from mi_helpers.models import load_model
 from mi_helpers.plots import render
-from mi_helpers.scores import Firings
+from mi_helpers.saes import files as coder_files
+from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.features import Features
+from mi_helpers.saes.scores import Firings
 from mi_helpers.widgets import corners
 
 

@@ -9,16 +9,19 @@ import pytest
 import torch
 from tiny_models import sentences, tiny_model
 
-from mi_helpers import coder_files, sae_lab, transcoder_figures, transcoders
-from mi_helpers.circuits import LocalReplacement
-from mi_helpers.coders import SparseCoder
-from mi_helpers.feature_figures import Page
-from mi_helpers.features import collect, logit_effects
-from mi_helpers.harvest import harvest
-from mi_helpers.lesions import make_batch
+from mi_helpers.ablation import make_batch
+from mi_helpers.circuits.replacement import LocalReplacement
+from mi_helpers.lessons.lesson_06 import experiments as sae_lab
+from mi_helpers.lessons.lesson_07 import experiments as transcoders
+from mi_helpers.lessons.lesson_07 import figures as transcoder_figures
 from mi_helpers.models import load_model, norm_gain
 from mi_helpers.plots import render
-from mi_helpers.sources import open_source
+from mi_helpers.saes import files as coder_files
+from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.features import collect, logit_effects
+from mi_helpers.saes.figures import Page
+from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.sources import open_source
 from mi_helpers.widgets import corners
 
 MODEL = "tiny-gemma"

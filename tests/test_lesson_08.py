@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mi_helpers import stories, tracing_figures
-from mi_helpers import tracing_lab as lab
-from mi_helpers.circuits import LocalReplacement, attribution_graph
-from mi_helpers.coders import SparseCoder
-from mi_helpers.graph_figures import GraphExplorer
-from mi_helpers.graphs import (
+from mi_helpers.circuits.figures import GraphExplorer
+from mi_helpers.circuits.graphs import (
     EMBEDDING,
     ERROR,
     FEATURE,
@@ -19,10 +15,15 @@ from mi_helpers.graphs import (
     make_graph,
     predicted_effect,
 )
+from mi_helpers.circuits.replacement import LocalReplacement, attribution_graph
+from mi_helpers.lessons.lesson_07.experiments import coders_for
+from mi_helpers.lessons.lesson_08 import experiments as lab
+from mi_helpers.lessons.lesson_08 import figures as tracing_figures
+from mi_helpers.lessons.lesson_08 import stories
 from mi_helpers.models import load_model
 from mi_helpers.plots import render
+from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.transcoders import coders_for
 from mi_helpers.widgets import corners
 
 

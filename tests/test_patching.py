@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_models import CONFIGS, TEXT, build, make_tokenizer
 
-from mi_helpers import restart
+from mi_helpers import prefix as restart
 from mi_helpers.models import LanguageModel, ModelError, load_model
 from mi_helpers.patching import (
     HEAD_SITES,

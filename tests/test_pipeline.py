@@ -8,12 +8,12 @@ import torch
 from tiny_models import sentences, tiny_model
 from transformers import AutoConfig
 
-from mi_helpers import estimate, pipeline
 from mi_helpers.__main__ import main
-from mi_helpers.durable import RunError
-from mi_helpers.estimate import Stage, blocks_needed, verdict
-from mi_helpers.pipeline import Settings, read_settings
-from mi_helpers.training import Recipe
+from mi_helpers.files import RunError
+from mi_helpers.saes import estimate, pipeline
+from mi_helpers.saes.estimate import Stage, blocks_needed, verdict
+from mi_helpers.saes.pipeline import Settings, read_settings
+from mi_helpers.saes.training import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,8 @@ import pytest
 from test_tiny_gemma import SMALL
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 
-from mi_helpers import skills, tiny_gemma
+from mi_helpers.tiny_gemma import skills
+from mi_helpers.tiny_gemma import training as tiny_gemma
 from mi_helpers.tinyworld.world import World
 
 

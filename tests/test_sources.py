@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from mi_helpers import sources
-from mi_helpers.sources import SourceError, open_source
+from mi_helpers.saes import sources
+from mi_helpers.saes.sources import SourceError, open_source
 
 
 def first(source, n, start=0):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from mi_helpers import sparse_products
-from mi_helpers.coders import SparseCoder, explained_variance
 from mi_helpers.models import load_model
-from mi_helpers.sparse_products import (
+from mi_helpers.saes import products as sparse_products
+from mi_helpers.saes.coder import SparseCoder, explained_variance
+from mi_helpers.saes.products import (
     Products,
     TopK,
     by_latent,
@@ -22,7 +22,7 @@ from mi_helpers.sparse_products import (
     top_k,
     weighted_sums,
 )
-from mi_helpers.sparse_step import SparseStep
+from mi_helpers.saes.step import SparseStep
 from mi_helpers.tinyworld.world import World
 
 PRODUCTS = {kind: Products((kind,), "highest") for kind in ("int8", "bfloat16", "float32")}

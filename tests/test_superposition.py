@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_helpers import packing, superposition
-from mi_helpers import superposition_figures as figures
+from mi_helpers.lessons.lesson_01 import experiments as superposition
+from mi_helpers.lessons.lesson_01 import figures, packing
 from mi_helpers.plots import render
 from mi_helpers.widgets import Explorer, corners
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma2Config
 
-from mi_helpers import skills, tiny_gemma
+from mi_helpers.tiny_gemma import skills
+from mi_helpers.tiny_gemma import training as tiny_gemma
 from mi_helpers.tinyworld.world import World
 
 SMALL = Gemma2Config(

@@ -22,10 +22,10 @@ from pipeline_worker import (
     write_text,
 )
 
-from mi_helpers import training
-from mi_helpers.coders import SparseCoder
-from mi_helpers.durable import RunError
-from mi_helpers.training import Recipe, learning_rate, peak_rate, quality, read_log, train
+from mi_helpers.files import RunError
+from mi_helpers.saes import training
+from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.training import Recipe, learning_rate, peak_rate, quality, read_log, train
 
 LEARN = Recipe(
     latents=64,

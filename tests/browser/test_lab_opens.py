@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mi_helpers.notebooks import KERNEL
+from mi_helpers.course.notebooks import KERNEL
 
 pytestmark = pytest.mark.browser
 

@@ -1,0 +1,1 @@
+"""Circuits of features: replacement models, graphs, interventions."""

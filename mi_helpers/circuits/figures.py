@@ -1,0 +1,327 @@
+"""The figures of attribution graphs: a Graph in, a Figure out. Only `GraphExplorer` prunes.
+
+Rows are layers, from the embeddings at the bottom to the logits at the top; columns are positions.
+A node's area is its influence, an edge's width its weight; blue edges add, dashed red ones take
+away.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from mi_helpers.circuits.graphs import (
+    EMBEDDING,
+    ERROR,
+    FEATURE,
+    KINDS,
+    LOGIT,
+    Graph,
+    graph_scores,
+    merge,
+    prune,
+)
+from mi_helpers.circuits.interventions import Intervention
+from mi_helpers.plots import OKABE_ITO, Picture, before_after, style
+
+ADDS, TAKES = OKABE_ITO[0], OKABE_ITO[5]
+LOOKS = {  # marker, face
+    EMBEDDING: ("s", "#DDDDDD"),
+    FEATURE: ("o", OKABE_ITO[4]),
+    ERROR: ("D", "white"),
+    LOGIT: ("^", OKABE_ITO[1]),
+}
+MOST_EDGES, MOST_LABELS = 300, 14
+WIDEST = 9  # nodes side by side in one cell before they are pushed together
+
+
+# ------------------------------------------------------------------------------------ the graph
+
+
+@style()
+def graph_figure(
+    graph: Graph,
+    title: str = "",
+    *,
+    most_edges: int = MOST_EDGES,
+    most_labels: int = MOST_LABELS,
+    focus: str | None = None,
+    width: float = 11.0,
+    row: float = 0.7,
+) -> Figure:
+    """A graph, best pruned, with layers as rows and positions as columns.
+
+    Args:
+        most_edges: draw the strongest ones only, by |weight|.
+        most_labels: name the features with the most influence, by their label or "layer/latent".
+        focus: a node; only the edges into and out of it are drawn.
+
+    After the figures of "Circuit Tracing" (Ameisen and others, 2025), section "Attribution Graphs".
+
+    Raises:
+        ValueError: the focus is not in the graph.
+    """
+    x, y, edges_of_columns = _places(graph)
+    rows = graph.n_layers + 2
+    picture = Picture(figsize=(width, 1.6 + row * rows), layout="none")
+    high = picture.get_figheight()
+    picture.subplots_adjust(0.085, 1.15 / high, 0.985, 1 - 0.45 / high)
+    axes = picture.add_subplot()
+    for left in edges_of_columns[1:-1]:
+        axes.axvline(left, color="0.9", linestyle="-", marker="", linewidth=1, zorder=0)
+    _draw_edges(axes, graph, x, y, most_edges, None if focus is None else graph.index(focus))
+    _draw_nodes(axes, graph, x, y)
+    _draw_labels(axes, graph, x, y, most_labels)
+    middles = (edges_of_columns[1:] + edges_of_columns[:-1]) / 2
+    axes.set_xticks(middles, [_visible(token) for token in graph.tokens], fontsize=11)
+    axes.tick_params(axis="x", length=0, labelrotation=30 if len(graph.tokens) > 9 else 0)
+    axes.set_yticks(range(rows), ["tokens", *map(str, range(graph.n_layers)), "logits"])
+    axes.set(xlim=(0, edges_of_columns[-1]), ylim=(-0.6, rows - 0.25))
+    axes.set(title=title, ylabel="layer")
+    _legend(picture)
+    return picture
+
+
+def _places(graph: Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x and y of every node, and the borders of the columns (positions + 1,)."""
+    cells = defaultdict(list)
+    for i, node in enumerate(graph.nodes):
+        cells[node.layer, node.position].append(i)
+    wide = np.ones(len(graph.tokens)) * 1.4
+    for (_, position), members in cells.items():
+        wide[position] = max(wide[position], min(len(members), WIDEST))
+    borders = np.concatenate([[0], wide.cumsum()])
+    x, y = np.zeros(len(graph)), np.zeros(len(graph))
+    for (layer, position), members in cells.items():
+        step = wide[position] / len(members)
+        for k, i in enumerate(members):
+            x[i], y[i] = borders[position] + (k + 0.5) * step, layer + 1
+    return x, y, borders
+
+
+def _draw_edges(axes, graph: Graph, x, y, most: int, focus: int | None) -> None:
+    """The strongest edges, the widest on top; of a focus, only its own."""
+    weights = graph.adjacency.numpy()
+    targets, sources = weights.nonzero()
+    if focus is not None:
+        own = (targets == focus) | (sources == focus)
+        targets, sources = targets[own], sources[own]
+    size = np.abs(weights[targets, sources])
+    order = np.argsort(size)[-most:] if most else []
+    if not len(order):
+        return
+    targets, sources, size = targets[order], sources[order], size[order]
+    adds = weights[targets, sources] > 0
+    share = size / size.max()
+    lines = np.stack(
+        [np.stack([x[sources], y[sources]], 1), np.stack([x[targets], y[targets]], 1)], 1
+    )
+    for which, colour, dash in ((adds, ADDS, "-"), (~adds, TAKES, (0, (4, 2)))):
+        if which.any():
+            drawn = LineCollection(
+                lines[which],
+                linewidths=0.4 + 3.6 * share[which],
+                colors=colour,
+                linestyles=[dash],
+                alpha=0.15 + 0.7 * share[which],
+                zorder=1,
+            )
+            axes.add_collection(drawn)
+
+
+def _draw_nodes(axes, graph: Graph, x, y) -> None:
+    """Every node, as large as its influence; a logit as large as its probability."""
+    size = graph.influence.numpy().copy()
+    size[len(size) - len(graph.probabilities) :] = graph.probabilities.numpy()
+    for kind in KINDS:
+        which = graph.mask(kind).numpy()
+        if which.any():
+            marker, face = LOOKS[kind]
+            area = 18 + 420 * size[which] / max(size[which].max(), 1e-9)
+            axes.scatter(
+                x[which], y[which], area, marker=marker, color=face, edgecolor="black",
+                linewidth=0.8, zorder=2, clip_on=False,
+            )  # fmt: skip
+
+
+def _draw_labels(axes, graph: Graph, x, y, most: int) -> None:
+    """Words at the features with the most influence, and at the logits."""
+    per_letter = 0.0075 * x.max()  # a letter's width, about, in the units of x
+    taken: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    for node in graph.features()[:most]:
+        i = graph.index(node)
+        text = graph.labels.get(node.id, f"{node.layer}/{node.index}")
+        half = per_letter * (len(text) + 1) / 2
+        for side, va in ((-0.2, "top"), (0.2, "bottom")):  # under the node, above it, or not at all
+            row = taken[y[i] + side]
+            if all(abs(x[i] - other) > half + width for other, width in row):
+                row.append((x[i], half))
+                _word(axes, x[i], y[i] + side, text, va=va)
+                break
+    for text, p, node in zip(
+        graph.target_names,
+        graph.probabilities.tolist(),
+        graph.nodes[-len(graph.probabilities) :],
+        strict=True,
+    ):
+        i = graph.index(node)
+        if p >= 0.02 or len(graph.probabilities) <= 3:
+            _word(axes, x[i], y[i] + 0.2, f"{_visible(text)}\n{p:.2f}", va="bottom")
+
+
+def _word(axes, x: float, y: float, text: str, va: str) -> None:
+    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}
+    axes.text(x, y, text, ha="center", va=va, fontsize=9, bbox=box, zorder=4)
+
+
+def _visible(token: str) -> str:
+    return token.strip() or repr(token)
+
+
+def _legend(picture: Picture) -> None:
+    """What the marks mean, under the graph."""
+    marks = [
+        Line2D([], [], marker=m, color="black", markerfacecolor=f, linestyle="", label=kind)
+        for kind, (m, f) in LOOKS.items()
+    ]
+    marks += [
+        Line2D([], [], color=ADDS, linestyle="-", marker="", label="adds"),
+        Line2D([], [], color=TAKES, linestyle="--", marker="", label="takes away"),
+    ]
+    picture.legend(handles=marks, loc="lower center", ncols=len(marks), fontsize=11)
+
+
+class GraphExplorer:
+    """`explorer(prompt, node_threshold, edge_threshold)`: that prompt's graph, pruned, as a Figure.
+
+    graphs: {name: whole graph}. A threshold at which nothing is left raises a ValueError with a
+    sentence, which `mi_helpers.widgets.explore` shows.
+    """
+
+    def __init__(self, graphs: Mapping[str, Graph], **drawing):
+        if not graphs:
+            raise ValueError("Give the explorer at least one graph: {'a prompt': graph}.")
+        self.graphs, self.drawing = dict(graphs), drawing
+
+    def __call__(
+        self, prompt: str, node_threshold: float = 0.8, edge_threshold: float = 0.98
+    ) -> Figure:
+        if prompt not in self.graphs:
+            raise ValueError(f"There is no graph of {prompt!r}: choose one of {list(self.graphs)}.")
+        whole = self.graphs[prompt]
+        small = prune(whole, node_threshold, edge_threshold)
+        replacement, completeness = graph_scores(small)
+        features = int(small.mask(FEATURE).sum())
+        title = (
+            f"{features} of {int(whole.mask(FEATURE).sum())} features, "
+            f"{int((small.adjacency != 0).sum())} edges; replacement {replacement:.2f}, "
+            f"completeness {completeness:.2f}"
+        )
+        return graph_figure(small, title, **self.drawing)
+
+
+# ------------------------------------------------------------------------------------ supernodes
+
+
+@style()
+def supernode_figure(
+    graph: Graph, title: str = "", *, share: float = 0.05, width: float = 11.0, height: float = 6.0
+) -> Figure:
+    """Supernodes, tokens and logits as boxes, with an arrow for each edge between them that is at
+    least `share` of the strongest. A box stands at the mean layer and position of its nodes; its
+    frame is as thick as its influence.
+
+    After the supernode diagrams of "Circuit Tracing" (Ameisen and others, 2025).
+
+    Raises:
+        ValueError: the graph has no supernodes.
+    """
+    if not graph.supernodes:
+        raise ValueError(
+            "The graph has no supernodes: make some with group_by_label or group_by_cosine."
+        )
+    merged = merge(graph, only_supernodes=True)
+    weights = merged.weights.numpy()
+    linked = (np.abs(weights) >= share * max(np.abs(weights).max(), 1e-9)) & (weights != 0)
+    shown = linked.any(0) | linked.any(1)
+    shown[: len(graph.supernodes)] = True
+    names = [_short(graph, name, group) for name, group in zip(merged.names, merged.members,
+                                                                strict=True)]  # fmt: skip
+    spots = _spots(graph, merged.members, names, width)
+    picture = Picture(figsize=(width, height))
+    axes = picture.subplots()
+    top = float(merged.influence.max())
+    for i, name in enumerate(names):
+        if shown[i]:
+            thick = 0.8 + 2.5 * float(merged.influence[i]) / max(top, 1e-9)
+            fill = "#E8F3FA" if i < len(graph.supernodes) else "white"
+            frame = {"boxstyle": "round,pad=0.4", "facecolor": fill, "linewidth": thick}
+            axes.text(*spots[i], name, ha="center", va="center", fontsize=11, bbox=frame, zorder=3)
+    strongest = np.abs(weights[linked]).max() if linked.any() else 1.0
+    for target, source in zip(*linked.nonzero(), strict=True):
+        size = abs(weights[target, source]) / strongest
+        adds = weights[target, source] > 0
+        axes.annotate(
+            "", spots[target], spots[source], zorder=2,
+            arrowprops={
+                "arrowstyle": "-|>", "color": ADDS if adds else TAKES, "alpha": 0.35 + 0.6 * size,
+                "linestyle": "-" if adds else "--", "linewidth": 0.8 + 4 * size,
+                "shrinkA": 18, "shrinkB": 18,
+            },
+        )  # fmt: skip
+    axes.set_xticks(range(len(graph.tokens)), [_visible(t) for t in graph.tokens])
+    axes.tick_params(axis="x", labelrotation=30 if len(graph.tokens) > 9 else 0)
+    axes.set_yticks(
+        range(graph.n_layers + 2), ["tokens", *map(str, range(graph.n_layers)), "logits"]
+    )
+    left = min(x for x, _ in spots)
+    axes.set(xlim=(min(-0.7, left - 0.7), len(graph.tokens) - 0.3))
+    axes.set(ylim=(-0.6, graph.n_layers + 1.6))
+    axes.set(title=title, ylabel="layer")
+    return picture
+
+
+def _short(graph: Graph, name: str, group: Sequence[int]) -> str:
+    """A box's text: the token itself for an embedding and a logit, as the axes say what it is."""
+    node = graph.nodes[group[0]]
+    if node.kind == EMBEDDING:
+        return _visible(graph.tokens[node.position])
+    if node.kind == LOGIT:
+        return _visible(graph.target_names[group[0] - len(graph) + len(graph.probabilities)])
+    return name
+
+
+def _spots(
+    graph: Graph, members: Sequence[Sequence[int]], names: Sequence[str], width: float
+) -> list[tuple[float, float]]:
+    """The mean position and row of each group, moved left where boxes would overlap."""
+    letter = 0.095 * len(graph.tokens) / (0.9 * width)  # in positions
+    placed: list[tuple[float, float, float]] = []
+    for group, name in zip(members, names, strict=True):
+        x = float(np.mean([graph.nodes[i].position for i in group]))
+        y = float(np.mean([graph.nodes[i].layer + 1 for i in group]))
+        half = letter * (len(name) + 3) / 2
+        near = sorted(((a, w) for a, b, w in placed if abs(b - y) < 0.7), reverse=True)
+        for a, w in near:
+            if abs(x - a) < half + w:
+                x = a - half - w - letter
+        placed.append((x, y, half))
+    return [(x, y) for x, y, _ in placed]
+
+
+# --------------------------------------------------------------------------------- interventions
+
+
+def intervention_figure(result: Intervention, title: str = "", k: int = 6) -> Figure:
+    """The likeliest next tokens before and after an intervention, those of 0.005 and more: a circle
+    and a square each."""
+    top = [row for row in result.top(k) if max(row[1:]) >= 0.005] or result.top(1)
+    before = {repr(text): p for text, p, _ in top}
+    after = {repr(text): p for text, _, p in top}
+    xlabel = "probability of the next token"
+    return before_after(before, after, title, xlabel=xlabel, limits=(0.0, 1.0))

@@ -1,0 +1,130 @@
+"""Notebooks as they are committed: run from top to bottom, clean, with nothing of this machine."""
+
+import argparse
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+KEPT_OF_A_CELL = {"tags", "jupyter"}
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|var/folders)/\w|[A-Z]:\\+Users\b")
+
+
+def find(names: list[str], folder: Path = FOLDER) -> list[Path]:
+    """The notebooks whose names begin with any of `names`, or all; ValueError where none does."""
+    found = sorted(folder.glob("*.ipynb"))
+    for name in names:
+        if not any(path.name.startswith(name) for path in found):
+            raise ValueError(f"No notebook's name begins with '{name}'.")
+    return [path for path in found if not names or path.name.startswith(tuple(names))]
+
+
+def execute(notebook, folder: Path) -> None:
+    """Run every cell in place, in `folder`; CellExecutionError at the first that fails.
+
+    Exercises are recorded in a throw-away file, so that outputs do not depend on who runs this.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        client = NotebookClient(
+            notebook,
+            timeout=600,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder)}},
+            record_timing=False,
+            store_widget_state=False,
+            coalesce_streams=True,
+        )
+        client.execute(env=os.environ | {"MI_PROGRESS": os.path.join(scratch, "progress.json")})
+
+
+def clean(notebook) -> None:
+    """Drop in place what is not the author's: widget state, timings, versions, view settings."""
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    )
+    for cell in notebook.cells:
+        kept = {key: value for key, value in cell.metadata.items() if key in KEPT_OF_A_CELL}
+        cell.metadata = nbformat.from_dict(kept)
+
+
+def problems(notebook) -> list[str]:
+    """Why a notebook is not fit to commit, one sentence each; empty when it is."""
+    found = []
+    if "widgets" in notebook.metadata:
+        found.append("metadata.widgets is there: GitHub may refuse the notebook.")
+    for number, cell in enumerate(notebook.cells):
+        found += [f"cell {number} {problem}" for problem in cell_problems(cell)]
+    return found
+
+
+def cell_problems(cell) -> list[str]:
+    """The problems of one cell, each without its subject."""
+    found = []
+    if "execution" in cell.metadata:
+        found.append("has execution timestamps.")
+    if "id" not in cell:
+        found.append("has no id.")
+    if path := MACHINE_PATH.search(json.dumps(cell, ensure_ascii=False)):
+        found.append(f"holds a path of one machine ({path[0]}…).")
+    if cell.cell_type != "code":
+        return found
+    if "NBVAL_" + "SKIP" in cell.source:
+        found.append("is skipped by nbval.")
+    if cell.source.strip() and cell.execution_count is None:
+        found.append("has no execution count.")
+    if any(output.output_type == "error" for output in cell.outputs):
+        found.append("ends in an error.")
+    return found
+
+
+def save(notebook, path: Path) -> None:
+    """Write a notebook atomically, with Unix line ends."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(nbformat.writes(notebook) + "\n", "utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def refresh(path: Path, run: bool = True) -> list[str]:
+    """Run (unless told not to), clean and save one notebook; the file stays as it was on failure.
+
+    Returns the problems that cleaning could not solve.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    if run:
+        execute(notebook, path.parent)
+    clean(notebook)
+    found = problems(notebook)
+    if not found:
+        save(notebook, path)
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """`python -m mi_helpers notebooks [NAMES] [--clean-only]`."""
+    parser = argparse.ArgumentParser(prog="python -m mi_helpers notebooks", description=__doc__)
+    parser.add_argument("names", nargs="*", help="how names begin, such as 00 03; all without")
+    parser.add_argument("--clean-only", action="store_true", help="do not run them")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    options = parser.parse_args(argv)
+    try:
+        paths = find(options.names, options.folder)
+    except ValueError as error:
+        parser.error(str(error))
+    failed = False
+    for path in paths:
+        try:
+            found = refresh(path, run=not options.clean_only)
+        except CellExecutionError as error:
+            found = [str(error)]
+        print(f"{path.name}: " + ("saved" if not found else "left as it was"), flush=True)
+        for problem in found:
+            print(f"  {problem}")
+        failed = failed or bool(found)
+    return 1 if failed else 0

@@ -1,0 +1,667 @@
+"""Toy models of superposition: more features than dimensions, trained many at a time.
+
+A toy model squeezes n features through m hidden dimensions and reads them out again,
+
+    h = W^T x                 x̂ = ReLU(W h + b)               W (n_features, n_hidden)
+
+and is trained to give back the features that matter: loss = E Σ_i I_i (x_i - x̂_i)². A feature is 0
+with probability S, its *sparsity*, and else uniform in [0, 1]; 1 - S is its *density*.
+
+After Elhage and others, "Toy Models of Superposition" (2022); the paper writes W for our W^T. A row
+W_i is the direction in which feature i is written, and the one along which it is read.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+REPRESENTED = 0.5  # a feature counts as represented when ‖W_i‖ exceeds this
+_AT_ONCE = 1 << 20  # numbers of training data that are drawn in one go
+
+
+@dataclass
+class Toys:
+    """Trained toy models, one per instance.
+
+    W            (instances, n_features, n_hidden)
+    b            (instances, n_features)
+    importance   (instances, n_features)
+    sparsity     (instances,)
+    correlation  (instances,)
+    loss         (instances,), on inputs that were not trained on
+    output       "relu" or "linear": what follows W h + b
+    hidden       "linear" or "relu": what follows W^T x
+    """
+
+    W: Tensor
+    b: Tensor
+    importance: Tensor
+    sparsity: Tensor
+    correlation: Tensor
+    loss: Tensor
+    output: str = "relu"
+    hidden: str = "linear"
+
+    def __len__(self) -> int:
+        return len(self.W)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x̂ for inputs x (instances or 1, batch, n_features)."""
+        return reconstruct(x, self.W, self.b, self.output, self.hidden)
+
+    def pick(self, rows: Tensor) -> "Toys":
+        """The instances with these numbers."""
+        names = ("W", "b", "importance", "sparsity", "correlation", "loss")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+
+def on_one_core(function: Callable) -> Callable:
+    """A decorator: PyTorch uses one thread inside, and as many as before afterwards.
+
+    Toy matrices are so small that handing parts of them to other cores costs more than it saves,
+    many times more when these are busy.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return call
+
+
+# -- the data --------------------------------------------------------------------------------
+
+
+def chance_of_both(density: Tensor, correlation: Tensor) -> Tensor:
+    """P(both features of a pair are on), each being on with probability q = density.
+
+    0 is independence, q². 1 is q: always together. -1 is max(0, 2q - 1): never together, or as
+    seldom as the density allows. Between these it is linear.
+    """
+    most, least = density, (2 * density - 1).clamp(min=0)
+    end = torch.where(correlation >= 0, most, least)
+    return density**2 + correlation.abs() * (end - density**2)
+
+
+def chance_of_blank(sparsity: Tensor, correlation: Tensor, n_features: int) -> Tensor:
+    """P(x = 0): no pair has a feature on, and neither has the last feature of an odd number."""
+    density = 1 - sparsity
+    neither = 1 - 2 * density + chance_of_both(density, correlation)
+    return neither ** (n_features // 2) * sparsity ** (n_features % 2)
+
+
+def sample(
+    sparsity: Tensor,
+    n_features: int,
+    batch: int,
+    correlation: Tensor | float = 0.0,
+    generator: torch.Generator | None = None,
+    blanks: bool = True,
+) -> Tensor:
+    """Inputs x (instances, batch, n_features), for sparsities (instances,).
+
+    Features 2k and 2k + 1 are a pair; `correlation` in [-1, 1] says how they go together (see
+    `chance_of_both`). With blanks=False the same distribution *given x ≠ 0*, exactly: at high
+    sparsity nearly all inputs are blank and teach nothing. The random numbers are shared by all
+    instances, which saves time; instances of one call are therefore not independent samples.
+    """
+    density = (1 - sparsity)[:, None, None]  # (instances, 1, 1)
+    both = chance_of_both(density, torch.as_tensor(correlation).reshape(-1, 1, 1))
+    groups = (n_features + 1) // 2  # pairs, and perhaps one feature that has no mate
+    busy = (2 * density - both).expand(-1, -1, groups).clone()  # P(anything on) per group
+    if n_features % 2:
+        busy[..., -1:] = density
+    u = torch.rand(batch, groups, generator=generator)  # (batch, groups), one number decides all
+    if not blanks:
+        by_now = 1 - (1 - busy).cumprod(-1)  # P(the first busy group is this one or before)
+        u_first = torch.rand(batch, 1, generator=generator) * by_now[..., -1:]
+        first = (u_first >= by_now[..., :-1]).sum(-1, keepdim=True)
+        place = torch.arange(groups)
+        u = torch.where(place == first, u * busy, u).masked_fill(place < first, 1.0)
+    left = u < density
+    right = (u < both) | ((u >= density) & (u < busy))
+    on = torch.stack([left, right], -1).flatten(-2)[..., :n_features]
+    return on * torch.rand(batch, n_features, generator=generator)
+
+
+# -- the model -------------------------------------------------------------------------------
+
+
+def reconstruct(
+    x: Tensor, W: Tensor, b: Tensor, output: str = "relu", hidden: str = "linear"
+) -> Tensor:
+    """x̂ = ReLU(W W^T x + b) for every instance; x (instances or 1, batch, n_features)."""
+    h = x.expand(len(W), -1, -1) @ W  # (instances, batch, n_hidden)
+    if hidden == "relu":
+        h = h.clamp(min=0)
+    y = torch.baddbmm(b[:, None], h, W.mT)
+    return y.clamp(min=0) if output == "relu" else y
+
+
+def weighted_loss(x: Tensor, x_hat: Tensor, importance: Tensor) -> Tensor:
+    """Σ_i I_i (x_i - x̂_i)², the mean over the batch; importance (instances, n_features)."""
+    return (importance[:, None] * (x - x_hat) ** 2).sum(-1).mean(-1)
+
+
+def gradients(
+    W: Tensor, b: Tensor, x: Tensor, weight: Tensor, output: str = "relu", hidden: str = "linear"
+) -> tuple[Tensor, Tensor]:
+    """Half the gradient of Σ weight (x - x̂)², summed over the batch, by W and by b; by hand.
+
+    W occurs twice, so its gradient is a sum: with δ = weight (x̂ - x), zero where the output's ReLU
+    is off, it is δ^T h for the reading and x^T (δ W) for the writing. x has one row of data per
+    instance (instances, batch, n_features); weight is (instances, 1, n_features).
+    """
+    h = x @ W
+    awake = h > 0 if hidden == "relu" else None
+    if awake is not None:
+        h = h * awake
+    y = torch.baddbmm(b[:, None], h, W.mT)
+    delta = y.clamp(min=0).sub_(x).mul_(y > 0) if output == "relu" else y - x
+    delta *= weight
+    back = delta @ W
+    if awake is not None:
+        back *= awake
+    return torch.baddbmm(delta.mT @ h, x.mT, back), delta.sum(1)
+
+
+@on_one_core
+def expected_loss(toys: Toys, samples: int = 8192, seed: int = 1_000_003) -> Tensor:
+    """The loss of every instance (instances,), on fresh inputs; blank ones are counted exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    n_features, rows = toys.W.shape[1], 1024
+    blank = chance_of_blank(toys.sparsity, toys.correlation, n_features)
+    chunks = max(1, samples // rows)
+    data = distinct(toys.sparsity, toys.correlation)
+    total = torch.zeros(len(toys))
+    for _ in range(chunks):
+        x = sample(data[0], n_features, rows, data[1], generator, blanks=False)
+        total += weighted_loss(x, toys(x), toys.importance)
+    nothing = torch.zeros(1, 1, n_features)
+    on_blank = weighted_loss(nothing, toys(nothing), toys.importance)
+    return (1 - blank) * total / chunks + blank * on_blank
+
+
+@on_one_core
+def train(
+    n_features: int,
+    n_hidden: int,
+    sparsity: float | Sequence[float] | Tensor,
+    *,
+    importance: Sequence | Tensor | None = None,
+    correlation: float | Sequence[float] | Tensor = 0.0,
+    restarts: int = 1,
+    steps: int = 1500,
+    batch: int = 128,
+    lr: float = 0.02,
+    output: str = "relu",
+    hidden: str = "linear",
+    samples: int = 8192,
+    seed: int = 0,
+) -> Toys:
+    """Train one toy model per sparsity, all in one batched run.
+
+    Args:
+        sparsity: one number in (0, 1), or one per instance.
+        importance: (n_features,) or (instances, n_features); all 1 without.
+        correlation: of the pairs (0, 1), (2, 3), …, in [-1, 1]; one number, or one per instance.
+        restarts: train so many from different random weights and keep the one of lowest loss.
+        lr: Adam's learning rate at the start; it falls to zero along a quarter of a cosine.
+        samples: fresh inputs on which the loss is measured at the end.
+
+    Raises:
+        ValueError: what was given, what was expected, what to do; in one sentence.
+    """
+    sparsity, importance, correlation = checked(
+        n_features, n_hidden, sparsity, importance, correlation, output, hidden
+    )
+    for name, value in (("restarts", restarts), ("steps", steps), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: take 1 or more.")
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(len(sparsity)).repeat_interleave(restarts)  # model -> its instance
+    importance = importance[rows]
+    source = distinct(sparsity, correlation)  # of the data: one for all, where all agree
+    blank = chance_of_blank(sparsity, correlation, n_features)[rows][:, None]  # (models, 1)
+    on_blank = blank * importance  # (models, n_features)
+    on_data = ((1 - blank) * importance / batch)[:, None]  # (models, 1, n_features)
+
+    parameters = torch.randn(len(rows), n_features, n_hidden + 1, generator=generator)
+    parameters[..., :-1] /= math.sqrt(n_hidden)
+    parameters[..., -1] = 0
+    W, b = parameters[..., :-1], parameters[..., -1]  # views: both move with `parameters`
+    gradient, mean, square = (torch.zeros_like(parameters) for _ in range(3))
+    by_W, by_b = gradient[..., :-1], gradient[..., -1]
+    ahead = max(1, min(steps, _AT_ONCE // (len(source[0]) * batch * n_features)))
+    for step in range(steps):
+        if step % ahead == 0:
+            count = min(ahead, steps - step)
+            data = sample(source[0], n_features, count * batch, source[1], generator, blanks=False)
+            batches = data.split(batch, dim=1)
+        x = batches[step % ahead]
+        x = x.expand(len(rows), -1, -1) if len(x) == 1 else x[rows]
+        given_W, given_b = gradients(W, b, x, on_data, output, hidden)
+        by_W.copy_(given_W)
+        # blank inputs were left out of the data; all that they teach is that b should not be > 0
+        by_b.copy_(given_b.addcmul_(on_blank, b.clamp(min=0) if output == "relu" else b))
+        mean.lerp_(gradient, 0.1)  # Adam, with β = (0.9, 0.99)
+        square.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
+        rate = lr * math.cos(math.pi / 2 * (step + 1) / steps)
+        rate *= math.sqrt(1 - 0.99 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        parameters.addcdiv_(mean, square.sqrt().add_(1e-10), value=-rate)
+
+    toys = Toys(
+        W.clone(),
+        b.clone(),
+        importance,
+        sparsity[rows],
+        correlation[rows],
+        torch.zeros(len(rows)),
+        output,
+        hidden,
+    )
+    toys.loss = expected_loss(toys, samples)
+    best = toys.loss.view(-1, restarts).argmin(1)
+    return toys.pick(torch.arange(len(sparsity)) * restarts + best)
+
+
+def distinct(sparsity: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as they are, or with one entry each where all instances have the same."""
+    same = bool((sparsity == sparsity[0]).all() and (correlation == correlation[0]).all())
+    return (sparsity[:1], correlation[:1]) if same else (sparsity, correlation)
+
+
+def checked(
+    n_features: int, n_hidden: int, sparsity, importance, correlation, output: str, hidden: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sparsity (instances,), importance (instances, n_features), correlation (instances,).
+
+    ValueError, with a sentence, for what no toy model can be made of.
+    """
+    if n_hidden < 1 or n_features < 1:
+        raise ValueError(
+            f"{n_features} features and {n_hidden} hidden dimensions were given: "
+            "a toy model needs at least one of each."
+        )
+    if n_hidden > n_features:
+        raise ValueError(
+            f"{n_hidden} hidden dimensions for {n_features} features leave nothing to squeeze: "
+            f"take {n_features} hidden dimensions or fewer, or more features."
+        )
+    if output not in ("relu", "linear") or hidden not in ("relu", "linear"):
+        raise ValueError(
+            f"output={output!r} and hidden={hidden!r} were given: each is 'relu' or 'linear'."
+        )
+    sparsity = torch.as_tensor(sparsity, dtype=torch.float32).reshape(-1)
+    correlation = torch.as_tensor(correlation, dtype=torch.float32).reshape(-1)
+    weights = torch.ones(n_features) if importance is None else torch.as_tensor(importance).float()
+    if weights.ndim not in (1, 2) or weights.shape[-1] != n_features:
+        raise ValueError(
+            f"The importance has shape {tuple(weights.shape)}: "
+            f"give {n_features} numbers, one per feature, or one such row per instance."
+        )
+    weights = weights.reshape(-1, n_features)
+    sizes = {len(each) for each in (sparsity, correlation, weights)} - {1}
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError(
+            f"{len(sparsity)} sparsities, {len(correlation)} correlations and {len(weights)} rows "
+            "of importance were given: give one of each, or as many of one as of the other."
+        )
+    if not bool(((sparsity > 0) & (sparsity < 1)).all()):
+        wrong = sparsity[~((sparsity > 0) & (sparsity < 1))][0].item()
+        raise ValueError(
+            f"A sparsity of {wrong:g} was given: it is the chance that a feature is absent, and "
+            "lies between 0 and 1, both excluded; take 0.01 for dense and 0.99 for very sparse."
+        )
+    if not bool((correlation.abs() <= 1).all()):
+        raise ValueError(
+            f"A correlation of {correlation[~(correlation.abs() <= 1)][0].item():g} was given: "
+            "take a number from -1 (never together) through 0 (independent) to 1 (always together)."
+        )
+    if not bool((weights >= 0).all() and weights.isfinite().all()):
+        raise ValueError("An importance is negative or not a number: take 0 or more.")
+    count = max(len(sparsity), len(correlation), len(weights))
+    return (
+        sparsity.expand(count).clone(),
+        weights.expand(count, -1).clone(),
+        correlation.expand(count).clone(),
+    )
+
+
+# -- measures --------------------------------------------------------------------------------
+
+
+def unit(W: Tensor) -> Tensor:
+    """The rows of W (…, n_features, n_hidden) at length 1; rows of zeros stay."""
+    return W / W.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+
+
+def overlaps(W: Tensor) -> Tensor:
+    """Ŵ_i · W_j (…, n_features, n_features): what feature j leaves on the read-out of feature i."""
+    return unit(W) @ W.mT
+
+
+def dimensionality(W: Tensor) -> Tensor:
+    """D_i = ‖W_i‖² / Σ_j (Ŵ_i · W_j)²  (…, n_features): the share of a dimension that i has.
+
+    1 is a dimension of its own, 1/2 one shared with an opposite feature, 0 none. From "Toy Models
+    of Superposition", section "The Geometry of Superposition".
+    """
+    return W.square().sum(-1) / overlaps(W).square().sum(-1).clamp(min=1e-12)
+
+
+def interference(W: Tensor) -> Tensor:
+    """Σ_{j≠i} (Ŵ_i · W_j)²  (…, n_features): what the others leave on the read-out of i."""
+    return (overlaps(W).square().sum(-1) - W.square().sum(-1)).clamp(min=0)
+
+
+def represented(W: Tensor) -> Tensor:
+    """Whether ‖W_i‖ > 0.5  (…, n_features)."""
+    return W.norm(dim=-1) > REPRESENTED
+
+
+def dimensions_per_feature(W: Tensor) -> Tensor:
+    """D* = m / ‖W‖²_F  (…): hidden dimensions per represented feature, as these have ‖W_i‖ ≈ 1."""
+    return W.shape[-1] / W.square().sum((-2, -1))
+
+
+def favourite_share(W: Tensor, hidden: str = "relu") -> Tensor:
+    """How much of each hidden neuron's response belongs to one feature (…, n_hidden), 0 to 1.
+
+    Feature i alone, at 1, makes neuron k respond with r = ReLU(W_ik), or |W_ik| where the hidden
+    layer is linear: max_i r² / Σ_i r². A neuron at 1 is monosemantic; an average of several
+    features is far below. A neuron that responds to nothing has 0.
+    """
+    response = W.clamp(min=0) if hidden == "relu" else W.abs()
+    squares = response.square()
+    return squares.amax(-2) / squares.sum(-2).clamp(min=1e-12)
+
+
+# -- interference between random directions --------------------------------------------------
+
+
+def random_directions(n: int, m: int, generator: torch.Generator | None = None) -> Tensor:
+    """n unit vectors in m dimensions (n, m), uniform on the sphere."""
+    return unit(torch.randn(n, m, generator=generator))
+
+
+def expected_interference(n: int, m: int, p: float = 1.0) -> float:
+    """p (n - 1) / m: the squared interference to expect among n random unit vectors.
+
+    A component of a random unit vector has mean square 1/m, as m of them sum to 1; so has the dot
+    product of two. Of n - 1 others, a share p is on (at 1) at a time. Their dot products have mean
+    zero and are uncorrelated, so the squares add up.
+    """
+    return p * (n - 1) / m
+
+
+@on_one_core
+def measured_interference(
+    n: int, m: int, p: float, samples: int = 500, draws: int = 10, seed: int = 0
+) -> float:
+    """The same by experiment: mean over inputs and features of (Σ_{j≠i} x_j Ŵ_j · Ŵ_i)².
+
+    Averaged over several draws of the directions, as one draw has a few per cent of luck in it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for _ in range(draws):
+        W = random_directions(n, m, generator)
+        x = (torch.rand(samples, n, generator=generator) < p).float()  # (samples, n), on is 1
+        noise = x @ W @ W.T - x  # what is read, less what the feature itself wrote
+        total += noise.square().mean().item()
+    return total / draws
+
+
+# -- two features, one dimension -------------------------------------------------------------
+
+SOLUTIONS = ("first feature only", "both, antipodal", "second feature only")
+
+
+def closed_form_losses(density, importance) -> Tensor:
+    """The losses of the three solutions for n = 2, m = 1, exactly (3, …), in SOLUTIONS' order.
+
+    The first feature has importance 1, the second r = `importance`; both have density q. For one
+    feature E x = q/2 and E x² = q/3.
+
+    First only, W = (1, 0): feature 1 is read perfectly. For feature 2 the best that is left is a
+    constant, the bias b_2 = E x_2 = q/2, whose loss is the variance:
+
+        L = r (q/3 - q²/4)
+
+    Second only, W = (0, 1): the same with the roles exchanged, L = q/3 - q²/4.
+
+    Both, W = (1, -1), b = 0: x̂_1 = ReLU(x_1 - x_2) and x̂_2 = ReLU(x_2 - x_1). Where one feature is
+    on, both are read perfectly: the other's read-out is negative, and the ReLU cuts it off. Where
+    both are on, with probability q², each read-out misses by the smaller one: the larger feature
+    is read as the difference, the smaller one as 0. For two uniform numbers E min² = ∫ 2 (1 - t) t²
+    dt = 1/6. So
+
+        L = q² (1 + r) / 6
+
+    Superposition pays q² where ignoring pays q: it wins as soon as q is small enough.
+    """
+    q, r = torch.broadcast_tensors(
+        torch.as_tensor(density, dtype=torch.float64),
+        torch.as_tensor(importance, dtype=torch.float64),
+    )
+    variance = q / 3 - q**2 / 4
+    return torch.stack([r * variance, q**2 * (1 + r) / 6, variance])
+
+
+def critical_density(importance) -> Tensor:
+    """The density below which the antipodal pair wins: q = 4r / (2 + 5r) for r ≤ 1.
+
+    It solves r (q/3 - q²/4) = q² (1 + r) / 6. For r > 1 the features change roles: 1/r for r.
+    """
+    r = torch.as_tensor(importance, dtype=torch.float64)
+    r = torch.minimum(r, 1 / r)
+    return 4 * r / (2 + 5 * r)
+
+
+def solution_found(W: Tensor) -> Tensor:
+    """Which of SOLUTIONS trained weights W (instances, 2, 1) are, as 0, 1 or 2.
+
+    Both, when the shorter of the two is more than half as long as the longer.
+    """
+    first, second = W.norm(dim=-1).unbind(-1)  # (instances,)
+    both = torch.minimum(first, second) > 0.5 * torch.maximum(first, second)
+    return torch.where(both, 1, torch.where(first >= second, 0, 2))
+
+
+@on_one_core
+def exact_loss(
+    W: Tensor, b: Tensor, density: Tensor, importance: Tensor, points: int = 64
+) -> Tensor:
+    """The expected loss of n = 2, m = 1 models (instances,), with no sampling noise.
+
+    A sum over the four cases (none, first, second, both present), and in each over midpoints of
+    [0, 1]. W (instances, 2, 1), b (instances, 2), density and importance (instances,).
+    """
+    t = (torch.arange(points) + 0.5) / points
+    none = torch.zeros(1)
+    total = torch.zeros(len(W))
+    weights = torch.stack([torch.ones_like(importance), importance], 1)  # (instances, 2)
+    for first, second, chance in (
+        (none, none, (1 - density) ** 2),
+        (t, none, density * (1 - density)),
+        (none, t, density * (1 - density)),
+        (t, t, density**2),
+    ):
+        x = torch.cartesian_prod(first, second)[None]  # (1, points or points², 2)
+        total += chance * weighted_loss(x, reconstruct(x, W, b), weights)
+    return total
+
+
+def phase_diagram(
+    densities: Sequence[float] | Tensor, importances: Sequence[float] | Tensor, **options
+) -> Toys:
+    """Train n = 2, m = 1 at every density and importance; instances run over densities first."""
+    q = torch.as_tensor(densities, dtype=torch.float32)
+    r = torch.as_tensor(importances, dtype=torch.float32)
+    weights = torch.stack([torch.ones_like(r), r], 1).repeat(len(q), 1)
+    options = {"restarts": 8, "steps": 500, "batch": 64, "lr": 0.04} | options
+    return train(2, 1, 1 - q.repeat_interleave(len(r)), importance=weights, **options)
+
+
+# -- the negative control --------------------------------------------------------------------
+
+
+def variance(sparsity) -> Tensor:
+    """Var x of one feature: q/3 - q²/4 with q = 1 - S."""
+    q = 1 - torch.as_tensor(sparsity, dtype=torch.float64)
+    return q / 3 - q**2 / 4
+
+
+def linear_optimum(importance: Tensor, n_hidden: int, sparsity) -> Tensor:
+    """The lowest loss of the model without ReLU, in closed form (…): Var x · Σ I of the rest.
+
+    Without the ReLU, x̂ = W W^T x + b can at best project onto m directions, and the bias takes the
+    mean: the error is the variance that is left out, weighted by importance. Independent features
+    of one variance: the best m directions are the m most important features themselves. This is
+    principal component analysis; sharing a dimension never pays, whatever the sparsity.
+    """
+    left_out = importance.double().sort(-1, descending=True).values[..., n_hidden:].sum(-1)
+    return variance(sparsity) * left_out
+
+
+# -- geometry --------------------------------------------------------------------------------
+
+
+def polygon(n: int) -> Tensor:
+    """The corners of a regular n-gon (n, 2), at distance 1."""
+    angle = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def tetrahedron() -> Tensor:
+    """The corners of a regular tetrahedron (4, 3): every second corner of a cube."""
+    corners = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    return unit(corners.double())
+
+
+def square_antiprism() -> Tensor:
+    """Two squares (8, 3), one above the other, turned by 45°, with z² = 1/3.
+
+    At this height the squares of the coordinates sum to 8/3 in every direction, so that all
+    dimensionalities are 3/8.
+    """
+    turn = polygon(8)
+    low, high = turn[0::2], turn[1::2]
+    radius, z = math.sqrt(2 / 3), math.sqrt(1 / 3)
+    heights = torch.tensor([[-z], [z]], dtype=torch.float64).repeat_interleave(4, 0)
+    return torch.cat([radius * torch.cat([low, high]), heights], 1)
+
+
+GEOMETRIES = {
+    "tetrahedron": tetrahedron(),
+    "triangle": polygon(3),
+    "antipodal pair": torch.tensor([[1.0], [-1.0]], dtype=torch.float64),
+    "pentagon": polygon(5),
+    "square antiprism": square_antiprism(),
+}
+
+# Where each is found, with equal importance: (features, hidden dimensions, sparsity)
+HABITATS = {
+    "tetrahedron": (4, 3, 0.45),
+    "triangle": (3, 2, 0.4),
+    "antipodal pair": (6, 2, 0.55),
+    "pentagon": (5, 2, 0.9),
+    "square antiprism": (8, 3, 0.9),
+}
+
+
+def band(name: str) -> float:
+    """The feature dimensionality of a geometry, computed from its corners."""
+    return dimensionality(GEOMETRIES[name]).mean().item()
+
+
+def grow(name: str, seed: int = 0, **options) -> Toys:
+    """Train where a geometry is at home (`HABITATS`): one instance, the best of 16 restarts."""
+    n_features, n_hidden, sparsity = HABITATS[name]
+    options = {"restarts": 16, "steps": 1200, "batch": 256, "lr": 0.03} | options
+    return train(n_features, n_hidden, sparsity, seed=seed, **options)
+
+
+# -- what the ledger measures (mi_helpers/course/ledger.py) -----------------------------------------
+
+
+def furthest(values: Tensor, target: float) -> float:
+    """Of several numbers, the one furthest from the target: if it is close, all are."""
+    return values[(values - target).abs().argmax()].item()
+
+
+def grown_band(name: str, seed: int) -> float:
+    """The dimensionality furthest from the geometry's, of the represented features."""
+    W = grow(name, seed).W[0]
+    return furthest(dimensionality(W)[represented(W)], band(name))
+
+
+def grown_pentagon(seed: int) -> float:
+    """Worst D_i of five features in two dimensions; 0 for a feature that is not represented."""
+    return furthest(dimensionality(grow("pentagon", seed).W[0]), 2 / 5)
+
+
+def grown_pentagon_sum(seed: int) -> float:
+    """Σ_i D_i of five features in two dimensions."""
+    return dimensionality(grow("pentagon", seed).W[0]).sum().item()
+
+
+def grown_pair(seed: int) -> float:
+    """Worst D_i of the four represented features among six in two dimensions."""
+    return grown_band("antipodal pair", seed)
+
+
+def grown_triangle(seed: int) -> float:
+    """Worst D_i of three features in two dimensions."""
+    return grown_band("triangle", seed)
+
+
+def grown_tetrahedron(seed: int) -> float:
+    """Worst D_i of four features in three dimensions."""
+    return grown_band("tetrahedron", seed)
+
+
+def grown_antiprism(seed: int) -> float:
+    """Worst D_i of eight features in three dimensions."""
+    return grown_band("square antiprism", seed)
+
+
+def sticky_one(seed: int) -> float:
+    """m/‖W‖²_F of 40 equally important features in 8 dimensions, dense: S = 0.01."""
+    return dimensions_per_feature(train(40, 8, 0.01, lr=0.015, seed=seed).W)[0].item()
+
+
+def sticky_half(seed: int) -> float:
+    """The same at S = 0.55, 0.6, 0.65 and 0.7: the one furthest from 1/2."""
+    toys = train(40, 8, [0.55, 0.6, 0.65, 0.7], lr=0.015, seed=seed)
+    return furthest(dimensions_per_feature(toys.W), 1 / 2)
+
+
+def random_interference(seed: int) -> float:
+    """Measured squared interference: n = 400, m = 50, p = 0.05."""
+    return measured_interference(400, 50, 0.05, seed=seed)
+
+
+def phase_agreement(seed: int) -> float:
+    """The share of 12 × 12 phase diagram cells where training finds the closed form's winner."""
+    q, r = torch.logspace(math.log10(0.99), -2, 12), torch.logspace(-1, 1, 12)
+    found = solution_found(phase_diagram(q, r, seed=seed).W).view(12, 12)
+    return (found == closed_form_losses(q[:, None], r).argmin(0)).float().mean().item()
+
+
+def linear_over_optimum(seed: int) -> float:
+    """The linear model's loss after training over its closed-form optimum: n = 10, m = 3."""
+    weights = 0.8 ** torch.arange(10)
+    options = {"importance": weights, "output": "linear", "samples": 65536}
+    toys = train(10, 3, 0.9, seed=seed, **options)
+    return (toys.loss[0] / linear_optimum(weights, 3, 0.9)).item()

@@ -1,0 +1,121 @@
+"""Almost orthogonal directions: how many fit into m dimensions with every |cos| ≤ ε.
+
+Orthogonal directions are m at most. Allow a small angle error, and there are many more: how many
+more is bounded from above (Welch), from below (a counting argument), shown by a construction
+(polynomial phases), and found by a search (repulsion).
+"""
+
+import math
+
+import torch
+from scipy.special import betainc
+from torch import Tensor
+
+from mi_helpers.lessons.lesson_01.experiments import on_one_core
+
+
+def cosines(V: Tensor) -> Tensor:
+    """The |cos| of all pairs of rows of V (n, m) as (n, n), 0 on the diagonal and for rows of 0."""
+    V = V / V.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return (V @ V.T).abs().fill_diagonal_(0)
+
+
+def largest_cosine(V: Tensor) -> float:
+    """The largest |cos| between two different rows of V (n, m)."""
+    return cosines(V).max().item()
+
+
+def welch_bound(m: int, epsilon: float) -> float:
+    """No more than m (1 - ε²) / (1 - m ε²) directions fit, where m < 1/ε²; inf where m is larger.
+
+    The Gram matrix of n unit vectors has trace n and rank ≤ m, so the sum of its squares is at
+    least n²/m. It is at most n + n (n - 1) ε². Solve for n (Welch, 1974).
+    """
+    room = 1 - m * epsilon**2
+    return m * (1 - epsilon**2) / room if room > 0 else math.inf
+
+
+def chance_too_close(m: int, epsilon: float) -> float:
+    """P(|cos| > ε) of a random direction with a given one: I_{1-ε²}((m - 1)/2, 1/2).
+
+    I is the regularised incomplete beta function: cos² of random directions is Beta(1/2, (m - 1)/2)
+    distributed.
+    """
+    return float(betainc((m - 1) / 2, 0.5, 1 - epsilon**2)) if m > 1 else 1.0
+
+
+def greedy_bound(m: int, epsilon: float) -> float:
+    """At least max(m, 1/P) directions fit, with P = `chance_too_close`.
+
+    Add directions one by one, each anywhere not too close to those before. While n P < 1, the
+    forbidden regions, of share P each, cannot cover the sphere, so there is room for another: one
+    stops at n ≥ 1/P at the earliest (Gilbert's and Varshamov's argument for codes). An orthonormal
+    basis gives m.
+    """
+    return max(float(m), 1 / max(chance_too_close(m, epsilon), 1e-300))
+
+
+def polynomial_phases(p: int, degree: int = 2) -> Tensor:
+    """Unit vectors (2 p^degree, 2p) with all |cos| ≤ (degree - 1)/√p, for a prime p > degree.
+
+    Vector a has, at place t = 0 … p - 1, the complex number exp(2πi f(t) / p) / √p with
+    f(t) = a_1 t + … + a_d t^d modulo p; real and imaginary parts make 2p real numbers. Two vectors
+    meet in the mean of exp(2πi g(t) / p) over t, where g is the difference of their polynomials,
+    and by Weil's bound its modulus is at most (d - 1)/√p. Each vector times i is one more.
+    """
+    if p <= degree or any(p % k == 0 for k in range(2, math.isqrt(p) + 1)):
+        raise ValueError(f"p = {p} was given: take a prime larger than the degree, {degree}.")
+    t = torch.arange(p)
+    powers = torch.stack([t**k % p for k in range(1, degree + 1)])  # (degree, p)
+    choices = torch.cartesian_prod(*[t] * degree).reshape(-1, degree)  # all polynomials
+    angle = 2 * math.pi / p * ((choices @ powers) % p)
+    real, imaginary = angle.cos(), angle.sin()
+    V = torch.cat([torch.cat([real, imaginary], 1), torch.cat([-imaginary, real], 1)])
+    return V / math.sqrt(p)
+
+
+def constructed(m: int, epsilon: float) -> float:
+    """How many directions `polynomial_phases` has in at most m dimensions; m where that is more."""
+    best, p = float(m), m // 2
+    while p > 2 and any(p % k == 0 for k in range(2, math.isqrt(p) + 1)):
+        p -= 1
+    degree = min(math.floor(epsilon * math.sqrt(max(p, 0)) + 1 + 1e-9), p - 1)
+    return max(best, 2.0 * float(p) ** degree) if p > 2 and degree >= 2 else best
+
+
+@on_one_core
+def pack(n: int, m: int, epsilon: float = 0.1, steps: int = 600, seed: int = 0) -> Tensor | None:
+    """n unit vectors in m dimensions (n, m) with every |cos| ≤ ε, or None where none were found.
+
+    Random directions, pushed apart: gradient descent (Adam) on Σ max(0, |cos| - ε)², projected back
+    to the sphere after each step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    V = torch.randn(n, m, generator=generator)
+    V /= V.norm(dim=1, keepdim=True)
+    mean, square = torch.zeros_like(V), torch.zeros_like(V)
+    for step in range(1, steps + 1):
+        gram = (V @ V.T).fill_diagonal_(0)
+        if gram.abs().max() <= epsilon:
+            return V
+        push = (gram.abs() - 0.995 * epsilon).clamp_(min=0) * gram.sign() @ V
+        push -= (push * V).sum(1, keepdim=True) * V  # along the sphere
+        mean.lerp_(push, 0.1)
+        square.mul_(0.99).addcmul_(push, push, value=0.01)
+        rate = 0.02 * math.cos(math.pi / 2 * step / steps) / (1 - 0.9**step)
+        V = V - rate * mean / ((square / (1 - 0.99**step)).sqrt() + 1e-8)
+        V /= V.norm(dim=1, keepdim=True)
+    return V if largest_cosine(V) <= epsilon else None
+
+
+def most_packed(m: int, epsilon: float = 0.1, steps: int = 600, seed: int = 0) -> int:
+    """The most directions that `pack` finds in m dimensions: doubling, then halving the gap."""
+    good, step = m, max(1, m // 4)  # an orthonormal basis always fits
+    limit = welch_bound(m, epsilon)
+    while good + step <= limit and pack(good + step, m, epsilon, steps, seed) is not None:
+        good, step = good + step, 2 * step
+    while step > 1:
+        step //= 2
+        if good + step <= limit and pack(good + step, m, epsilon, steps, seed) is not None:
+            good += step
+    return good

@@ -1,0 +1,150 @@
+"""Lesson 08's rows of the ledger: each function measures one claim, at one seed."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from mi_helpers.circuits.graphs import Graph, graph_scores, random_graph
+from mi_helpers.circuits.replacement import attribution_graph
+from mi_helpers.lessons.lesson_07.experiments import coders_for
+from mi_helpers.lessons.lesson_08.experiments import (
+    latent_labels,
+    questions,
+    read_sentences,
+    shuffled,
+    unseen_hops,
+    what_is_asked,
+)
+from mi_helpers.lessons.lesson_08.stories import (
+    Steps,
+    Story,
+    observe,
+    random_share,
+    share_of_gap,
+    singles,
+    tell,
+)
+from mi_helpers.models import LanguageModel, load_model
+
+
+@cache
+def _shipped() -> tuple[LanguageModel, dict, Steps]:
+    """The shipped model, its transcoders, and the steps."""
+    model = load_model("tiny-gemma")
+    coders = coders_for(model, range(model.n_layers))
+    return model, coders, Steps(model, coders, read_sentences(model))
+
+
+@cache
+def _graphs(seed: int) -> list[Graph]:
+    """The graphs of fourteen questions."""
+    model, coders, _ = _shipped()
+    return [attribution_graph(model, coders, q.prompt) for q in questions(model, 14, seed)]
+
+
+def edges_off(seed: int) -> float:
+    """The largest |Σ edges + bias - value| of a feature's pre-activation or a demeaned logit."""
+    return max(graph.edge_error.absolute for graph in _graphs(seed))
+
+
+def edges_off_scaled(seed: int) -> float:
+    """The same, each over the Σ |edges| + |bias| of its node."""
+    return max(graph.edge_error.scaled for graph in _graphs(seed))
+
+
+def median_replacement(seed: int) -> float:
+    """The median replacement score of whole graphs."""
+    return float(np.median([graph_scores(graph)[0] for graph in _graphs(seed)]))
+
+
+def median_completeness(seed: int) -> float:
+    """The median completeness score of whole graphs."""
+    return float(np.median([graph_scores(graph)[1] for graph in _graphs(seed)]))
+
+
+def exchanged_replacement(seed: int) -> float:
+    """The control: the same replacement score with the latents' decoder rows exchanged."""
+    model, coders, _ = _shipped()
+    exchanged = shuffled(coders, seed)
+    graphs = [attribution_graph(model, exchanged, q.prompt) for q in questions(model, 14, seed)]
+    return float(np.median([graph_scores(graph)[0] for graph in graphs]))
+
+
+def dealt_replacement(seed: int) -> float:
+    """What the score does not see: the same with every node's incoming edges dealt out anew among
+    the nodes that could be its sources."""
+    return float(np.median([graph_scores(random_graph(g, seed))[0] for g in _graphs(seed)]))
+
+
+@cache
+def _stories(seed: int, step: str) -> list[Story]:
+    """Ten stories of one step: of two-hop questions whose landmark and relation never stood
+    together in training; for "asked", of questions whose partner asks for something else."""
+    model, _, steps = _shipped()
+    make = what_is_asked if step == "asked" else unseen_hops
+    return [steps.story(q, step) for q in make(model, 10, seed)]
+
+
+def country_swap(seed: int) -> float:
+    """Two hops: the change of the logit gap, as a share of it, when the features of the country are
+    exchanged for those of the partner's; ten questions together."""
+    return share_of_gap(*_shipped()[:2], _stories(seed, "country"), "swap")
+
+
+def pair_swap(seed: int) -> float:
+    """The same with features that favour the country only where the same is asked."""
+    return share_of_gap(*_shipped()[:2], _stories(seed, "pair"), "swap")
+
+
+def both_swap(seed: int) -> float:
+    """The same with all features that favour the country elsewhere, whatever is asked there."""
+    return share_of_gap(*_shipped()[:2], _stories(seed, "country or pair"), "swap")
+
+
+def asked_swap(seed: int) -> float:
+    """The same as `country_swap` with the features of what is asked for."""
+    return share_of_gap(*_shipped()[:2], _stories(seed, "asked"), "swap")
+
+
+def country_random(seed: int) -> float:
+    """The control: the change without as many other features of the same layers, as active."""
+    return random_share(*_shipped()[:2], _stories(seed, "country"))
+
+
+@cache
+def _tested(seed: int, steps: bool) -> np.ndarray:
+    """(predicted, observed) of suppress and swap: twenty stories of steps, or ten of labels."""
+    model, coders, made = _shipped()
+    if steps:
+        told = _stories(seed, "country") + _stories(seed, "asked")
+    else:
+        labels = latent_labels(model, coders, made.reading)
+        told = [tell(model, coders, q, labels) for q in questions(model, 10, seed)]
+    rows = [(s.suppress, observe(model, coders, s, "suppress")) for s in told]
+    rows += [(s.swap, observe(model, coders, s, "swap")) for s in told]
+    return np.array(rows).T
+
+
+def predicted_steps(seed: int) -> float:
+    """Correlation of the predicted with the observed change, stories of steps."""
+    return float(np.corrcoef(_tested(seed, True))[0, 1])
+
+
+def size_of_steps(seed: int) -> float:
+    """The observed change over the predicted one, stories of steps, all together."""
+    predicted, observed = _tested(seed, True).sum(1)
+    return float(observed / predicted)
+
+
+def size_of_labels(seed: int) -> float:
+    """The same for stories of the largest label."""
+    predicted, observed = _tested(seed, False).sum(1)
+    return float(observed / predicted)
+
+
+def predicted_singles(seed: int) -> float:
+    """The correlation for single features taken out, four questions."""
+    model, coders, _ = _shipped()
+    return singles(model, coders, questions(model, 4, seed), seed=seed).correlation()

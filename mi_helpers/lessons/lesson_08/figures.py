@@ -1,0 +1,119 @@
+"""Lesson 08's figures of scores, of predictions, and of interventions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mi_helpers.circuits.figures import ADDS, intervention_figure
+from mi_helpers.circuits.interventions import intervene
+from mi_helpers.circuits.replacement import Coders
+from mi_helpers.lessons.lesson_08.stories import Outcome, Singles, Story, changes, gap_change
+from mi_helpers.models import LanguageModel
+from mi_helpers.plots import OKABE_ITO, figure, style
+
+SCORES = ("replacement", "completeness")
+MARKS = {"suppress": ("o", OKABE_ITO[0]), "swap": ("s", OKABE_ITO[1]), "null": ("D", "white")}
+
+
+@style()
+def score_figure(table: Mapping[str, np.ndarray]) -> Figure:
+    """One dot per prompt, and a bar and a number at the median: both scores under each condition.
+
+    Realises the comparison of graph scores in "Circuit Tracing" (Ameisen and others, 2025).
+    """
+    picture, axes = figure(10, 1.4 + 0.5 * len(table), 1, 2, sharey=True)
+    for column, (one, name) in enumerate(zip(axes, SCORES, strict=True)):
+        for row, values in enumerate(table.values()):
+            x = values[:, column]
+            y = row + 0.25 * np.linspace(-1, 1, len(x))
+            one.plot(x, y, linestyle="", marker="o", markersize=4, alpha=0.6, color=ADDS)
+            one.plot(
+                [np.median(x)] * 2, [row - 0.4, row + 0.4], color="black", marker="", linestyle="-"
+            )
+            one.text(1.02, row, f"{np.median(x):.2f}", va="center", fontsize=11)
+        one.set(xlim=(0, 1.0), xlabel=f"{name} score", ylim=(len(table) - 0.5, -0.5))
+    axes[0].set_yticks(range(len(table)), list(table))
+    return picture
+
+
+@style()
+def prediction_figure(sorts: Mapping[str, Sequence[Outcome]]) -> Figure:
+    """What the graph predicted against what the model did, a panel for each sort of stories and a
+    mark for each intervention; misses have a cross.
+
+    Realises the validation of graphs by perturbation in "Circuit Tracing" (Ameisen and others,
+    2025), "Validating Attribution Graph Hypotheses with Interventions".
+    """
+    picture, axes = figure(12, 4.6, 1, len(sorts), sharex=True, sharey=True, squeeze=False)
+    for one, (name, outcomes) in zip(axes[0], sorts.items(), strict=True):
+        for what, (marker, face) in MARKS.items():
+            these = [o for o in outcomes if o.what == what]
+            x, y = [o.predicted for o in these], [o.observed for o in these]
+            one.scatter(x, y, 60, marker=marker, facecolor=face, edgecolor="black", label=what)
+        missed = [o for o in outcomes if not o.hit]
+        one.scatter([o.predicted for o in missed], [o.observed for o in missed], 40,
+                    marker="x", color="black", label="a miss", zorder=3)  # fmt: skip
+        one.set(title=name, xlabel="predicted change of the gap")
+    low = min(min(o.predicted, o.observed) for some in sorts.values() for o in some)
+    for one in axes[0]:
+        one.plot([low, 0], [low, 0], color="0.6", linestyle="--", marker="", zorder=0)
+    axes[0, 0].set_ylabel("observed change")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return picture
+
+
+@style()
+def singles_figure(data: Singles) -> Figure:
+    """Features taken out one at a time, a dot each: predicted against observed, with ever less of
+    the model held as it was."""
+    panels = (
+        ("all else held", "by its own edges", data.direct, data.held),
+        ("MLPs answer", "over all paths", data.paths, data.frozen),
+        ("attention answers, too", "over all paths", data.paths, data.recomputed),
+    )
+    picture, axes = figure(12, 4.4, 1, 3)
+    for one, (title, by, x, y) in zip(axes, panels, strict=True):
+        one.plot(x, y, linestyle="", marker="o", markersize=5, alpha=0.5, color=ADDS)
+        _diagonal(one)
+        one.set(title=title, xlabel=f"predicted change,\n{by}")
+    axes[0].set_ylabel("observed change of the gap")
+    return picture
+
+
+def _diagonal(axes: Axes) -> None:
+    """A dashed line where both coordinates agree."""
+    ends = [min(*axes.get_xlim(), *axes.get_ylim()), max(*axes.get_xlim(), *axes.get_ylim())]
+    axes.plot(ends, ends, color="0.6", linestyle="--", marker="", zorder=0)
+
+
+class InterventionExplorer:
+    """`explorer(story, factor, swap, attention)`: the next token before and after, as a Figure.
+
+    stories: {name: Story}; factor multiplies the story's features, and with `swap` the partner's
+    are put in, too.
+    """
+
+    def __init__(self, model: LanguageModel, coders: Coders, stories: Mapping[str, Story]):
+        if not stories:
+            raise ValueError("Give the explorer at least one story: {'a name': story}.")
+        self.model, self.coders, self.stories = model, coders, dict(stories)
+
+    def __call__(
+        self, story: str, factor: float = 0.0, swap: bool = False, attention: str = "frozen"
+    ) -> Figure:
+        if story not in self.stories:
+            raise ValueError(f"There is no story {story!r}: choose one of {list(self.stories)}.")
+        told = self.stories[story]
+        q = told.question
+        factors, values = changes(told, "swap" if swap else "suppress", factor)
+        result = intervene(
+            self.model, self.coders, q.prompt, factors, values=values, attention=attention
+        )
+        change = gap_change(self.model, q, result)
+        put_in = ", swapped" if swap else ""
+        title = f"{told.step} × {factor:g}{put_in}: gap {told.gap:.1f} → {told.gap + change:.1f}"
+        return intervention_figure(result, title)

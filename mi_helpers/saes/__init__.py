@@ -1,0 +1,1 @@
+"""Sparse autoencoders and transcoders: train, measure, read."""

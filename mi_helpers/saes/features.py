@@ -1,0 +1,432 @@
+"""What a latent is: where it fires, how strongly, what it writes, which latents are like it.
+
+    features = collect(held, coder)            # one pass over the harvest, all latents at once
+    for context in contexts(held, features, 17, model.tokenizer):
+        print(context)                         # …in the [[virus]] of the…
+
+Everything is exact and does not depend on how the rows are cut into chunks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mi_helpers.files import RunError, load_tensors, save_tensors, write_atomically
+from mi_helpers.models import LanguageModel, norm_gain
+from mi_helpers.saes.activations import Activations, Shard
+from mi_helpers.saes.progress import Progress
+from mi_helpers.saes.scores import Firings
+
+TOP, SAMPLE, BINS = 20, 100, 128
+PER_OCTAVE = 4  # bins of a histogram per factor of 2
+FILE = "features.safetensors"
+
+# --------------------------------------------------------------------------------- firings
+
+
+def fires(coder, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, latent, value) of every positive activation of x (rows, d_in), by row."""
+    with torch.no_grad():
+        index, value = coder.encode_sparse(x.to(coder.device))  # (rows, k) each
+    row = torch.arange(len(x)).repeat_interleave(index.shape[1])
+    on = value.flatten() > 0
+    found = (row[on.cpu()], index.flatten()[on], value.flatten()[on].float())
+    return tuple(part.cpu().numpy() for part in found)
+
+
+def chunks(held: Activations, size: int = 4_096) -> Iterator[tuple[int, Tensor, np.ndarray]]:
+    """(first row, source (rows, d_in), piece of each row) in order, about `size` rows at a time.
+
+    No piece of text is cut in two; pieces are numbered over all shards.
+    """
+    piece_base = 0
+    for index, first in enumerate(held.first[:-1]):
+        shard = held.shard(index)
+        piece = shard.piece.numpy().astype(np.int64)
+        n, begin = len(piece), 0
+        while begin < n:
+            end = min(begin + size, n)
+            if end < n:  # on to the end of the piece that row end - 1 belongs to
+                end = int(np.searchsorted(piece, piece[end - 1], side="right"))
+            yield first + begin, shard.source[begin:end].float(), piece_base + piece[begin:end]
+            begin = end
+        piece_base += len(shard.document)
+
+
+def firings(held: Activations, coder, progress: bool = False) -> Firings:
+    """Every firing in the harvest, in memory: 12 bytes for each of rows × L0."""
+    check_coder(held, coder)
+    bar, parts = Progress("firings", held.rows, "rows", shown=progress), []
+    for first, x, _ in chunks(held):
+        row, latent, value = fires(coder, x)
+        parts.append((row + first, latent.astype(np.int32), value))
+        bar.to(first + len(x))
+    row, latent, value = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Firings(row, latent, value, held.rows, coder.d_latent)
+
+
+def check_coder(held: Activations, coder) -> None:
+    """RunError when a coder does not read what was harvested."""
+    if coder.d_in != held.d_in:
+        raise RunError(
+            f"The coder reads {coder.d_in} numbers, the harvest in {held.folder} has {held.d_in} "
+            "per token: it is of another site or model."
+        )
+
+
+# -------------------------------------------------------------------------------- one pass
+
+
+class Highest:
+    """The `n` highest keys of each latent with their rows and values, added in rising row order.
+
+    key (latents, n) from high to low, -inf where there are fewer; row (latents, n), -1 there.
+    Of equal keys, the row that comes first in the text is kept.
+    """
+
+    def __init__(self, n_latents: int, n: int):
+        self.n = n
+        self.key = np.full((n_latents, n), -np.inf)
+        self.row = np.full((n_latents, n), -1, np.int64)
+        self.value = np.zeros((n_latents, n), np.float32)
+
+    def add(self, latent, key, row, value, group=None) -> None:
+        """Entries (m,); of those with one latent and one `group`, only the highest counts."""
+        may = key > self.key[latent, -1]
+        latent, key, row, value = (each[may] for each in (latent, key, row, value))
+        order = np.lexsort((row, -key, latent))
+        if group is not None and len(order):
+            group = group[may]
+            order = np.lexsort((row, -key, group, latent))
+            pair = np.stack([latent[order], group[order]])
+            fresh = np.append(True, (pair[:, 1:] != pair[:, :-1]).any(0))
+            order = order[fresh]
+            order = order[np.lexsort((row[order], -key[order], latent[order]))]
+        if not len(order):
+            return
+        latent, key, row, value = (each[order] for each in (latent, key, row, value))
+        touched, begin, count = np.unique(latent, return_index=True, return_counts=True)
+        rank = np.arange(len(latent)) - np.repeat(begin, count)
+        keep = rank < self.n
+        at = np.repeat(np.arange(len(touched)), count)[keep], self.n + rank[keep]
+        both = {"key": -np.inf, "row": -1, "value": 0}
+        for name, new in (("key", key), ("row", row), ("value", value)):
+            old = getattr(self, name)
+            table = np.full((len(touched), 2 * self.n), both[name], old.dtype)
+            table[:, : self.n] = old[touched]
+            table[at] = new[keep]
+            both[name] = table
+        best = np.argsort(-both["key"], axis=1, kind="stable")[:, : self.n]
+        for name, table in both.items():
+            getattr(self, name)[touched] = np.take_along_axis(table, best, 1)
+
+
+def scramble(latent: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) for each (latent, row) that looks random (splitmix64): the highest of
+    these are a fair sample, whatever the order and the chunks they come in."""
+    with np.errstate(over="ignore"):
+        z = row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z += (latent.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def bin_of(value: np.ndarray) -> np.ndarray:
+    """Histogram bin of positive values: four per octave, 2⁻¹⁶ to 2¹⁶, the ends taking the rest."""
+    return np.clip(np.floor(PER_OCTAVE * np.log2(value)) + BINS // 2, 0, BINS - 1).astype(np.int64)
+
+
+def bin_edges() -> np.ndarray:
+    """The BINS + 1 edges of the histograms."""
+    return 2.0 ** ((np.arange(BINS + 1) - BINS // 2) / PER_OCTAVE)
+
+
+@dataclass(frozen=True)
+class Features:
+    """All latents over `rows` tokens. Arrays by latent:
+
+    count (F,)                   tokens that it fires at
+    total (F,)                   sum of its values there
+    histogram (F, 128)           firings per `bin_edges` bin
+    top_row, top_value (F, 20)   its highest firings, one per piece of text; row -1: no more
+    sample_row, sample_value (F, 100)   a fair sample of its firings, from high to low
+    """
+
+    rows: int
+    count: np.ndarray
+    total: np.ndarray
+    histogram: np.ndarray
+    top_row: np.ndarray
+    top_value: np.ndarray
+    sample_row: np.ndarray
+    sample_value: np.ndarray
+
+    @property
+    def n_latents(self) -> int:
+        return len(self.count)
+
+    @property
+    def frequency(self) -> np.ndarray:
+        """Share of tokens at which each latent fires, (F,)."""
+        return self.count / self.rows
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean value of each latent where it fires, (F,); 0 where it never does."""
+        return self.total / np.maximum(self.count, 1)
+
+    @property
+    def dead(self) -> float:
+        """Share of latents that never fire."""
+        return float((self.count == 0).mean())
+
+    def check(self, latent: int) -> int:
+        """The latent's number; ValueError when there is none such."""
+        if not 0 <= latent < self.n_latents:
+            raise ValueError(
+                f"There is no latent {latent}: this coder has latents 0 to {self.n_latents - 1}."
+            )
+        return int(latent)
+
+    def quantiles(self, latent: int, n: int = 10) -> list[int]:
+        """Rows at n evenly spaced ranks of the latent's sampled firings, from high to low."""
+        rows = self.sample_row[self.check(latent)]
+        rows = rows[rows >= 0]
+        if not len(rows):
+            return []
+        return [
+            int(r) for r in rows[np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
+        ]
+
+    def save(self, path: Path) -> None:
+        """To a safetensors file."""
+        arrays = {name: torch.from_numpy(v) for name, v in vars(self).items() if name != "rows"}
+        save_tensors(Path(path), arrays, {"rows": self.rows})
+
+    @classmethod
+    def load(cls, path: Path) -> Features:
+        """From `save`; RunError when it is damaged."""
+        tensors, about = load_tensors(Path(path), advice="Run the features again.")
+        return cls(about["rows"], **{name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def collect(held: Activations, coder, progress: bool = False) -> Features:
+    """One pass over the harvest in the order of the text.
+
+    Raises:
+        RunError: the coder does not fit, or a shard is damaged.
+    """
+    check_coder(held, coder)
+    n = coder.d_latent
+    count, total = np.zeros(n, np.int64), np.zeros(n)
+    histogram = np.zeros((n, BINS), np.int64)
+    top, sample = Highest(n, TOP), Highest(n, SAMPLE)
+    bar = Progress("features", held.rows, "rows", shown=progress)
+    for first, x, piece in chunks(held):
+        row, latent, value = fires(coder, x)
+        count += np.bincount(latent, minlength=n)
+        total += np.bincount(latent, value, minlength=n)
+        cell = latent.astype(np.int64) * BINS + bin_of(value)
+        histogram += np.bincount(cell, minlength=n * BINS).reshape(n, BINS)
+        top.add(latent, value, row + first, value, piece[row])
+        sample.add(latent, scramble(latent, row + first), row + first, value)
+        bar.to(first + len(x))
+    by_value = np.argsort(np.where(sample.row < 0, np.inf, -sample.value), axis=1, kind="stable")
+    return Features(
+        held.rows,
+        count,
+        total,
+        histogram.astype(np.int32),
+        top.row,
+        top.value,
+        np.take_along_axis(sample.row, by_value, 1),
+        np.take_along_axis(sample.value, by_value, 1),
+    )
+
+
+# -------------------------------------------------------------------------------- contexts
+
+
+@dataclass(frozen=True)
+class Context:
+    """A token in its text: tokens[at] is where the latent has `value`; row is its row."""
+
+    tokens: list[str]
+    at: int
+    value: float
+    row: int
+
+    def __str__(self) -> str:
+        """The text with the firing token in [[double brackets]], its space outside of them."""
+        token = self.tokens[self.at]
+        bare = token.lstrip(" ")
+        marked = f"{token[: len(token) - len(bare)]}[[{bare}]]"
+        return "".join([*self.tokens[: self.at], marked, *self.tokens[self.at + 1 :]])
+
+
+@cache
+def _words(folder: Path, index: int, digest: str) -> Shard:
+    """A shard's texts without its activations."""
+    from safetensors import safe_open
+
+    with safe_open(folder / f"shard-{index:05}.safetensors", "pt") as file:
+        names = ("piece", "at", "ids", "start", "document", "offset")
+        return Shard(source=None, target=None, **{name: file.get_tensor(name) for name in names})
+
+
+def words(held: Activations, index: int) -> Shard:
+    """What shard `index` says of its texts; its activations are not read (source is None)."""
+    return _words(held.folder, index, held.manifest["shards"][index]["sha256"])
+
+
+def context(
+    held: Activations,
+    row: int,
+    name: Callable[[int], str],
+    value: float = float("nan"),
+    around: int = 20,
+) -> Context:
+    """The text of a row: its piece, at most `around` tokens to each side; `name` spells an id."""
+    index, local = held.locate(row)
+    shard = words(held, index)
+    ids, at = shard.text(int(shard.piece[local])).tolist(), int(shard.at[local])
+    begin = max(0, at - around)
+    tokens = [name(i) for i in ids[begin : at + around + 1]]
+    return Context(tokens, at - begin, value, row)
+
+
+def contexts(
+    held: Activations,
+    features: Features,
+    latent: int,
+    tokenizer,
+    n: int = TOP,
+    around: int = 20,
+) -> list[Context]:
+    """The latent's highest firings, one per piece of text, highest first.
+
+    Raises:
+        ValueError: no such latent.
+    """
+    latent = features.check(latent)
+    pairs = zip(features.top_row[latent, :n], features.top_value[latent, :n], strict=True)
+    return [
+        context(held, int(row), lambda i: tokenizer.decode([i]), float(value), around)
+        for row, value in pairs
+        if row >= 0
+    ]
+
+
+# ------------------------------------------------------------------------- what a latent writes
+
+
+def logit_effects(model: LanguageModel, directions: Tensor, gain: bool = True) -> Tensor:
+    """What adding each direction (n, d_model) does to the logits, (n, d_vocab), less its mean over
+    the tokens in use (`LanguageModel.in_use`).
+
+    The direct path alone: direction · (final norm's gain, if `gain`) @ W_U, without the norm's
+    scale and the soft-cap, so only differences within a row mean something.
+    """
+    directions = directions.to(model.device, torch.float32)
+    if directions.shape[-1] != model.d_model:
+        raise ValueError(
+            f"The directions have {directions.shape[-1]} numbers, the stream has {model.d_model}: "
+            "logit effects are those of latents that write to the stream."
+        )
+    if gain:
+        directions = directions * norm_gain(model.ln_final).float()
+    effects = (directions.to(model.dtype) @ model.W_U).float()
+    return effects - effects[:, model.in_use].mean(-1, keepdim=True)
+
+
+def extremes(model: LanguageModel, effects: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+    """[(values, token ids) of the n highest, (…) of the n lowest] of effects (…, d_vocab), among
+    the tokens in use: the others share one column of W_U, and would fill whole lists."""
+    ids = model.in_use.nonzero()[:, 0]
+    within, n = effects[..., ids], min(n, len(ids))
+    found = within.topk(n), within.topk(n, largest=False)
+    return [(values, ids[at]) for values, at in found]
+
+
+def extreme_logits(
+    model: LanguageModel, coder, n: int = 10, gain: bool = True
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """((ids, effects) of the n tokens that each latent raises most, and of those it lowers most),
+    each (latents, n); see `logit_effects`."""
+    parts = []
+    with torch.no_grad():
+        for rows in coder.W_dec.split(128):
+            high, low = extremes(model, logit_effects(model, rows, gain), n)
+            parts.append((*high, *low))
+    up, up_id, down, down_id = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
+    return (up_id, up), (down_id, down)
+
+
+def nearest_latents(coder, n: int = 10) -> tuple[Tensor, Tensor]:
+    """(numbers, cosines) of the n latents whose decoder rows are nearest each one's, (F, n)."""
+    with torch.no_grad():
+        rows = torch.nn.functional.normalize(coder.W_dec.float(), dim=-1)
+        parts, n = [], min(n, len(rows) - 1)
+        for begin in range(0, len(rows), 1_024):
+            cosines = rows[begin : begin + 1_024] @ rows.T
+            own = torch.arange(len(cosines))
+            cosines[own, begin + own] = -torch.inf
+            parts.append(cosines.topk(n))
+    return torch.cat([p.indices for p in parts]).cpu(), torch.cat([p.values for p in parts]).cpu()
+
+
+def write_latents(
+    path: Path,
+    held: Activations,
+    coder,
+    features: Features,
+    model: LanguageModel,
+    progress: bool = False,
+) -> None:
+    """One line of JSON per latent: its numbers, its contexts with the firing token in [[brackets]],
+    firings at evenly spaced ranks, the tokens whose logits it raises and lowers, its neighbours."""
+    near, cosine = (each.tolist() for each in nearest_latents(coder))
+    writes = coder.d_out == model.d_model
+    effects = extreme_logits(model, coder) if writes else None
+    name = cache(lambda i: model.tokenizer.decode([i]))
+    bar = Progress("contexts", features.n_latents, "latents", shown=progress)
+
+    def text(row: int) -> str:
+        return str(context(held, row, name))
+
+    def line(latent: int) -> dict:
+        top = zip(features.top_row[latent], features.top_value[latent], strict=True)
+        said = {
+            "latent": latent,
+            "fires": int(features.count[latent]),
+            "frequency": float(features.frequency[latent]),
+            "mean": round(float(features.mean[latent]), 4),
+            "top": [[round(float(v), 4), text(int(r))] for r, v in top if r >= 0],
+            "quantiles": [text(row) for row in features.quantiles(latent)],
+            "nearest": [
+                [j, round(c, 4)] for j, c in zip(near[latent], cosine[latent], strict=True)
+            ],
+        }
+        if effects is not None:
+            for key, (ids, values) in zip(("raises", "lowers"), effects, strict=True):
+                pairs = zip(ids[latent].tolist(), values[latent].tolist(), strict=True)
+                said[key] = [[name(i), round(v, 4)] for i, v in pairs]
+        bar.to(latent + 1)
+        return said
+
+    def write(to: Path) -> None:
+        with open(to, "w", encoding="utf-8") as file:
+            for latent in range(features.n_latents):
+                file.write(json.dumps(line(latent), ensure_ascii=False) + "\n")
+
+    write_atomically(path, write)

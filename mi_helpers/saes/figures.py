@@ -1,0 +1,207 @@
+"""Figures of latents: the dashboard of one, which fire where in a text, how often they fire.
+
+page = Page(held, coder, collect(held, coder), model)
+explore(lambda latent: dashboard(page, latent), latent=(0, coder.d_latent - 1))
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from mi_helpers import plots
+from mi_helpers.models import Key, LanguageModel
+from mi_helpers.saes.activations import Activations, site_name
+from mi_helpers.saes.features import Features, bin_edges, contexts, extremes, logit_effects
+from mi_helpers.sites import read_sites
+
+LINE = 122  # characters of a context on a page
+SHOWN = 8  # contexts on a page
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a dashboard is drawn from; the products over all latents are made once."""
+
+    held: Activations
+    coder: torch.nn.Module
+    features: Features
+    model: LanguageModel
+    gain: bool = True  # logit effects through the final norm's gain
+
+    @cached_property
+    def directions(self) -> torch.Tensor:
+        """Decoder rows of unit length, (latents, d_out)."""
+        with torch.no_grad():
+            return torch.nn.functional.normalize(self.coder.W_dec.float(), dim=-1)
+
+    def nearest(self, latent: int, n: int) -> tuple[list[int], list[float]]:
+        """The n latents whose decoder rows are nearest, and their cosines."""
+        cosines = self.directions @ self.directions[latent]
+        cosines[latent] = -torch.inf
+        top = cosines.topk(min(n, len(cosines) - 1))
+        return top.indices.tolist(), top.values.tolist()
+
+    @torch.no_grad()
+    def effects(
+        self, latent: int, n: int
+    ) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+        """(token, effect) of the n tokens that the latent raises most, and that it lowers most."""
+        row = logit_effects(self.model, self.coder.W_dec[latent : latent + 1], self.gain)[0]
+        name = self.model.tokenizer.decode
+        return tuple(
+            [(name([int(i)]), float(v)) for v, i in zip(*end, strict=True)]
+            for end in extremes(self.model, row, n)
+        )
+
+
+@plots.style()
+def dashboard(page: Page, latent: int) -> Figure:
+    """One latent: how strongly it fires, where most, what it writes, and which are like it.
+
+    As the dashboards of Towards Monosemanticity (2023), with the firing token in [[brackets]].
+
+    Raises:
+        ValueError: no such latent.
+    """
+    features, latent = page.features, page.features.check(latent)
+    picture = plots.Picture(figsize=(13, 7.4), layout="none")  # fixed margins take half the time
+    picture.subplots_adjust(left=0.07, right=0.98, top=0.87, bottom=0.59, wspace=0.45)
+    left, middle, right = picture.subplots(1, 3)
+    picture.suptitle(
+        f"latent {latent}: fires at {features.frequency[latent]:.3%} of {features.rows:,} tokens, "
+        f"mean {features.mean[latent]:.2f} where it does",
+        x=0.02,
+        ha="left",
+    )
+    draw_histogram(left, features, latent)
+    writes = page.coder.d_out == page.model.d_model
+    effects = page.effects(latent, 4) if writes else ([], [])
+    through = "through the final norm's gain" if page.gain else "without the final norm's gain"
+    draw_bars(middle, effects[0] + effects[1][::-1], "direct effect on logits", through)
+    near, cosine = page.nearest(latent, 6)
+    pairs = [(str(number), value) for number, value in zip(near, cosine, strict=True)]
+    draw_bars(right, pairs, "nearest latents", "cosine of the decoder rows")
+    draw_contexts(picture, page, latent)
+    return picture
+
+
+def draw_histogram(axes, features: Features, latent: int) -> None:
+    """How many firings of each strength, four bins per doubling."""
+    counts, edges = features.histogram[latent], bin_edges()
+    on = np.flatnonzero(counts)
+    axes.set(title="firings by value", ylabel="tokens")
+    if not len(on):
+        axes.text(0.5, 0.5, "it never fires", ha="center", transform=axes.transAxes)
+        return
+    low, high = on[0], on[-1] + 1
+    axes.stairs(counts[low:high], edges[low : high + 1], fill=True, color=plots.OKABE_ITO[0])
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.set_xlabel("value, in units of the activations")
+
+
+def draw_bars(axes, pairs: list[tuple[str, float]], title: str, xlabel: str) -> None:
+    """Named values as bars with their numbers: to the right blue, to the left orange."""
+    axes.set(title=title, xlabel=xlabel)
+    if not pairs:
+        axes.text(
+            0.5, 0.5, "it does not write to the stream", ha="center", transform=axes.transAxes
+        )
+        axes.set_axis_off()
+        return
+    values = [value for _, value in pairs]
+    drawn = axes.barh(range(len(pairs)), values, 0.7, edgecolor="white")
+    for bar, value in zip(drawn, values, strict=True):
+        bar.set_color(plots.OKABE_ITO[0 if value >= 0 else 5])
+    axes.bar_label(drawn, [f"{value:z.2f}" for value in values], padding=2, fontsize=10)
+    names = [printable(name) for name, _ in pairs]
+    axes.set_yticks(range(len(pairs)), names, fontsize=11)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+
+
+def draw_contexts(picture: Figure, page: Page, latent: int) -> None:
+    """The latent's highest firings as text, the value first."""
+    found = contexts(page.held, page.features, latent, page.model.tokenizer, SHOWN)
+    title = (
+        "where it fires most, one line per text" if found else "nowhere: it is dead on this text"
+    )
+    picture.text(0.07, 0.455, title, fontsize="large")
+    columns = {
+        0.07: [f"{each.value:6.2f}" for each in found],
+        0.13: [centred(str(e)) for e in found],
+    }
+    for x, lines in columns.items():
+        look = {"family": "monospace", "fontsize": 10.5, "va": "top", "linespacing": 2.4}
+        picture.text(x, 0.425, "\n".join(lines), **look)
+
+
+def centred(text: str, room: int = LINE) -> str:
+    """A context on one line of at most `room` characters, cut so that its [[token]] stays in."""
+    text = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
+    begin = max(0, min(text.index("[[") - room * 2 // 3, len(text) - room))
+    cut = text[begin : begin + room]
+    cut = "…" + cut[1:] if begin else cut
+    cut = cut[:-1] + "…" if begin + room < len(text) else cut
+    return cut.replace("$", r"\$")
+
+
+def printable(token: str) -> str:
+    """A token as a label: control characters and dollar signs would not be drawn as they are."""
+    shown = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in token)
+    return shown.replace("$", r"\$") or "∅"
+
+
+def firing_map(model: LanguageModel, coder, site: Key, text: str, n: int = 12) -> Figure:
+    """Which latents fire where in a text: the n that fire most, summed over it, by token.
+
+    Raises:
+        ValueError: the text is empty or too long.
+    """
+    ids = model.tokens(text)
+    first = int(model.tokenizer.bos_token_id == ids[0, 0])  # BOS is nothing a coder knows
+    with torch.no_grad():
+        (x,) = read_sites(model, ids, [site])
+        index, value = coder.encode_sparse(x[0, first:].float())
+    table = torch.zeros(len(index), coder.d_latent).scatter_(1, index.cpu(), value.cpu())
+    chosen = table.sum(0).topk(min(n, coder.d_latent)).indices
+    chosen = chosen[table[:, chosen].max(0).values > 0]
+    if not len(chosen):
+        raise ValueError("No latent fires anywhere in this text: try another one.")
+    tokens = [printable(token) for token in model.str_tokens(ids[0])[first:]]
+    return plots.heatmap(
+        table[:, chosen].T,
+        tokens,
+        [f"latent {int(latent)}" for latent in chosen],
+        f"latents that fire most at {site_name(site)}",
+        unit="value",
+        form=".1f",
+        width=max(6.0, min(14.0, 3 + 0.55 * len(tokens))),
+        annotate=len(tokens) <= 16,
+    )
+
+
+@plots.style()
+def frequencies(features: dict[str, Features]) -> Figure:
+    """How often latents fire: a histogram of log10 frequency per named set; dead ones in words."""
+    picture, axes = plots.figure(9, 4.2)
+    edges = np.linspace(-6, 0, 61)
+    for index, (name, each) in enumerate(features.items()):
+        alive = each.frequency[each.count > 0]
+        counts, _ = np.histogram(np.log10(alive), edges)
+        label = textwrap.shorten(f"{name} ({each.dead:.1%} never fire)", 60)
+        look = {
+            "color": plots.OKABE_ITO[index],
+            "linestyle": plots.DASHES[index % len(plots.DASHES)],
+        }
+        axes.stairs(counts, edges, label=label, linewidth=2, **look)
+    axes.set(xlabel="log10 of the share of tokens at which a latent fires", ylabel="latents")
+    axes.legend()
+    return picture

@@ -1,0 +1,433 @@
+"""Reading and writing sparse coders in the field's own file formats. Nothing is unpickled.
+
+    coder = load("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
+    coder = load("runs/demo/coder")
+    save(coder, "runs/demo/coder")
+
+    SAELens          cfg.json + sae_weights.safetensors, read and written
+    Gemma Scope      params.npz: residual, MLP and attention SAEs, transcoders
+    Gemma Scope 2    params.safetensors, with names in lower case and perhaps an affine skip path
+    sparsify         cfg.json + sae.safetensors
+    circuit-tracer   layer_N.safetensors, a transcoder
+
+A source is a local folder, a local file, or a repository of the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import errors as hub
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mi_helpers.files import write_atomically, write_json
+from mi_helpers.models import ModelError
+from mi_helpers.saes.coder import SparseCoder
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SPARSIFY, SCOPE, SCOPE2 = "sae.safetensors", "params.npz", "params.safetensors"
+KNOWN = (WEIGHTS, SPARSIFY, SCOPE, SCOPE2)
+LAYOUT = "6.54.12"  # the version of SAELens whose cfg.json is written
+
+# SAELens' `architecture` of an SAE and of a transcoder. It has no TopK transcoder: those two names
+# are this project's, and SAELens declines them.
+_SAE = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
+_TRANSCODER = {
+    "relu": ("transcoder", "skip_transcoder"),
+    "topk": ("topk_transcoder", "topk_skip_transcoder"),
+    "jumprelu": ("jumprelu_transcoder", "jumprelu_skip_transcoder"),
+    "batchtopk": ("jumprelu_transcoder", "jumprelu_skip_transcoder"),
+}
+_ACTIVATION = {
+    name: activation
+    for activation in ("relu", "topk", "jumprelu")
+    for name in (_SAE[activation], *_TRANSCODER[activation])
+}
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def save(coder: SparseCoder, folder: Path | str, **metadata) -> Path:
+    """Write the folded coder to `folder` in SAELens' layout, each file whole or not at all.
+
+    SAELens reads it, except a TopK transcoder, which it has no class for. A BatchTopK coder is
+    written as the JumpReLU coder that it is after training.
+
+    Args:
+        metadata: JSON-able facts for cfg.json, such as model_name and hook_name; they are added to
+            `coder.metadata`.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    folded = coder.folded()
+    tensors = {
+        name: p.detach().cpu().contiguous() for name, p in folded.named_parameters(recurse=False)
+    }
+    write_atomically(folder / WEIGHTS, lambda to: save_file(tensors, to))
+    write_json(folder / CONFIG, config_of(folded) | {"metadata": _metadata(coder, metadata)})
+    return folder
+
+
+def config_of(coder: SparseCoder) -> dict:
+    """What SAELens' cfg.json says about a folded coder, without the metadata."""
+    names = _TRANSCODER[coder.activation] if coder.transcoder else (_SAE[coder.activation],) * 2
+    config = {
+        "architecture": names[coder.skip],
+        "d_in": coder.d_in,
+        "d_sae": coder.d_latent,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": coder.apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    if coder.transcoder:
+        config["d_out"] = coder.d_out
+    if coder.activation == "topk":
+        config |= {"k": coder.k, "rescale_acts_by_decoder_norm": False}
+    return config
+
+
+def _metadata(coder: SparseCoder, added: dict) -> dict:
+    return {"sae_lens_version": LAYOUT} | coder.metadata | added
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def load(
+    source: Path | str, folder: str = "", transcoder: bool | None = None, k: int | None = None
+) -> SparseCoder:
+    """A coder from a local folder or file, or from a repository of the Hugging Face hub.
+
+    Args:
+        source: a local path, or a repository such as "google/gemma-scope-2b-pt-res".
+        folder: the coder's folder inside of it, or its file ("layer_3.safetensors").
+        transcoder: what a Gemma Scope file is, which does not say; None goes by the word
+            "transcoder" in the path.
+        k: of a circuit-tracer file of TopK, where its own config.yaml has it and the file has not.
+
+    Returns:
+        the coder in float32 on the CPU; `coder.metadata` holds what the file says about it.
+
+    Raises:
+        ModelError: what is missing, unreadable or not understood; in one sentence.
+    """
+    source = str(source)
+    name = "/".join(part for part in (source.rstrip("/"), folder.strip("/")) if part)
+    path = _local(source, folder) if _is_local(source) else _from_hub(source, folder.strip("/"))
+    if transcoder is None:
+        transcoder = "transcoder" in name.lower()
+    coder = _reader(path)(path, name, transcoder, k)
+    coder.metadata.setdefault("source", path.name if _is_local(source) else name)
+    return coder
+
+
+def _reader(path: Path) -> Callable[[Path, str, bool, int | None], SparseCoder]:
+    """How to read a file, by its name: a function of path, name for errors, transcoder and k."""
+    readers = {WEIGHTS: _sae_lens, SPARSIFY: _sparsify, SCOPE2: _gemma_scope_2}
+    if path.suffix == ".npz":
+        return _gemma_scope
+    if path.suffix != ".safetensors":
+        raise ModelError(
+            f"{path.name} is not a file of a known format: give params.npz or a .safetensors file."
+        )
+    return readers.get(path.name, _circuit_tracer)
+
+
+def _sae_lens(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:
+    config = _json(path.with_name(CONFIG), name)
+    tensors = _safetensors(path, name)
+    config = _modern(config)
+    architecture = config.get("architecture", "standard")
+    if architecture not in _ACTIVATION:
+        raise ModelError(
+            f"{name} has the architecture {architecture!r}, which is not known here; known are "
+            f"{', '.join(_ACTIVATION)}."
+        )
+    normalised = config.get("normalize_activations", "none")
+    if normalised not in ("none", None, False):
+        raise ModelError(
+            f"{name} was trained on activations normalised by {normalised!r}, by numbers that are "
+            "not in its files: fold them into its weights in SAELens and save it again."
+        )
+    if config.get("finetuning_scaling_factor"):
+        raise ModelError(f"{name} has a fine-tuned scaling factor, which is not known here.")
+    transcoder = architecture.endswith("transcoder")
+    activation = _ACTIVATION[architecture]
+    if activation == "topk" and config.get("rescale_acts_by_decoder_norm") and "W_dec" in tensors:
+        _scale_latents(tensors)
+    return build(
+        tensors,
+        name,
+        activation=activation,
+        k=config.get("k"),
+        transcoder=transcoder,
+        apply_b_dec_to_input=not transcoder and config.get("apply_b_dec_to_input", True),
+        metadata=config.get("metadata"),
+    )
+
+
+def _modern(config: dict) -> dict:
+    """cfg.json as SAELens writes it from version 6 on, where it is older."""
+    version = config.get("sae_lens_version") or config.get("metadata", {}).get("sae_lens_version")
+    if version and int(str(version).split(".")[0]) >= 6:
+        return config
+    config = dict(config)
+    if config.get("activation_fn", config.get("activation_fn_str")) == "topk":
+        config["architecture"] = "topk"
+        config["k"] = (config.get("activation_fn_kwargs") or {}).get("k", config.get("k"))
+    renamed = {"hook_point": "hook_name"}
+    told = {renamed.get(key, key): value for key, value in config.items()}
+    wanted = ("model_name", "hook_name", "hook_layer", "context_size", "dataset_path")
+    return config | {"metadata": {key: told[key] for key in wanted if key in told}}
+
+
+def _scale_latents(tensors: dict[str, Tensor]) -> None:
+    """Latents in units of their decoder rows' norm: what `rescale_acts_by_decoder_norm` means."""
+    norm = tensors["W_dec"].norm(dim=1)
+    tensors["W_dec"] = tensors["W_dec"] / norm[:, None]
+    for key in ("W_enc", "b_enc"):
+        if key in tensors:
+            tensors[key] = tensors[key] * norm
+
+
+def _sparsify(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:
+    config = _json(path.with_name(CONFIG), name)
+    config = config.get("sae", config)
+    if config.get("activation", "topk") != "topk":
+        raise ModelError(
+            f"{name} has the activation {config['activation']!r}, and only topk is known here."
+        )
+    tensors = _safetensors(path, name)
+    renamed = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+    tensors = {renamed.get(key, key): value for key, value in tensors.items()}
+    _need(tensors, ("W_enc", "W_dec"), name)
+    tensors["W_enc"] = tensors["W_enc"].T
+    transcoder = bool(config.get("transcode", False))
+    return build(
+        tensors,
+        name,
+        activation="topk",
+        k=config.get("k"),
+        transcoder=transcoder or "W_skip" in tensors,
+        apply_b_dec_to_input=not transcoder,
+    )
+
+
+def _gemma_scope(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:
+    tensors = {_upper(key): value for key, value in _npz(path, name).items()}
+    factor = tensors.pop("scaling_factor", None)
+    if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
+        raise ModelError(f"{name} has a scaling_factor other than 1, which is not known here.")
+    metadata = {"reads": "normalised"} if transcoder else None  # the stream without the norm's gain
+    return build(tensors, name, activation="jumprelu", transcoder=transcoder, metadata=metadata)
+
+
+def _gemma_scope_2(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:
+    tensors = {_upper(key): value for key, value in _safetensors(path, name).items()}
+    if "affine_skip_connection" in tensors:
+        tensors["W_skip"] = tensors.pop("affine_skip_connection").T
+    transcoder = transcoder or "W_skip" in tensors
+    return build(tensors, name, activation="jumprelu", transcoder=transcoder)
+
+
+def _circuit_tracer(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:
+    tensors = _safetensors(path, name)
+    _need(tensors, ("W_enc", "b_enc"), name)
+    if "activation_function.threshold" in tensors:
+        tensors["threshold"] = tensors.pop("activation_function.threshold").flatten()
+    k = int(tensors.pop("k")) if "k" in tensors else k
+    if tensors["W_enc"].ndim == 2 and tensors["W_enc"].shape[0] == len(tensors["b_enc"]):
+        tensors["W_enc"] = tensors["W_enc"].T
+    activation = "jumprelu" if "threshold" in tensors else "topk" if k else "relu"
+    return build(tensors, name, activation=activation, k=k, transcoder=True)
+
+
+def _upper(key: str) -> str:
+    """w_enc → W_enc; other names as they are."""
+    return "W" + key[1:] if key.startswith("w_") else key
+
+
+def build(
+    tensors: dict[str, Tensor],
+    name: str,
+    *,
+    activation: str,
+    k: int | None = None,
+    transcoder: bool = False,
+    apply_b_dec_to_input: bool = False,
+    metadata: dict | None = None,
+) -> SparseCoder:
+    """A SparseCoder of these tensors, named and shaped as its parameters are.
+
+    Raises:
+        ModelError: a tensor is missing, unknown, of another shape, or holds NaN or infinity; k is
+            missing or larger than the dictionary.
+    """
+    needed = ["W_enc", "b_enc", "W_dec", "b_dec"]
+    if activation in ("jumprelu", "batchtopk"):
+        needed.append("threshold")
+    _need(tensors, needed, name)
+    if tensors["W_enc"].ndim != 2 or tensors["W_dec"].ndim != 2:
+        shapes = tuple(tensors["W_enc"].shape), tuple(tensors["W_dec"].shape)
+        raise ModelError(
+            f"{name} has W_enc {shapes[0]} and W_dec {shapes[1]}, expected two matrices: a coder "
+            "of several layers is not known here."
+        )
+    d_in, d_latent = tensors["W_enc"].shape
+    d_out = tensors["W_dec"].shape[1]
+    transcoder = transcoder or d_in != d_out
+    try:
+        coder = SparseCoder(
+            d_in,
+            d_latent,
+            d_out if transcoder else None,
+            activation=activation,
+            k=k,
+            skip="W_skip" in tensors,
+            apply_b_dec_to_input=apply_b_dec_to_input and not transcoder,
+            device="meta",
+        )
+    except ValueError as error:
+        raise ModelError(f"{name} cannot be read: {error}") from None
+    for key, parameter in list(coder.named_parameters()):
+        tensor = tensors[key].float()
+        if tensor.shape != parameter.shape:
+            raise ModelError(
+                f"{name} has {key} of shape {tuple(tensor.shape)}, expected "
+                f"{tuple(parameter.shape)}, as W_enc is {(d_in, d_latent)} and W_dec "
+                f"{tuple(tensors['W_dec'].shape)}."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} has NaN or infinity in {key}: its file is damaged.")
+        if key == "W_enc":  # one latent's numbers side by side
+            tensor = tensor.T.contiguous().T
+        setattr(coder, key, nn.Parameter(tensor))
+    coder.scale_in, coder.scale_out = torch.ones(()), torch.ones(())
+    coder.metadata = dict(metadata or {})
+    return coder
+
+
+def _need(tensors: dict, names: tuple[str, ...] | list[str], source: str) -> None:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        held = ", ".join(sorted(tensors)) or "nothing"
+        raise ModelError(f"{source} lacks {', '.join(missing)}; its file holds {held}.")
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def _json(path: Path, name: str) -> dict:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{name} lacks {path.name}, which says what its weights mean.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name} has a {path.name} that is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{name} has a {path.name} that holds no settings.")
+    return value
+
+
+def _safetensors(path: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{name} cannot be read: {path.name} is truncated or damaged ({error})."
+        ) from None
+
+
+def _npz(path: Path, name: str) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
+        reason = error
+    except (zipfile.BadZipFile, zlib.error) as error:
+        reason = error
+    raise ModelError(
+        f"{name} cannot be read: {path.name} is no plain NumPy archive ({reason})."
+    ) from None
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).expanduser().exists() or source.startswith((".", "/", "~"))
+
+
+def _local(source: str, folder: str) -> Path:
+    """The weights' file of a local coder."""
+    place = Path(os.path.expanduser(source)) / folder
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise ModelError(f"There is no file or folder {place}.")
+    for name in KNOWN:
+        if (place / name).is_file():
+            return place / name
+    inside = sorted(p.name + "/" * p.is_dir() for p in place.iterdir())
+    layers = [name for name in inside if name.endswith((".safetensors", ".npz"))]
+    if len(layers) == 1:
+        return place / layers[0]
+    held = ", ".join(inside[:6]) + (", …" if len(inside) > 6 else "") or "nothing"
+    raise ModelError(
+        f"{place} holds no coder ({' or '.join(KNOWN)}) but {held}: name the folder or file."
+    )
+
+
+def _from_hub(repo: str, folder: str) -> Path:
+    """The weights' file of a coder on the hub, downloaded once, with its cfg.json beside it."""
+    single = folder.endswith((".safetensors", ".npz"))
+    wanted = [folder] if single else [f"{folder}/{name}".lstrip("/") for name in KNOWN]
+    try:
+        held = [file for file in wanted if isinstance(try_to_load_from_cache(repo, file), str)]
+        for file in held or wanted:
+            try:
+                path = Path(hf_hub_download(repo, file))
+            except hub.EntryNotFoundError as error:
+                if isinstance(error, hub.LocalEntryNotFoundError):
+                    raise
+                continue
+            if path.name in (WEIGHTS, SPARSIFY):
+                hf_hub_download(repo, str(Path(file).with_name(CONFIG).as_posix()))
+            return path
+    except (hub.EntryNotFoundError, hub.HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(_why(repo, folder, error)) from None
+    what = folder if single else f"{folder or 'its top folder'} ({' or '.join(KNOWN)})"
+    raise ModelError(
+        f"{repo} has no coder in {what}: look at https://huggingface.co/{repo}/tree/main."
+    )
+
+
+def _why(repo: str, folder: str, error: BaseException) -> str:
+    """One sentence for what the hub raised."""
+    if isinstance(error, hub.GatedRepoError):
+        return (
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run "
+            "`hf auth login`."
+        )
+    if isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
+        return f"There is no repository {repo!r} on huggingface.co, and no folder of that name."
+    if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | ConnectionError):
+        return (
+            f"{repo}/{folder} is not on this machine and huggingface.co cannot be reached: connect "
+            "to the network, or give a local folder."
+        )
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{repo}/{folder} could not be loaded: {first[0].rstrip('.:')}."

@@ -1,0 +1,299 @@
+"""What a trained coder is worth: its numbers on held-out text, and in the model's own hands.
+
+losses = spliced_losses(model, held, coder, texts)        # clean, spliced, zero, mean
+losses.recovered("zero")                                  # share of the loss that comes back
+report("runs/demo/harvest", "runs/demo", model)           # report.json, report.md, curves.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mi_helpers import plots
+from mi_helpers.files import read_json, write_atomically, write_json, write_text
+from mi_helpers.models import Key, LanguageModel, ModelError
+from mi_helpers.saes.activations import Activations, site_name
+from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.harvest import batches, check_model
+from mi_helpers.saes.processes import ALONE
+from mi_helpers.saes.progress import duration
+from mi_helpers.saes.training import (
+    CODER,
+    LOG,
+    RECIPE,
+    SECONDS,
+    Recipe,
+    dead_window,
+    quality,
+    read_log,
+    split,
+)
+from mi_helpers.sites import NORMALIZED, behind
+
+LOGITS = 2**27  # numbers of logits that are computed at once
+
+# ------------------------------------------------------------------------ splicing a coder in
+
+
+@contextmanager
+def spliced(
+    model: LanguageModel,
+    source: Key,
+    target: Key | None,
+    replace: Callable[[Tensor, Tensor], Tensor],
+    lead: int = 1,
+    limit: float = float("inf"),
+) -> Iterator[LanguageModel]:
+    """While it lasts, the model goes on with `replace(source, target)` at the target site.
+
+    Both are (batch, pos, width), heads side by side; target None means the source. The first `lead`
+    positions (BOS) stay as they are, and those whose source has a norm above `limit`: what a
+    harvest leaves out, no coder is trained on.
+    """
+    if target is None and source[0] == NORMALIZED:
+        raise ModelError(f"{NORMALIZED!r} is not passed on by the model: splice a transcoder in.")
+    into, of = behind(model, source)
+    held: list[Tensor] = []
+
+    def put(now: Tensor) -> Tensor:
+        flat = now.flatten(2)
+        read = held[-1] if target else of(now)
+        new = replace(read, flat).to(flat.dtype)
+        stay = read.float().norm(dim=-1, keepdim=True) > limit  # (batch, pos, 1)
+        stay[:, :lead] = True
+        return torch.where(stay, flat, new).reshape(now.shape)
+
+    if target is None:
+        hooks = {into: put}
+    else:
+        hooks = {into: lambda now: held.append(of(now)), behind(model, target)[0]: put}
+    with model.hooks(
+        {name if layer is None else (name, layer): f for (name, layer), f in hooks.items()}
+    ):
+        yield model
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Summed -log p of n texts in nats, by what the site was replaced with; tokens (n,) predicted.
+
+    clean    nothing            spliced  the coder's prediction
+    zero     zeros              mean     the mean over the harvest
+    """
+
+    clean: Tensor
+    spliced: Tensor
+    zero: Tensor
+    mean: Tensor
+    tokens: Tensor
+
+    def per_token(self) -> dict[str, float]:
+        """Mean loss per token, in nats, by what the site was replaced with."""
+        total = float(self.tokens.sum())
+        names = ("clean", "spliced", "zero", "mean")
+        return {name: float(getattr(self, name).sum()) / total for name in names}
+
+    def recovered(self, against: str = "zero") -> float | None:
+        """(L_against - L_spliced) / (L_against - L_clean): 1 where the coder loses nothing, 0 where
+        it is no better than zeros (or the mean). None where that replacement does no harm."""
+        loss = self.per_token()
+        harm = loss[against] - loss["clean"]
+        return (loss[against] - loss["spliced"]) / harm if harm > 0 else None
+
+
+@torch.no_grad()
+def spliced_losses(
+    model: LanguageModel,
+    held: Activations,
+    coder: SparseCoder,
+    texts: list[list[int]],
+    most: int = 4_096,
+) -> Losses:
+    """The model's loss on texts (token ids without BOS) with the coder in it, and without.
+
+    most  tokens that are run at once, fewer where the vocabulary is large
+    """
+    bos = model.tokenizer.bos_token_id if model.tokenizer else None
+    lead = [] if bos is None else [bos]
+    limit = held.manifest["outlier"] * held.manifest["median_norm"]
+    mean = held.slice(0, min(held.rows, 8_192))[1 if held.target else 0].mean(0)
+    ways: dict[str, Callable | None] = {
+        "clean": None,
+        "spliced": lambda source, target: predict(coder, source),
+        "zero": lambda source, target: torch.zeros_like(target),
+        "mean": lambda source, target: mean.to(target).expand_as(target),
+    }
+    sums = {name: torch.zeros(len(texts), dtype=torch.float64) for name in ways}
+    lengths = [len(ids) + len(lead) for ids in texts]
+    tokens = torch.tensor([n - 1 for n in lengths])
+    for batch in batches(lengths, max(1, min(most, LOGITS // model.d_vocab))):
+        longest = max(lengths[i] for i in batch)
+        if longest < 2:
+            continue
+        rows = [lead + texts[i] + [0] * (longest - lengths[i]) for i in batch]
+        ids = torch.tensor(rows, device=model.device)
+        inside = torch.arange(1, longest) < torch.tensor([lengths[i] for i in batch])[:, None]
+        for name, replace in ways.items():
+            if replace is None:
+                loss = token_losses(model, ids)
+            else:
+                with spliced(model, held.source, held.target, replace, len(lead), limit):
+                    loss = token_losses(model, ids)
+            sums[name][batch] = (loss.cpu().double() * inside).sum(1)
+    return Losses(**sums, tokens=tokens)
+
+
+def predict(coder: SparseCoder, x: Tensor) -> Tensor:
+    """The coder's prediction of x (batch, pos, d_in), through its sparse form."""
+    rows = x.flatten(0, 1).to(coder.device, torch.float32)
+    found = coder.decode_sparse(*coder.encode_sparse(rows), rows)
+    return found.unflatten(0, x.shape[:2]).to(x.device)
+
+
+def token_losses(model: LanguageModel, ids: Tensor) -> Tensor:
+    """-log p(next token), (batch, pos - 1)."""
+    logits = model.forward(ids)[:, :-1].float()
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def held_out_texts(held: Activations, n_train: int, tokens: int) -> list[list[int]]:
+    """Token ids of whole pieces that lie behind row `n_train`, up to `tokens` tokens of them."""
+    texts: list[list[int]] = []
+    total = 0
+    for index, first in enumerate(held.first[:-1]):
+        if first + held.sizes[index] <= n_train:
+            continue
+        shard = held.shard(index)
+        seen = set(shard.piece[: max(0, n_train - first)].tolist())
+        for piece in range(len(shard.document)):
+            ids = shard.text(piece).tolist()
+            if piece in seen or not ids:
+                continue
+            if total >= tokens:
+                return texts
+            texts.append(ids)
+            total += len(ids)
+    return texts
+
+
+# ------------------------------------------------------------------------------------ the report
+
+
+def report(
+    harvest: Path | str,
+    folder: Path | str,
+    model: LanguageModel | None = None,
+    tokens: int = 8_192,
+) -> dict:
+    """Write report.json, report.md and curves.png into a run's folder; returns the numbers.
+
+    model   None leaves out the loss that is recovered
+    tokens  of held-out text on which that loss is measured
+
+    Raises:
+        RunError: the run is not finished; the harvest is not of this model.
+    """
+    held, folder = Activations.open(harvest), Path(folder)
+    recipe = Recipe(
+        **{k: v for k, v in read_json(folder / RECIPE).items() if k in Recipe.__annotations__}
+    )
+    coder = SparseCoder.load(folder / CODER)
+    log, n = read_log(folder / LOG), split(held, recipe, ALONE)
+    about = held.manifest
+    numbers = {
+        "model": about["model"]["name"],
+        "source": site_name(held.source),
+        "target": site_name(held.target or held.source),
+        "tokens": about["tokens"],
+        "left_out": about["left_out"],
+        "rows_trained_on": n,
+        "rows_held_out": held.rows - n,
+        "steps": recipe.steps,
+        "batch": recipe.batch,
+        "latents": coder.d_latent,
+        "activation": coder.activation,
+        "dead": log[-1]["dead"],
+        "dead_window": dead_window(recipe, n),
+        **quality(coder, *held.slice(n, held.rows)),
+    }
+    if model is not None:
+        check_model(held, model)
+        texts = held_out_texts(held, n, tokens)
+        losses = spliced_losses(model, held, coder, texts)
+        numbers["loss"] = losses.per_token() | {"tokens": int(losses.tokens.sum())}
+        numbers["loss_recovered"] = {name: losses.recovered(name) for name in ("zero", "mean")}
+    write_json(folder / "report.json", numbers)
+    seconds = read_json(folder / SECONDS)["seconds"] if (folder / SECONDS).exists() else None
+    write_text(folder / "report.md", as_markdown(numbers, seconds))
+    image = plots.render(curves(log))
+    write_atomically(folder / "curves.png", lambda path: path.write_bytes(image))
+    return numbers
+
+
+def as_markdown(numbers: dict, seconds: float | None = None) -> str:
+    """The report as a page: a table, and what each number means."""
+    left = numbers["left_out"]
+    rows = [
+        ("model", numbers["model"]),
+        ("reads → predicts", f"{numbers['source']} → {numbers['target']}"),
+        ("tokens", f"{numbers['tokens']:,}"),
+        ("left out", f"{left['bos']:,} BOS, {left['outliers']:,} outliers in norm"),
+        ("training", f"{numbers['steps']:,} steps of {numbers['batch']:,} rows"),
+        ("latents", f"{numbers['latents']:,} ({numbers['activation']})"),
+        ("explained variance", f"{numbers['explained_variance']:.3f}"),
+        ("normalised MSE", f"{numbers['nmse']:.3f}"),
+        ("relative error", f"{numbers['relative_error']:.3f}"),
+        ("L0", f"{numbers['l0']:.1f}"),
+        ("dead latents", f"{numbers['dead']:.2%} (silent for {numbers['dead_window']:,} tokens)"),
+    ]
+    if seconds is not None:
+        rows.insert(5, ("time to train", duration(seconds)))
+    if "loss" in numbers:
+        loss, back = numbers["loss"], numbers["loss_recovered"]
+        rows += [
+            ("loss of the model", f"{loss['clean']:.3f} nats per token"),
+            ("loss with the coder spliced in", f"{loss['spliced']:.3f}"),
+            ("loss with zeros, with the mean", f"{loss['zero']:.3f}, {loss['mean']:.3f}"),
+            ("loss recovered, against zeros", share(back["zero"])),
+            ("loss recovered, against the mean", share(back["mean"])),
+        ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (
+        f"# A sparse coder of {numbers['model']}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"Measured on {numbers['rows_held_out']:,} rows at the end of the text, which were not "
+        "trained on. Explained variance is 1 − E‖t − t̂‖² / E‖t − E t‖², normalised MSE the same "
+        "without the 1 −, and the relative error has E‖t‖² below the line. Loss recovered is the "
+        "share of the loss between a replacement that knows nothing and the model itself.\n\n"
+        "![Explained variance and dead latents over the steps](curves.png)\n"
+    )
+
+
+def share(value: float | None) -> str:
+    """A share as per cent, or what it means that there is none."""
+    return "no harm to recover from" if value is None else f"{value:.1%}"
+
+
+@plots.style()
+def curves(log: list[dict[str, float]]):
+    """Training curves, one panel each: explained variance, L0, dead latents, learning rate."""
+    panels = {
+        "explained_variance": "explained variance, held out",
+        "l0": "L0: latents that fire per row",
+        "dead": "share of dead latents",
+        "rate": "learning rate",
+    }
+    picture, axes = plots.figure(10, 6, rows=2, columns=2)
+    steps = [row["step"] for row in log]
+    for one, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        look = {"marker": ""} if len(steps) > 40 else {}
+        one.plot(steps, [row[name] for row in log], **look)
+        one.set(title=title, xlabel="step")
+        one.set_ylim(bottom=0)
+    return picture

@@ -1,0 +1,1 @@
+"""tiny-gemma: its training and what it can do."""
