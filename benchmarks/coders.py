@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mi_helpers.files import put_between
-from mi_helpers.models import load_model
+from mi_helpers.loading import load_model
 from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.coder import SparseCoder, explained_variance
 from mi_helpers.saes.products import (

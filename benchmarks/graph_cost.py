@@ -16,10 +16,9 @@ import time
 
 import torch
 
-from mi_helpers.architecture import empty_gemma2_2b, materialize
 from mi_helpers.circuits.graphs import FEATURE, Graph, graph_scores, prune
 from mi_helpers.circuits.replacement import attribution_graph
-from mi_helpers.models import load_model
+from mi_helpers.loading import empty_gemma2_2b, load_model, materialize
 from mi_helpers.saes.coder import SparseCoder
 
 PROMPT = "the capital of the country of the Colosseum is the city of the old people"  # 16 tokens

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mi_helpers.models import load_model
+from mi_helpers.loading import load_model
 from mi_helpers.saes.harvest import harvest
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.training import Recipe, peak_rate, read_log, train

@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mi_helpers import patching
 from mi_helpers import prefix as restart
-from mi_helpers.architecture import empty_gemma2_2b, materialize
-from mi_helpers.files import put_between
-from mi_helpers.models import DATA, LanguageModel, load_model
+from mi_helpers.files import DATA, put_between
+from mi_helpers.loading import empty_gemma2_2b, load_model, materialize
+from mi_helpers.models import LanguageModel
 from mi_helpers.patching import (
     HEAD_SITES,
     STREAM_SITES,

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from mi_helpers.architecture import empty_gemma2_2b, materialize
-from mi_helpers.models import DATA, LanguageModel
+from mi_helpers.files import DATA
+from mi_helpers.loading import empty_gemma2_2b, materialize
+from mi_helpers.models import LanguageModel
 from mi_helpers.saes import estimate
 from mi_helpers.saes.features import collect
 from mi_helpers.saes.harvest import harvest

@@ -12,7 +12,7 @@ COMMANDS = {
     "harvest": ("mi_helpers.saes.pipeline:main_harvest", "write a model's activations to disk"),
     "make-sae": ("mi_helpers.lessons.lesson_06.experiments:main", "make the sparse autoencoder that ships in data/"),
     "make-transcoders": ("mi_helpers.lessons.lesson_07.experiments:main", "make the transcoders in data/"),
-    "manifest": ("mi_helpers.manifest:main", "check or write the checksums of data/"),
+    "manifest": ("mi_helpers.files:main_manifest", "check or write the checksums of data/"),
     "notebooks": ("mi_helpers.course.notebooks:main", "run the notebooks and save them clean"),
     "report": ("mi_helpers.saes.pipeline:main_report", "measure a trained coder, in the model too"),
     "run": ("mi_helpers.saes.pipeline:main_run", "harvest, train, report and features, in one go"),

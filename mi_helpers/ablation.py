@@ -8,7 +8,6 @@ A lesion acts on every position but the first. There stands `<bos>`, the same in
 that its mean and its resample would be itself; for a fair comparison zero leaves it alone, too.
 """
 
-import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from mi_helpers.architecture import materialize
-from mi_helpers.models import LanguageModel, load_model
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World
 
@@ -317,15 +315,6 @@ def part_name(part: Part) -> str:
     """("head", 3, 1) -> "L3 head 1", ("mlp", 3, None) -> "L3 MLP"."""
     kind, layer, head = part
     return f"L{layer} " + {"head": f"head {head}", "attn": "attention", "mlp": "MLP"}[kind]
-
-
-def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:
-    """A model of the same shape and dtype with fresh random weights: for negative controls."""
-    config = copy.deepcopy(model.config)
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    empty = LanguageModel(hf, model.tokenizer, f"{model.name} (untrained)")
-    return materialize(empty, model.dtype, seed, model.device)
 
 
 # -------------------------------------------------------------------------------- for the ledger

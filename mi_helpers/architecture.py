@@ -1,67 +1,8 @@
-"""What a model is made of: every step from token ids to logits, read off its own modules.
-
-`empty_gemma2_2b` is Gemma 2 2B's shape without weights; `materialize` fills such a shape.
-"""
+"""What a model is made of: every step from token ids to logits, read off its own modules."""
 
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForCausalLM, Gemma2Config
-
-from mi_helpers.models import LanguageModel, ModelError
-
-
-def empty_gemma2_2b() -> LanguageModel:
-    """Gemma 2 2B's architecture on the meta device: every shape, no weights, no tokenizer.
-
-    The numbers are those of google/gemma-2-2b's config.json: 2,614,341,888 parameters.
-    """
-    config = Gemma2Config(
-        vocab_size=256_000,
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        query_pre_attn_scalar=256,
-        max_position_embeddings=8192,
-        sliding_window=4096,
-        attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
-        rms_norm_eps=1e-6,
-        bos_token_id=2,
-    )
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return LanguageModel(hf, None, "google/gemma-2-2b (empty)")
-
-
-def materialize(
-    model: LanguageModel,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> LanguageModel:
-    """Give a meta model random weights, in place: for benchmarks, where only the shape matters.
-
-    Buffers that no checkpoint holds (rotary frequencies in float32, Gemma's embedding scale) are
-    filled again with their true values. The tie of the embedding is kept.
-
-    Raises:
-        ModelError: the model has weights already.
-    """
-    hf = model.hf
-    if model.device.type != "meta":
-        raise ModelError(f"{model.name} has weights already: materialize is for a meta model.")
-    for parameter in hf.parameters():
-        parameter.data = parameter.data.to(dtype)
-    hf.to_empty(device=device)
-    hf.tie_weights()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        hf.initialize_weights()
-    return LanguageModel(hf, model.tokenizer, model.name)
+from mi_helpers.models import LanguageModel
 
 
 @dataclass(frozen=True)

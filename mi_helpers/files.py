@@ -1,10 +1,11 @@
-"""Files that survive: written whole or not at all, checked when they are read.
+"""Files that survive: written whole or not at all, checked when they are read, listed when they ship.
 
 A file is written under another name, flushed to the disk, and then renamed, so whoever opens it
 finds the old content or the new one, also after a SIGKILL or a power cut. Tensors are safetensors
-files that carry the checksum of their own content.
+files that carry the checksum of their own content. What ships in `data/` stands in its manifest.
 """
 
+import argparse
 import errno
 import hashlib
 import json
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+DATA = Path(__file__).resolve().parents[1] / "data"
+MANIFEST = "MANIFEST"
 PART, META = ".part", "mi_helpers"
 STALE = (f"*{PART}", ".tmp??????")  # what a kill may leave: ours, and safetensors' own
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -183,3 +186,78 @@ def need_space(folder: Path, needed: float, what: str) -> None:
             f"{what} needs {needed / 1e9:.1f} GB of disk and {folder} has {free / 1e9:.1f} GB "
             "free: free some space, or ask for fewer tokens."
         )
+
+
+# ---------------------------------------------------------------------------------- the manifest
+
+CHECKSUMS = "Checksums of what ships: a line `sha256  size  path` in MANIFEST per file of data/."
+
+
+def shipped_files(folder: Path) -> list[Path]:
+    """Every file under `folder` but the manifest itself and hidden files, sorted by path."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    parts = ((path, path.relative_to(folder).parts) for path in found)
+    kept = [path for path, names in parts if names != (MANIFEST,) and not is_hidden(names)]
+    return sorted(kept, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def is_hidden(names: tuple[str, ...]) -> bool:
+    """Whether any part of a path is hidden, a cache, or what a killed write left."""
+    return any(n.startswith(".") or n == "__pycache__" or n.endswith(PART) for n in names)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def manifest_lines(folder: Path) -> list[str]:
+    """The manifest's lines for what `folder` holds now."""
+    return [
+        f"{sha256(path)}  {path.stat().st_size}  {path.relative_to(folder).as_posix()}"
+        for path in shipped_files(folder)
+    ]
+
+
+def write_manifest(folder: Path = DATA) -> Path:
+    """Write the manifest of `folder`, atomically; returns its path."""
+    write_text(folder / MANIFEST, "".join(f"{line}\n" for line in manifest_lines(folder)))
+    return folder / MANIFEST
+
+
+def verify_manifest(folder: Path = DATA) -> list[str]:
+    """What differs between `folder` and its manifest, one sentence each; empty when all agrees."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return [
+            f"{folder.name}/{MANIFEST} is missing: python -m mi_helpers manifest --write makes it."
+        ]
+    listed, problems = {}, []
+    for number, line in enumerate(manifest.read_text("utf-8").splitlines(), start=1):
+        fields = line.split("  ", 2)
+        if len(fields) == 3:
+            listed[fields[2]] = line
+        else:
+            problems.append(f"Line {number} of {MANIFEST} is not 'sha256  size  path'.")
+    present = {line.split("  ", 2)[2]: line for line in manifest_lines(folder)}
+    problems += [f"{path} is listed but missing." for path in sorted(listed.keys() - present)]
+    problems += [f"{path} is not listed." for path in sorted(present.keys() - listed)]
+    both = sorted(listed.keys() & present)
+    return problems + [f"{path} differs." for path in both if listed[path] != present[path]]
+
+
+def main_manifest(argv: list[str]) -> int:
+    """`python -m mi_helpers manifest [--write] [--folder DATA]`."""
+    parser = argparse.ArgumentParser(prog="python -m mi_helpers manifest", description=CHECKSUMS)
+    parser.add_argument("--write", action="store_true", help="write it anew from what is there")
+    parser.add_argument("--folder", type=Path, default=DATA)
+    options = parser.parse_args(argv)
+    if not options.folder.is_dir():
+        print(f"There is no folder {options.folder.name}.")
+        return 1
+    if options.write:
+        write_manifest(options.folder)
+    problems = verify_manifest(options.folder)
+    print("\n".join(problems) or f"{len(shipped_files(options.folder))} files, all as listed.")
+    return 1 if problems else 0

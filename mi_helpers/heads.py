@@ -24,7 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mi_helpers.models import DATA, LanguageModel, ModelError, load_model, norm_gain
+from mi_helpers.files import DATA
+from mi_helpers.layouts import ModelError, norm_gain
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.patching import path_patch_map
 from mi_helpers.tinyworld.copying import vocabulary
 

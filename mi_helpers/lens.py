@@ -23,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mi_helpers.ablation import SITE, answer_positions, lesion, part_name, untrained
+from mi_helpers.ablation import SITE, answer_positions, lesion, part_name
 from mi_helpers.files import RunError, load_tensors, read_json, save_tensors, write_json
-from mi_helpers.models import Key, LanguageModel, ModelError, load_model, norm_gain
+from mi_helpers.layouts import Key, ModelError, norm_gain
+from mi_helpers.loading import load_model, untrained
+from mi_helpers.models import LanguageModel
 from mi_helpers.tiny_gemma.skills import is_own_city
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.facts import city_country
@@ -702,7 +704,7 @@ def _first(model: LanguageModel) -> list[int]:
 def _wrong(model: LanguageModel, documents, answer: list[int], seed: int) -> list[int]:
     """A wrong answer for each document: see `make_prompts`."""
     if "S" in documents[0].latents:
-        return [model._encode(" " + document.latents["S"])[0] for document in documents]
+        return [model.encode(" " + document.latents["S"])[0] for document in documents]
     kinds = [_asked(document) for document in documents]
     rng = random.Random(seed)
     wrong = []
@@ -809,7 +811,7 @@ def bridge_scan(
 
 def word_tokens(model: LanguageModel, words: Iterable[str]) -> Tensor:
     """The first token of each word as it stands within a text, (n,)."""
-    return torch.tensor([model._encode(f" {word}")[0] for word in words], device=model.device)
+    return torch.tensor([model.encode(f" {word}")[0] for word in words], device=model.device)
 
 
 # -------------------------------------------------------------------------------- for the ledger

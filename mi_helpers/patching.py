@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mi_helpers.models import LanguageModel, ModelError, _nearest
+from mi_helpers.layouts import ModelError, nearest
+from mi_helpers.models import LanguageModel
 from mi_helpers.prefix import (
     MOST_TOKENS,
     BaseRun,
@@ -164,7 +165,7 @@ def pair(model: LanguageModel, clean: Prompt, corrupted: Prompt) -> tuple[Tensor
         ModelError: an empty prompt, one longer than the context, token counts that differ, as many
             prompts on neither side, or two prompts that are the same.
     """
-    a, b = model._ids(clean), model._ids(corrupted)
+    a, b = model.ids(clean), model.ids(corrupted)
     if a.shape[1] != b.shape[1]:
         raise ModelError(
             f"The clean prompt has {a.shape[1]} tokens and the corrupted one {b.shape[1]}: choose "
@@ -203,7 +204,7 @@ def _two_runs(model, clean, corrupted, subject, seeds, scale) -> tuple[_Run, _Ru
         raise ModelError(
             "Without a corrupted prompt, say which positions get the noise: subject=[3, 4]."
         )
-    ids = model._ids(clean)
+    ids = model.ids(clean)
     noise = gaussian_noise(model, ids, subject, seeds, scale)
     return _Run(ids, None, seeds), _Run(ids, noise, seeds)
 
@@ -247,7 +248,7 @@ def _chosen(given, count: int, what: str) -> list[int]:
 def _one_of(what: str, given, known: Sequence[str]) -> None:
     if given not in known:
         raise ModelError(
-            f"{what} is {given!r}: expected one of {', '.join(known)}.{_nearest(given, known)}"
+            f"{what} is {given!r}: expected one of {', '.join(known)}.{nearest(given, known)}"
         )
 
 
@@ -354,7 +355,7 @@ def _base_and_source(
             raise ModelError("Gaussian noise needs the subject's positions: subject=[3, 4].")
         pure, other = _two_runs(model, clean, None, subject, seeds, scale)
     elif corrupted is None and mode == "noise" and ablation in ("mean", "zero"):
-        pure, other = _Run(model._ids(clean)), None
+        pure, other = _Run(model.ids(clean)), None
     elif corrupted is None:
         raise ModelError("There is no corrupted prompt: give one of as many tokens as the clean.")
     else:
@@ -372,7 +373,7 @@ def _values(model, base, source, site, layers, ablation, reference) -> dict[int,
     if ablation == "mean":
         if reference is None:
             raise ModelError("Mean ablation needs `reference`: prompts of as many tokens.")
-        ids = model._ids(reference)
+        ids = model.ids(reference)
         if ids.shape[1] != base.ids.shape[1]:
             raise ModelError(
                 f"The reference prompts have {ids.shape[1]} tokens, the patched ones "
@@ -470,7 +471,7 @@ def attribution_patch(
 def _axes(model: LanguageModel, site: str, over: str | None) -> str:
     """The axes of a sweep over `site`, checked."""
     _one_of("site", site, STREAM_SITES + HEAD_SITES)
-    model._check_site(site)
+    model.check_site(site)
     over = over or ("heads" if site in HEAD_SITES else "positions")
     _one_of("over", over, OVER)
     if "heads" in over and site not in HEAD_SITES:
@@ -573,9 +574,13 @@ def _sender(model: LanguageModel, given) -> Node:
     if isinstance(given, tuple | list) and len(given) == 2:
         first, second = given
         if first in ("mlp", "attn_out"):
-            return (first, model._layer(first, second), None)
+            return (first, model.layer_index(first, second), None)
         if isinstance(first, int) and isinstance(second, int):
-            return ("head", model._layer("z", first), _chosen(second, model.n_heads, "head")[0])
+            return (
+                "head",
+                model.layer_index("z", first),
+                _chosen(second, model.n_heads, "head")[0],
+            )
     raise ModelError(
         f"{given!r} is no sender: give a head (layer, head), ('mlp', layer), ('attn_out', layer) "
         "or 'embed'."
@@ -587,10 +592,10 @@ def _receiver(model: LanguageModel, given) -> Node:
     if given == "logits":
         return ("logits", model.n_layers, None)
     if isinstance(given, tuple | list) and len(given) == 2 and given[0] == "mlp":
-        return ("mlp", model._layer("mlp_in", given[1]), None)
+        return ("mlp", model.layer_index("mlp_in", given[1]), None)
     if isinstance(given, tuple | list) and len(given) == 3 and given[0] in ("q", "k", "v"):
         n = model.n_heads if given[0] == "q" else model.n_kv_heads
-        return (given[0], model._layer(given[0], given[1]), _chosen(given[2], n, "head")[0])
+        return (given[0], model.layer_index(given[0], given[1]), _chosen(given[2], n, "head")[0])
     raise ModelError(
         f"{given!r} is no receiver: give ('q', layer, head), ('k', layer, kv_head), "
         "('v', layer, kv_head), ('mlp', layer) or 'logits'."
@@ -658,7 +663,7 @@ class _Paths:
             heads = tuple(h for kind, at, h in self.targets if (kind, at) == (site, layer))
             if heads and self.reached:
                 normed = model.part("ln1", layer)(before + self.change[self.reached])
-                values = model._view(site, model.part(site, layer)(normed))
+                values = model.split_heads(site, model.part(site, layer)(normed))
                 self._receive(self.reached, site, layer, heads, values)
 
     def _through_mlp(self, layer: int, which: list[int], change: Tensor, through: bool) -> None:

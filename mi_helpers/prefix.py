@@ -26,7 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from mi_helpers.models import LanguageModel, ModelError
+from mi_helpers.layouts import ModelError
+from mi_helpers.models import LanguageModel
 
 MOST_TOKENS = 2048  # of one walk: more of them leave the processor's cache
 MOST_SCORES = 2**25  # attention scores of one walk and layer: bounds the memory of long prompts
@@ -81,12 +82,11 @@ AttentionMaskInterface.register(_RESTART, eager_mask)
 
 @contextmanager
 def _attention_is_ours(model: LanguageModel):
-    before = model.config._attn_implementation
-    model.config._attn_implementation = _RESTART
+    before = model.use_attention(_RESTART)
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        model.use_attention(before)
         for layer in range(model.n_layers):
             _doing.pop(model.part("attn", layer), None)
 
@@ -107,12 +107,12 @@ class BaseRun:
     """
 
     def __init__(self, model: LanguageModel, ids: Tensor, hooks: Mapping | None = None):
-        if model._n_hooks:
+        if model.hooked:
             raise ModelError(
                 "Patching runs parts of the model, which hooks from outside would not understand: "
                 "leave the `with model.hooks(...)` block first."
             )
-        model._check_site("pattern")  # attention that cannot be entered
+        model.check_site("pattern")  # attention that cannot be entered
         self.model = model
         self.batch, self.length = ids.shape
         self.keys: list[Tensor] = []
@@ -329,7 +329,7 @@ class _Walk:
             call["position_embeddings"] = tuple(x[:1, rows.position] for x in rotary)
 
         def heads(_module, args):
-            z = model._view("z", args[0][0])  # (tokens, n_heads, d_head)
+            z = model.split_heads("z", args[0][0])  # (tokens, n_heads, d_head)
             self._edit("z", layer, z)
             return (z[rows.last if last else slice(None)].flatten(-2)[None],)
 
@@ -338,7 +338,7 @@ class _Walk:
             for site in "qkv":
                 if (site, layer) in self.edits:
                     edit = lambda x, site=site: self._edit(site, layer, x[0])  # noqa: E731
-                    stack.callback(model._register((site, layer), edit))
+                    stack.callback(model.add_hook((site, layer), edit))
             _doing[module] = lambda *args, **kwargs: self._mix(layer, *args, **kwargs)
             out = module(model.part("ln1", layer)(stream)[None], **call)[0]
         return post_norm(model, "ln1_post", layer, out[0])

@@ -30,8 +30,10 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.parallel import ThreadpoolController
 from torch import Tensor
 
+from mi_helpers.layouts import Key
 from mi_helpers.lessons.lesson_01.experiments import on_one_core
-from mi_helpers.models import Key, LanguageModel, load_model
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.grammar import BE_FORMS
 from mi_helpers.tinyworld.prose import REGISTERS, TENSES, VOICES, topic_posterior

@@ -6,7 +6,7 @@ from test_models import build_empty
 
 from benchmarks import coders as coder_bench
 from benchmarks import patching as bench
-from mi_helpers.models import load_model
+from mi_helpers.loading import load_model
 from mi_helpers.patching import activation_patch
 
 ROWS = [dict(zip(bench.COLUMNS, "abcdefg", strict=True))]

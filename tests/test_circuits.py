@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mi_helpers.circuits import replacement as circuits
 from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Node, predicted_effect
 from mi_helpers.circuits.interventions import intervene
 from mi_helpers.circuits.replacement import (
@@ -13,8 +14,9 @@ from mi_helpers.circuits.replacement import (
     attribution_graph,
     pick_logits,
 )
-from mi_helpers.circuits import replacement as circuits
-from mi_helpers.models import LanguageModel, ModelError, load_model
+from mi_helpers.layouts import ModelError
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.saes.coder import SparseCoder
 
 TEXT = "the capital of the country of the Colosseum is the city that people visit"

@@ -14,7 +14,7 @@ from test_coders import KINDS, inputs, random_coder
 
 from mi_helpers import files as durable
 from mi_helpers.files import RunError
-from mi_helpers.models import ModelError
+from mi_helpers.layouts import ModelError
 from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.coder import ACTIVATIONS, SparseCoder
 from mi_helpers.saes.files import load, save

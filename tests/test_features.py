@@ -11,8 +11,8 @@ from made_harvest import made_harvest, sparse_data
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 from tiny_models import sentences, tiny_model
 
-from mi_helpers.files import RunError
-from mi_helpers.models import DATA, load_model
+from mi_helpers.files import DATA, RunError
+from mi_helpers.loading import load_model
 from mi_helpers.saes import features as module
 from mi_helpers.saes import figures as feature_figures
 from mi_helpers.saes.coder import SparseCoder

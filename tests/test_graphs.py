@@ -37,7 +37,7 @@ from mi_helpers.circuits.graphs import (
 from mi_helpers.circuits.interventions import intervene
 from mi_helpers.circuits.replacement import attribution_graph
 from mi_helpers.files import RunError
-from mi_helpers.models import load_model
+from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes.coder import SparseCoder
 

@@ -12,13 +12,13 @@ from tiny_models import sentences, tiny_model, word_tokenizer
 
 from mi_helpers import files as durable
 from mi_helpers.files import RunError
-from mi_helpers.models import LanguageModel, ModelError
+from mi_helpers.layouts import NORMALIZED, ModelError
+from mi_helpers.models import LanguageModel, read_sites, site_width
 from mi_helpers.saes import harvest as module
 from mi_helpers.saes.activations import Activations, Shuffled
 from mi_helpers.saes.harvest import batches, check_model, harvest, pieces
 from mi_helpers.saes.processes import Processes
 from mi_helpers.saes.sources import open_source
-from mi_helpers.sites import NORMALIZED, read_sites, width
 
 SMALL = {"context": 12, "shard_tokens": 150, "batch_tokens": 60, "progress": False}
 
@@ -135,15 +135,15 @@ def test_the_normalized_input_lacks_only_the_gain(family):
 
 def test_widths_and_sites_that_cannot_be_harvested(model):
     sizes = {"resid_pre": 12, "z": 16, "k": 8, "post": 20, NORMALIZED: 12, "mlp_out": 12}
-    assert {name: width(model, (name, 0)) for name in sizes} == sizes
+    assert {name: site_width(model, (name, 0)) for name in sizes} == sizes
     with pytest.raises(ModelError, match="holds no vector per token"):
-        width(model, ("pattern", 0))
+        site_width(model, ("pattern", 0))
     with pytest.raises(ModelError, match="Did you mean 'resid_post'"):
-        width(model, ("resid_posts", 0))
+        site_width(model, ("resid_posts", 0))
     with pytest.raises(ModelError, match="layer from 0 to 2"):
-        width(model, ("resid_post", 3))
+        site_width(model, ("resid_post", 3))
     with pytest.raises(ModelError, match="needs a layer"):
-        width(model, ("resid_post", None))
+        site_width(model, ("resid_post", None))
 
 
 def test_the_model_is_run_no_further_than_needed(model, monkeypatch):

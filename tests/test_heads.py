@@ -7,9 +7,11 @@ import torch
 from test_models import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import heads, plots
-from mi_helpers.ablation import lesion, untrained
+from mi_helpers.ablation import lesion
+from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.lesson_05 import figures as heads_figures
-from mi_helpers.models import LanguageModel, ModelError, load_model
+from mi_helpers.loading import load_model, untrained
+from mi_helpers.models import LanguageModel
 from mi_helpers.widgets import corners
 
 

@@ -11,10 +11,12 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mi_helpers import heads, plots, probes
+from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.lesson_05 import experiments as ioi
 from mi_helpers.lessons.lesson_05 import figures as heads_figures
 from mi_helpers.lessons.lesson_05.experiments import ROLES, Task
-from mi_helpers.models import LanguageModel, ModelError, load_model
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.tokenizer import SPLIT
 

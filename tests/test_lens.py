@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_models import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import lens as lenses
-from mi_helpers.ablation import untrained
 from mi_helpers.files import RunError
+from mi_helpers.layouts import ModelError, norm_gain
 from mi_helpers.lens import (
     Attribution,
     TunedLens,
@@ -24,7 +24,8 @@ from mi_helpers.lens import (
 )
 from mi_helpers.lessons.lesson_04 import exercises as lesson_04
 from mi_helpers.lessons.lesson_04.figures import LENSES, LensViewer, lens_grid, lens_table, shown
-from mi_helpers.models import LanguageModel, ModelError, load_model, norm_gain
+from mi_helpers.loading import load_model, untrained
+from mi_helpers.models import LanguageModel
 from mi_helpers.plots import render
 from mi_helpers.widgets import corners
 

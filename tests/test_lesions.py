@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from mi_helpers import ablation as lesions
 from mi_helpers import plots, widgets
 from mi_helpers.ablation import LesionLab, family_losses, lesion, make_batch
-from mi_helpers.architecture import architecture, empty_gemma2_2b
+from mi_helpers.architecture import architecture
 from mi_helpers.lessons.lesson_00 import exercises as lesson_00
-from mi_helpers.models import LanguageModel, load_model
+from mi_helpers.loading import empty_gemma2_2b, load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import World
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "00_meet_the_model.ipynb"
@@ -262,16 +263,6 @@ def test_the_strongest_dissociation_by_hand():
     assert lesions.strongest_dissociation(damage) in [(2, 0, 3, 1), (3, 1, 2, 0)]
     i, a, j, b = lesions.strongest_dissociation(damage)
     assert lesson_00.double_dissociation(damage, a, b) == (i, j)
-
-
-def test_an_untrained_model_has_the_shape_and_other_weights(model):
-    blank, again, other = (lesions.untrained(model, seed) for seed in (0, 0, 1))
-    shapes = [[tuple(p.shape) for p in m.hf.parameters()] for m in (blank, model)]
-    assert shapes[0] == shapes[1] and blank.dtype == model.dtype
-    assert blank.W_E.data_ptr() == blank.lm_head.weight.data_ptr()
-    assert torch.equal(blank.W_E, again.W_E) and not torch.equal(blank.W_E, other.W_E)
-    assert model.hf.config is not blank.hf.config
-    assert blank(torch.tensor([[2, 5, 6]])).isfinite().all()
 
 
 # -- figures ---------------------------------------------------------------------------------

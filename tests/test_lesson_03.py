@@ -7,9 +7,10 @@ from tiny_models import tiny_model, word_tokenizer
 
 from mi_helpers import plots
 from mi_helpers.ablation import LesionLab, make_batch
+from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.lesson_03 import experiments as lab
 from mi_helpers.lessons.lesson_03 import figures
-from mi_helpers.models import ModelError, load_model
+from mi_helpers.loading import load_model
 from mi_helpers.patching import activation_patch
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.widgets import corners

@@ -9,7 +9,7 @@ from sklearn.linear_model import Lasso
 from mi_helpers.lessons.lesson_06 import experiments as sae_lab
 from mi_helpers.lessons.lesson_06 import figures as sae_figures
 from mi_helpers.lessons.lesson_06 import image_coding
-from mi_helpers.models import load_model
+from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.coder import SparseCoder

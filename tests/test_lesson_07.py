@@ -11,10 +11,11 @@ from tiny_models import sentences, tiny_model
 
 from mi_helpers.ablation import make_batch
 from mi_helpers.circuits.replacement import LocalReplacement
+from mi_helpers.layouts import norm_gain
 from mi_helpers.lessons.lesson_06 import experiments as sae_lab
 from mi_helpers.lessons.lesson_07 import experiments as transcoders
 from mi_helpers.lessons.lesson_07 import figures as transcoder_figures
-from mi_helpers.models import load_model, norm_gain
+from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.coder import SparseCoder

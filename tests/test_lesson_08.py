@@ -20,7 +20,7 @@ from mi_helpers.lessons.lesson_07.experiments import coders_for
 from mi_helpers.lessons.lesson_08 import experiments as lab
 from mi_helpers.lessons.lesson_08 import figures as tracing_figures
 from mi_helpers.lessons.lesson_08 import stories
-from mi_helpers.models import load_model
+from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.tinyworld import lexicon

@@ -1,9 +1,9 @@
-"""data/MANIFEST lists what ships, and the module that writes it notices every difference."""
+"""data/MANIFEST lists what ships, and what checks it notices every difference."""
 
 import pytest
 
-from mi_helpers import manifest
 from mi_helpers.__main__ import main
+from mi_helpers.files import verify_manifest, write_manifest
 
 
 @pytest.fixture
@@ -12,26 +12,26 @@ def folder(tmp_path):
     (tmp_path / "sub" / "b c.txt").write_bytes(b"two\n")
     (tmp_path / "a.csv").write_bytes(b"one\n")
     (tmp_path / ".hidden").write_bytes(b"no\n")
-    manifest.write(tmp_path)
+    write_manifest(tmp_path)
     return tmp_path
 
 
 def test_the_shipped_data_is_what_the_manifest_says():
-    assert manifest.verify() == []
+    assert verify_manifest() == []
 
 
 def test_a_line_is_hash_size_and_path(folder):
     lines = (folder / "MANIFEST").read_text().splitlines()
     assert [line.split("  ", 2)[1:] for line in lines] == [["4", "a.csv"], ["4", "sub/b c.txt"]]
     assert lines[0].startswith("2c8b08da5ce60398e1f19af0e5dccc744df274b826abe585eaba68c525434806")
-    assert manifest.verify(folder) == []
+    assert verify_manifest(folder) == []
 
 
 def test_each_difference_is_a_sentence(folder):
     (folder / "a.csv").write_bytes(b"0ne\n")
     (folder / "sub" / "b c.txt").unlink()
     (folder / "new.txt").write_bytes(b"")
-    assert manifest.verify(folder) == [
+    assert verify_manifest(folder) == [
         "sub/b c.txt is listed but missing.",
         "new.txt is not listed.",
         "a.csv differs.",
@@ -40,9 +40,9 @@ def test_each_difference_is_a_sentence(folder):
 
 def test_a_missing_or_broken_manifest_is_said(folder):
     (folder / "MANIFEST").write_text("what\n")
-    assert "Line 1" in manifest.verify(folder)[0]
+    assert "Line 1" in verify_manifest(folder)[0]
     (folder / "MANIFEST").unlink()
-    assert "is missing" in manifest.verify(folder)[0]
+    assert "is missing" in verify_manifest(folder)[0]
 
 
 def test_the_command_writes_checks_and_fails(folder, capsys):

@@ -1,4 +1,4 @@
-"""mi_helpers.models against Hugging Face's own outputs, hooks and modules: bit for bit.
+"""The model interface against Hugging Face's own outputs, hooks and modules: bit for bit.
 
 Every model here is tiny, random and built on the spot; nothing touches the network.
 """
@@ -8,15 +8,17 @@ import json
 import pytest
 import torch
 from huggingface_hub import errors as hub
+from parity import parity_report
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mi_helpers import models
-from mi_helpers.architecture import architecture, empty_gemma2_2b, materialize
-from mi_helpers.models import LanguageModel, ModelError, load_model
-from mi_helpers.parity import parity_report
+from mi_helpers import hooks, loading
+from mi_helpers.architecture import architecture
+from mi_helpers.layouts import SITES, ModelError, norm_gain
+from mi_helpers.loading import empty_gemma2_2b, load_model, materialize, untrained
+from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import World
 
 TEXT = "The Eiffel Tower is in the city of Paris"  # 10 tokens with BOS, more than any window
@@ -145,7 +147,7 @@ def test_parity_with_hugging_face(model, record_property):
         assert all(gap == 0 for gap in gaps.values()), site
     absent = {"resid_mid"} if model.parallel else set()
     absent |= {"pos_embed"} if model.family != "gpt2" else set()
-    assert set(report) == set(models.SITES) - absent | {"logits", "run_from_layer"}
+    assert set(report) == set(SITES) - absent | {"logits", "run_from_layer"}
 
 
 def test_the_loaded_model_is_the_saved_one(model, folders):
@@ -230,10 +232,10 @@ def test_shapes(model):
     dims = ["d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp"]
     sizes = {"batch": 2, "pos": 10, "q_pos": 10, "k_pos": 10, "1": 1}
     sizes |= {n: getattr(model, n) for n in dims}
-    report_sites = [s for s in models.SITES if s not in ("pos_embed", "resid_mid")]
+    report_sites = [s for s in SITES if s not in ("pos_embed", "resid_mid")]
     _, cache = model.run_with_cache([TEXT, TEXT.replace("Paris", "Rome")], report_sites)
     for (site, layer), x in cache.items():
-        assert x.shape == tuple(sizes[n] for n in models.SITES[site].shape.split()), site
+        assert x.shape == tuple(sizes[n] for n in SITES[site].shape.split()), site
         if layer is not None:
             assert cache[site].shape == (model.n_layers, *x.shape)
 
@@ -302,7 +304,7 @@ def test_norm_gain(model):
     unit = x - x.mean(-1, keepdim=True) if isinstance(ln, torch.nn.LayerNorm) else x
     unit = unit / (unit.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     bias = getattr(ln, "bias", None)
-    want = unit * models.norm_gain(ln) + (0 if bias is None else bias)
+    want = unit * norm_gain(ln) + (0 if bias is None else bias)
     assert torch.allclose(ln(x), want, atol=1e-3)
 
 
@@ -312,7 +314,7 @@ def test_norm_gain(model):
 def test_every_site_can_be_changed(model):
     plain = model(TEXT)
     for site in parity_report(model):
-        if site in models.SITES:
+        if site in SITES:
             key = site if site in ("embed", "pos_embed", "resid_final") else (site, 1)
             noise = torch.Generator().manual_seed(0)
             with model.hooks({key: lambda x, g=noise: x + torch.randn(x.shape, generator=g)}):
@@ -354,7 +356,7 @@ def test_a_pattern_hook_changes_what_is_mixed(model):
     for head in range(model.n_heads):
         group = model.n_heads // model.n_kv_heads
         assert torch.allclose(z[:, :, head], mean[:, :, head // group], atol=1e-5)
-    assert model.config._attn_implementation == "eager" and not models._pattern_hooks
+    assert model.config._attn_implementation == "eager" and not hooks._pattern_hooks
 
 
 def test_hooks_nest_and_run_in_order(gemma):
@@ -407,11 +409,11 @@ def test_hooks_are_always_taken_away(model):
     generator = steps()
     assert not same(next(generator), plain)
     generator.close()
-    assert hook_count(model) == before and model._n_hooks == 0
+    assert hook_count(model) == before and not model.hooked
     assert len(list(model.blocks)) == 4 and not any(
-        isinstance(b, models._Skip) for b in model.blocks
+        isinstance(b, hooks._Skip) for b in model.blocks
     )
-    assert model.config._attn_implementation == "eager" and not models._pattern_hooks
+    assert model.config._attn_implementation == "eager" and not hooks._pattern_hooks
     assert same(model(TEXT), plain)
 
 
@@ -628,7 +630,7 @@ def test_default_is_the_environment_then_tiny_gemma(folders, monkeypatch, tmp_pa
     monkeypatch.setenv("MI_MODEL", str(folders["gpt2"]))
     assert load_model().family == "gpt2"
     monkeypatch.delenv("MI_MODEL")
-    monkeypatch.setattr(models, "DATA", tmp_path)
+    monkeypatch.setattr(loading, "DATA", tmp_path)
     with pytest.raises(ModelError, match="tiny-gemma is not at .*tiny_gemma"):
         load_model()
     (tmp_path / "tiny_gemma").symlink_to(folders["gemma2"])
@@ -707,7 +709,7 @@ def test_what_the_hub_says(monkeypatch, cause, message):
     def fail(*args, **kwargs):
         raise OSError("outer.\nmany\nlines") from cause()
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
     with pytest.raises(ModelError, match=message) as caught:
         load_model("google/gemma-2-2b")
     assert "google/gemma-2-2b" in str(caught.value) and "\n" not in str(caught.value)
@@ -783,6 +785,16 @@ def test_materialize_in_bf16_keeps_rotary_in_float32():
     assert model.W_E.data_ptr() == model.lm_head.weight.data_ptr()
 
 
+def test_an_untrained_model_has_the_shape_and_other_weights(gemma):
+    blank, again, other = (untrained(gemma, seed) for seed in (0, 0, 1))
+    shapes = [[tuple(p.shape) for p in m.hf.parameters()] for m in (blank, gemma)]
+    assert shapes[0] == shapes[1] and blank.dtype == gemma.dtype
+    assert blank.W_E.data_ptr() == blank.lm_head.weight.data_ptr()
+    assert torch.equal(blank.W_E, again.W_E) and not torch.equal(blank.W_E, other.W_E)
+    assert gemma.hf.config is not blank.hf.config
+    assert blank(torch.tensor([[2, 5, 6]])).isfinite().all()
+
+
 # ---------------------------------------------------------------------------- tokens in use
 
 
@@ -793,7 +805,7 @@ def test_the_tokens_that_training_never_showed_are_found():
     ids = torch.tensor([i for each in tiny.tokenizer(texts)["input_ids"] for i in each])
     count = ids.bincount(minlength=tiny.d_vocab)
     assert tiny.in_use[count > 0].all()
-    card = (models.DATA / "tiny_gemma" / "README.md").read_text(encoding="utf-8")
+    card = (loading.DATA / "tiny_gemma" / "README.md").read_text(encoding="utf-8")
     assert f"{int((~tiny.in_use).sum())} of its tokens" in card
     assert not tiny.in_use[tiny.tokenizer.pad_token_id]
     assert (count[tiny.in_use] > 0).float().mean() > 0.85

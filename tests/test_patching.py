@@ -10,7 +10,9 @@ import torch
 from test_models import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import prefix as restart
-from mi_helpers.models import LanguageModel, ModelError, load_model
+from mi_helpers.layouts import ModelError
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.patching import (
     HEAD_SITES,
     STREAM_SITES,

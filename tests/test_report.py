@@ -10,7 +10,7 @@ from made_harvest import made_harvest, sparse_data
 from tiny_models import sentences, tiny_model
 
 from mi_helpers.files import RunError
-from mi_helpers.models import ModelError
+from mi_helpers.layouts import NORMALIZED, ModelError
 from mi_helpers.saes import report as module
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.harvest import harvest
@@ -24,7 +24,6 @@ from mi_helpers.saes.report import (
 )
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.training import Recipe, split, train
-from mi_helpers.sites import NORMALIZED
 
 SMALL = {"tokens": 900, "context": 12, "shard_tokens": 150, "batch_tokens": 60, "progress": False}
 TEXTS = [[5, 9, 11, 7], [6, 8], [9], [10, 4, 5, 6, 7, 8, 12]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from mi_helpers.models import load_model
+from mi_helpers.loading import load_model
 from mi_helpers.saes import products as sparse_products
 from mi_helpers.saes.coder import SparseCoder, explained_variance
 from mi_helpers.saes.products import (

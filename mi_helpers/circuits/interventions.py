@@ -33,7 +33,8 @@ from torch import Tensor
 
 from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, Node
 from mi_helpers.circuits.replacement import Coders, LocalReplacement, Prompt
-from mi_helpers.models import LanguageModel, ModelError
+from mi_helpers.layouts import ModelError
+from mi_helpers.models import LanguageModel
 
 ATTENTION = ("frozen", "recomputed")
 EFFECTS = ("iterative", "constrained", "direct")
@@ -230,7 +231,7 @@ class _ChangedRun:
                 undo.callback(module.register_forward_hook(self._norm(key)).remove)
             listen = model.lm_head.register_forward_hook(lambda _m, _a, out: head.append(out))
             undo.callback(listen.remove)
-            logits = model._run(ids=local.ids[None])
+            logits = model.forward(local.ids[None])
         return logits[0, -1].float(), head[0][0, -1].float()
 
     def _norm(self, key: tuple) -> Callable:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Graph, Node, make_graph
-from mi_helpers.models import LanguageModel, ModelError, norm_gain
+from mi_helpers.layouts import ModelError, norm_gain
+from mi_helpers.models import LanguageModel
 
 MASS, MOST_LOGITS = 0.95, 10  # logit nodes: the likeliest tokens up to this mass or this number
 MOST_NODES = 20_000  # of one graph: its edges are then 1.6 GB, for a moment thrice that
@@ -230,12 +231,12 @@ class LocalReplacement:
         allow_missing: bool = False,
         bos_is_bias: bool = True,
     ):
-        if model._n_hooks:
+        if model.hooked:
             raise ModelError(
                 "The replacement model is made from the model as it is: leave the "
                 "`with model.hooks(...)` block first."
             )
-        ids = model._ids(prompt)
+        ids = model.ids(prompt)
         if ids.shape[0] != 1:
             raise ModelError(f"A graph is of one prompt, not of {ids.shape[0]}.")
         self.model, self.ids, self.length = model, ids[0], ids.shape[1]
@@ -323,7 +324,7 @@ class LocalReplacement:
         W_V, W_O = (model.weight(name, layer).float() for name in ("W_V", "W_O"))
         v = torch.einsum("pd,hde->phe", self.norms["ln1", layer](x), W_V)
         b_V, b_O = (getattr(model.part(name, layer), "bias", None) for name in "vo")
-        v = v if b_V is None else v + model._view("v", b_V.float())
+        v = v if b_V is None else v + model.split_heads("v", b_V.float())
         v = v.repeat_interleave(model.n_heads // model.n_kv_heads, dim=1)
         z = torch.einsum("hqk,khe->qhe", self.patterns[layer], v)
         out = torch.einsum("qhe,hed->qd", z, W_O)
@@ -544,7 +545,7 @@ def edges_by_backward(
     with ExitStack() as undo, torch.enable_grad(), model.hooks(hooks):
         for key, module in local.norm_modules():
             undo.callback(module.register_forward_hook(frozen(key)).remove)
-        model._run(ids=local.ids.expand(batch, -1), stop=min(layer + 1, L))
+        model.run_with_cache(local.ids.expand(batch, -1), [], min(layer + 1, L))
         read = seen[layer][torch.arange(batch, device=positions.device), positions]
         values = (read * vectors).sum(-1)
         below = [-1, *range(layer)]

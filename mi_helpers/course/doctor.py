@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mi_helpers import manifest
+from mi_helpers.files import shipped_files, verify_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 ESSENTIAL = ("torch", "numpy", "transformers", "matplotlib", "ipywidgets", "jupyterlab")
@@ -91,9 +91,9 @@ def machine(total: float | None, available: float | None, disk: float) -> Findin
 
 def data(folder: Path) -> Finding:
     """Whether the shipped files are what their manifest says."""
-    problems = manifest.verify(folder)
+    problems = verify_manifest(folder)
     if not problems:
-        count = len(manifest.files(folder))
+        count = len(shipped_files(folder))
         return Finding(GOOD, f"All {count} files of data/ are as they were shipped.")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return Finding(BAD, f"In data/: {problems[0]}{more}")
@@ -102,7 +102,7 @@ def data(folder: Path) -> Finding:
 def generation() -> Finding:
     """Ten tokens from the shipped model."""
     try:
-        from mi_helpers.models import load_model
+        from mi_helpers.loading import load_model
 
         text = load_model().generate(PROMPT, 10)
     except Exception as error:

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mi_helpers.architecture import empty_gemma2_2b
 from mi_helpers.course.doctor import memory
-from mi_helpers.models import DATA, Key, LanguageModel, ModelError
+from mi_helpers.files import DATA
+from mi_helpers.layouts import Key, ModelError
+from mi_helpers.loading import empty_gemma2_2b
+from mi_helpers.models import LanguageModel, read_sites, site_width
 from mi_helpers.saes.progress import duration
 from mi_helpers.saes.step import SparseStep
 from mi_helpers.saes.training import Recipe, new_coder
-from mi_helpers.sites import read_sites, width
 
 GB = 1e9
 BASE = 0.6 * GB  # Python, torch and transformers themselves
@@ -101,7 +102,7 @@ def harvest_stage(
     probe = [(name, None if layer is None else 1) for name, layer in sites]
     per_token = median_seconds(lambda: read_sites(model, ids, [("resid_post", 1)])) / ids.numel()
     blocks = max(blocks_needed(site, config.num_hidden_layers) for site in sites)
-    widths = [width(model, site) for site in probe]
+    widths = [site_width(model, site) for site in probe]
     size = torch.empty(0, dtype=dtype).element_size()
     inner = getattr(config, "intermediate_size", None) or 4 * model.d_model
     scratch = rows * context * size * (3 * inner + 8 * model.d_model)

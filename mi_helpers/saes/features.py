@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mi_helpers.files import RunError, load_tensors, save_tensors, write_atomically
-from mi_helpers.models import LanguageModel, norm_gain
+from mi_helpers.layouts import norm_gain
+from mi_helpers.models import LanguageModel
 from mi_helpers.saes.activations import Activations, Shard
 from mi_helpers.saes.progress import Progress
 from mi_helpers.saes.scores import Firings

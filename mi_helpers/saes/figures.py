@@ -15,10 +15,10 @@ import torch
 from matplotlib.figure import Figure
 
 from mi_helpers import plots
-from mi_helpers.models import Key, LanguageModel
+from mi_helpers.layouts import Key
+from mi_helpers.models import LanguageModel, read_sites
 from mi_helpers.saes.activations import Activations, site_name
 from mi_helpers.saes.features import Features, bin_edges, contexts, extremes, logit_effects
-from mi_helpers.sites import read_sites
 
 LINE = 122  # characters of a context on a page
 SHOWN = 8  # contexts on a page

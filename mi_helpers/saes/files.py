@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mi_helpers.files import write_atomically, write_json
-from mi_helpers.models import ModelError
+from mi_helpers.layouts import ModelError
 from mi_helpers.saes.coder import SparseCoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"

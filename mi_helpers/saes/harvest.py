@@ -30,12 +30,12 @@ from mi_helpers.files import (
     sweep,
     write_json,
 )
-from mi_helpers.models import Key, LanguageModel, ModelError
+from mi_helpers.layouts import Key, ModelError
+from mi_helpers.models import LanguageModel, checked_site, read_sites, site_width
 from mi_helpers.saes.activations import FORMAT, MANIFEST, Activations, site_name
 from mi_helpers.saes.processes import ALONE, Processes
 from mi_helpers.saes.progress import Progress
 from mi_helpers.saes.sources import Source
-from mi_helpers.sites import checked, read_sites, width
 
 PLAN = "plan.json"
 OUTLIER = 10.0  # times the median norm
@@ -175,7 +175,7 @@ class Harvester:
         """Each site's activations of all tokens of the pieces in order, (tokens, width), bf16."""
         lengths = [len(piece.ids) for piece in taken]
         first = [0, *itertools.accumulate(lengths)]
-        widths = [width(self.model, site) for site in self.sites]
+        widths = [site_width(self.model, site) for site in self.sites]
         out = [torch.empty(first[-1], w, dtype=torch.bfloat16) for w in widths]
         lead = len(self.bos)
         for batch in batches([n + lead for n in lengths], self.plan["batch_tokens"]):
@@ -281,7 +281,7 @@ def harvest(
         ModelError, SourceError: what cannot be read.
     """
     folder = Path(folder)
-    widths = [width(model, each) for each in (site, target) if each is not None]
+    widths = [site_width(model, each) for each in (site, target) if each is not None]
     encoder(model)
     numbers = {"tokens": tokens, "shard_tokens": shard_tokens, "batch_tokens": batch_tokens}
     for name, value in numbers.items():
@@ -289,7 +289,7 @@ def harvest(
             raise RunError(f"{name} is {value}: it has to be 1 or more.")
     if not 2 <= context <= model.n_ctx:
         raise RunError(f"The context is {context}: {model.name} reads 2 to {model.n_ctx} tokens.")
-    site, target = (each and checked(model, each) for each in (site, target))
+    site, target = (each and checked_site(model, each) for each in (site, target))
     plan = {
         "model": model_identity(model),
         "source": list(site),

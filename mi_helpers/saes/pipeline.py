@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 
 from mi_helpers.files import RunError
-from mi_helpers.models import Key, LanguageModel, load_model
+from mi_helpers.layouts import Key
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel, site_width
 from mi_helpers.saes import estimate, processes
 from mi_helpers.saes.activations import GIB, Activations
 from mi_helpers.saes.coder import SparseCoder
@@ -33,7 +35,6 @@ from mi_helpers.saes.processes import Processes
 from mi_helpers.saes.report import as_markdown, report
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.training import CODER, PRODUCTS, Recipe, check_recipe, train
-from mi_helpers.sites import width
 from mi_helpers.tinyworld.__main__ import Parser
 
 HARVEST = "harvest"
@@ -171,7 +172,7 @@ class Pipeline:
         s = self.settings
         source = open_source(s.text, s.seed, s.column)
         site, target = s.sites(self.model.n_layers)
-        self.recipe_fits(width(self.model, site))
+        self.recipe_fits(site_width(self.model, site))
         held = harvest(
             self.model,
             source,
@@ -256,7 +257,7 @@ class Pipeline:
         source, target = s.sites(config.num_hidden_layers)
         sites = [source] if target is None else [source, target]
         cut = estimate.two_blocks(config, dtype)
-        widths = [width(cut, (n, None if layer is None else 1)) for n, layer in sites]
+        widths = [site_width(cut, (n, None if layer is None else 1)) for n, layer in sites]
         recipe, d_in, d_out = s.recipe(widths[0]), widths[0], widths[1] if target else None
         self.recipe_fits(d_in)
         made = []

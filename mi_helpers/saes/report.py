@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mi_helpers import plots
 from mi_helpers.files import read_json, write_atomically, write_json, write_text
-from mi_helpers.models import Key, LanguageModel, ModelError
+from mi_helpers.layouts import NORMALIZED, Key, ModelError
+from mi_helpers.models import LanguageModel, site_reader
 from mi_helpers.saes.activations import Activations, site_name
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.harvest import batches, check_model
@@ -35,7 +36,6 @@ from mi_helpers.saes.training import (
     read_log,
     split,
 )
-from mi_helpers.sites import NORMALIZED, behind
 
 LOGITS = 2**27  # numbers of logits that are computed at once
 
@@ -59,7 +59,7 @@ def spliced(
     """
     if target is None and source[0] == NORMALIZED:
         raise ModelError(f"{NORMALIZED!r} is not passed on by the model: splice a transcoder in.")
-    into, of = behind(model, source)
+    into, of = site_reader(model, source)
     held: list[Tensor] = []
 
     def put(now: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def spliced(
     if target is None:
         hooks = {into: put}
     else:
-        hooks = {into: lambda now: held.append(of(now)), behind(model, target)[0]: put}
+        hooks = {into: lambda now: held.append(of(now)), site_reader(model, target)[0]: put}
     with model.hooks(
         {name if layer is None else (name, layer): f for (name, layer), f in hooks.items()}
     ):

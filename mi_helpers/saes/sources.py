@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mi_helpers.manifest import sha256
+from mi_helpers.files import sha256
 from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.world import World
 

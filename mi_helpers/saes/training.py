@@ -33,6 +33,7 @@ from mi_helpers.files import (
     write_json,
     write_text,
 )
+from mi_helpers.layouts import hook_name
 from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.activations import GIB, Activations, Shuffled, site_name
 from mi_helpers.saes.coder import SparseCoder
@@ -40,7 +41,6 @@ from mi_helpers.saes.processes import ALONE, Processes
 from mi_helpers.saes.products import Products, quickest
 from mi_helpers.saes.progress import Progress
 from mi_helpers.saes.step import SparseStep
-from mi_helpers.sites import hook_name
 
 RECIPE, LOG, CHECKPOINT, CODER, SECONDS = (
     "recipe.json",

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from mi_helpers.lessons.lesson_06 import experiments as sae_lab
-from mi_helpers.models import LanguageModel, load_model
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.copying import vocabulary
 from mi_helpers.tinyworld.grammar import BE_FORMS

@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from mi_helpers import manifest
-from mi_helpers.files import sweep, write_atomically, write_json
-from mi_helpers.models import load_model
+from mi_helpers.files import sweep, write_atomically, write_json, write_manifest
+from mi_helpers.loading import load_model
 from mi_helpers.tiny_gemma import skills
 from mi_helpers.tinyworld.tokenizer import train_tokenizer
 from mi_helpers.tinyworld.world import World, batches
@@ -305,7 +304,7 @@ def ship(folder: Path, model, target: Path = SHIPPED) -> None:
     shutil.copyfile(folder / "log.csv", target / "training_log.csv")
     rows += skills.topic_rows(load_model(target))
     (target / "README.md").write_text(model_card(model, folder, rows), encoding="utf-8")
-    manifest.write(target.parent)
+    write_manifest(target.parent)
     print(skills.table(rows))
 
 

@@ -20,7 +20,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from mi_helpers.ablation import Batch, LesionLab, family_losses, make_batch
-from mi_helpers.models import Key, LanguageModel, ModelError, load_model
+from mi_helpers.layouts import Key, ModelError
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.patching import (
     LogitDiff,
     activation_patch,

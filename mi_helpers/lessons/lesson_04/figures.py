@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from mi_helpers import lens as lenses
+from mi_helpers.layouts import ModelError
 from mi_helpers.lens import TunedLens, depth_names
-from mi_helpers.models import LanguageModel, ModelError
+from mi_helpers.models import LanguageModel
 from mi_helpers.plots import AMOUNT, DPI, OKABE_ITO, Picture, as_array, style
 
 MOST_COLUMNS = 12  # tokens of a prompt that the viewer shows: its last ones

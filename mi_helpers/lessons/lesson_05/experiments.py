@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from mi_helpers.heads import Head, head_name, key_heads, reference_z
+from mi_helpers.hooks import Cache
+from mi_helpers.layouts import ModelError, norm_gain
 from mi_helpers.lens import frozen_scale, head_writes
-from mi_helpers.models import Cache, LanguageModel, ModelError, load_model, norm_gain
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 from mi_helpers.patching import path_patch, path_patch_map
 from mi_helpers.probes import documents, token_at
 from mi_helpers.tinyworld import lexicon
@@ -83,7 +86,7 @@ def make_prompts(model: LanguageModel, n: int = 24, seed: int = 0, others: int =
     Raises:
         ModelError: too few names are single tokens for this tokenizer.
     """
-    ids = {name: model._encode(f" {name}") for name in lexicon.people()}
+    ids = {name: model.encode(f" {name}") for name in lexicon.people()}
     single = {name: row[0] for name, row in ids.items() if len(row) == 1}
     rows = {order: [] for order in ("ABB", "BAB")}
     for order, found in rows.items():

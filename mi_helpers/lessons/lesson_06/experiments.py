@@ -26,10 +26,12 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mi_helpers.ablation import untrained
+from mi_helpers.files import DATA
 from mi_helpers.heads import repeated_tokens
+from mi_helpers.layouts import Key
 from mi_helpers.lessons.lesson_06.image_coding import gaussian_like
-from mi_helpers.models import DATA, Key, LanguageModel, load_model
+from mi_helpers.loading import load_model, untrained
+from mi_helpers.models import LanguageModel, read_sites
 from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.activations import Activations
 from mi_helpers.saes.coder import SparseCoder, explained_variance
@@ -42,7 +44,6 @@ from mi_helpers.saes.scores import Best, Firings, score_units
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.step import SparseStep
 from mi_helpers.saes.training import Recipe, learning_rate, quality
-from mi_helpers.sites import read_sites
 from mi_helpers.tinyworld.lexicon import topics
 
 CONCEPTS = {  # TinyWorld's name of each concept that the reference run found

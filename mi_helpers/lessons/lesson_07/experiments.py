@@ -36,8 +36,11 @@ from mi_helpers.circuits.replacement import (
     edges_closed_form,
     reads_of,
 )
+from mi_helpers.files import DATA
+from mi_helpers.layouts import NORMALIZED, norm_gain
 from mi_helpers.lessons.lesson_06.experiments import READ, fit
-from mi_helpers.models import DATA, LanguageModel, load_model, norm_gain
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel, read_sites
 from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.coder import SparseCoder, explained_variance
 from mi_helpers.saes.features import collect, context, extremes, logit_effects
@@ -45,7 +48,6 @@ from mi_helpers.saes.figures import Page
 from mi_helpers.saes.harvest import batches, harvest
 from mi_helpers.saes.report import predict, spliced
 from mi_helpers.saes.sources import open_source
-from mi_helpers.sites import NORMALIZED, read_sites
 
 SHIPPED = DATA / "transcoders"
 KINDS = {"plain": False, "skip": True}  # name of the folder: whether there is a skip path

@@ -26,7 +26,8 @@ from mi_helpers.lessons.lesson_08.stories import (
     singles,
     tell,
 )
-from mi_helpers.models import LanguageModel, load_model
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
 
 
 @cache

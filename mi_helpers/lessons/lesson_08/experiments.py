@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mi_helpers.ablation import untrained
 from mi_helpers.circuits.graphs import (
     EMBEDDING,
     ERROR,
@@ -39,7 +38,9 @@ from mi_helpers.circuits.graphs import (
 )
 from mi_helpers.circuits.replacement import Coders, attribution_graph, reads_of
 from mi_helpers.heads import repeated_tokens
-from mi_helpers.models import LanguageModel, ModelError, norm_gain
+from mi_helpers.layouts import ModelError, norm_gain
+from mi_helpers.loading import untrained
+from mi_helpers.models import LanguageModel
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.features import logit_effects
 from mi_helpers.tinyworld import lexicon

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from mi_helpers.models import SITES, Cache, LanguageModel
+from mi_helpers.hooks import Cache
+from mi_helpers.layouts import SITES
+from mi_helpers.models import LanguageModel
 
 
 @torch.no_grad()
@@ -18,7 +20,7 @@ def parity_report(model: LanguageModel, tokens: Tensor | None = None) -> dict[st
     if tokens is None:
         rng = torch.Generator().manual_seed(0)
         tokens = torch.randint(model.d_vocab, (2, min(model.n_ctx, 12)), generator=rng)
-    ids = model._ids(tokens)
+    ids = model.ids(tokens)
     hf = model.hf(ids, output_hidden_states=True, output_attentions=True, use_cache=False)
     absent = {"resid_mid"} if model.parallel else set()
     absent |= {"pos_embed"} if model.layout.pos_embed is None else set()
@@ -54,7 +56,7 @@ def _by_hand(model: LanguageModel, cache: Cache, hf, layer: int) -> dict[str, Te
     part = {n: model.part(n, layer) for n in ("ln1", "q", "k", "v", "o", "ln2", "mlp", "w_out")}
     post = [model.part(n, layer) or nn.Identity() for n in ("ln1_post", "ln2_post")]
     pre, pattern = hf.hidden_states[layer], hf.attentions[layer]
-    heads = {s: model._view(s, part[s](part["ln1"](pre))) for s in "qkv"}
+    heads = {s: model.split_heads(s, part[s](part["ln1"](pre))) for s in "qkv"}
     values = repeat_kv(heads["v"].transpose(1, 2), model.n_heads // model.n_kv_heads)
     z = torch.matmul(pattern, values).transpose(1, 2)  # (batch, pos, n_heads, d_head)
     attn_out = post[0](part["o"](z.flatten(-2)))

@@ -1,0 +1,178 @@
+"""Models to work with: loaded, with random weights, or a shape without weights.
+
+model = load_model()                  # tiny-gemma, or what MI_MODEL names
+blank = untrained(model)              # the same shape with random weights
+large = empty_gemma2_2b()             # Gemma 2 2B's shapes on the meta device
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import errors as hub
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+from transformers.utils import logging as hf_logging
+
+from mi_helpers.files import DATA
+from mi_helpers.layouts import ModelError, layout_of
+from mi_helpers.models import LanguageModel
+
+
+def load_model(
+    name_or_path: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> LanguageModel:
+    """Load "tiny-gemma", a local folder or a model of the Hugging Face hub.
+
+    Args:
+        name_or_path: None means the environment variable MI_MODEL, else "tiny-gemma".
+        dtype: None means the one that the weights are stored in.
+        device: None means the CPU.
+
+    Raises:
+        ModelError: what is missing (folder, weights, licence, network, family), in one sentence.
+    """
+    name = str(name_or_path or os.environ.get("MI_MODEL") or "tiny-gemma")
+    source = str(DATA / "tiny_gemma") if name == "tiny-gemma" else os.path.expanduser(name)
+    local = name == "tiny-gemma" or os.path.isdir(source) or name.startswith((".", "/", "~"))
+    if local:
+        check_folder(name, Path(source))
+    bars = hf_logging.is_progress_bar_enabled()
+    if local:  # a second or two: no bar in a committed notebook
+        hf_logging.disable_progress_bar()
+    try:
+        layout_of(AutoConfig.from_pretrained(source).model_type, name)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype or "auto",
+            attn_implementation="eager",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except ModelError:
+        raise
+    except (OSError, ValueError, RuntimeError, hub.EntryNotFoundError, SafetensorError) as error:
+        raise ModelError(why_not_loaded(name, error)) from None
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    if info["missing_keys"]:
+        raise ModelError(f"{name} lacks weights: {sorted(info['missing_keys'])[:3]} are not there.")
+    return LanguageModel(hf if device is None else hf.to(device), tokenizer, name)
+
+
+def check_folder(name: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(
+            f"{name} is not at {folder}: "
+            + ("`make model` trains it." if name == "tiny-gemma" else "there is no such folder.")
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json, so it is not a model's folder.")
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin"))
+        raise ModelError(
+            f"{folder} has "
+            + ("only .bin weights, which are never unpickled here" if pickled else "no weights")
+            + ": put model.safetensors there."
+        )
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(f"{folder} has no tokenizer: put tokenizer.json there.")
+
+
+def why_not_loaded(name: str, error: BaseException) -> str:
+    """One sentence for whatever the hub or transformers raised, causes included."""
+    chain, e = [], error
+    while e is not None and e not in chain:
+        chain.append(e)
+        e = e.__cause__ or e.__context__
+
+    def any_of(*kinds: type) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    if any_of(hub.GatedRepoError):
+        return (
+            f"{name} is gated: accept its licence at https://huggingface.co/{name}, then run "
+            "`hf auth login`; or leave MI_MODEL unset to use tiny-gemma."
+        )
+    if any_of(hub.RepositoryNotFoundError, hub.HFValidationError):
+        return f"There is no model {name!r} on huggingface.co, and no folder of that name."
+    if any_of(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError):
+        return (
+            f"{name} is not on this machine and huggingface.co cannot be reached: connect to the "
+            "network, give a local folder, or leave MI_MODEL unset to use tiny-gemma."
+        )
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{name} could not be loaded: {first[0].rstrip('.:')}."
+
+
+# ----------------------------------------------------------------- random weights, and none
+
+
+def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:
+    """A model of the same shape and dtype with fresh random weights: for negative controls."""
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model.config), attn_implementation="eager"
+        )
+    empty = LanguageModel(hf, model.tokenizer, f"{model.name} (untrained)")
+    return materialize(empty, model.dtype, seed, model.device)
+
+
+def empty_gemma2_2b() -> LanguageModel:
+    """Gemma 2 2B's architecture on the meta device: every shape, no weights, no tokenizer.
+
+    The numbers are those of google/gemma-2-2b's config.json: 2,614,341,888 parameters.
+    """
+    config = Gemma2Config(
+        vocab_size=256_000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        max_position_embeddings=8192,
+        sliding_window=4096,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        rms_norm_eps=1e-6,
+        bos_token_id=2,
+    )
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return LanguageModel(hf, None, "google/gemma-2-2b (empty)")
+
+
+def materialize(
+    model: LanguageModel,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> LanguageModel:
+    """Give a meta model random weights, in place: for benchmarks, where only the shape matters.
+
+    Buffers that no checkpoint holds (rotary frequencies in float32, Gemma's embedding scale) are
+    filled again with their true values. The tie of the embedding is kept.
+
+    Raises:
+        ModelError: the model has weights already.
+    """
+    hf = model.hf
+    if model.device.type != "meta":
+        raise ModelError(f"{model.name} has weights already: materialize is for a meta model.")
+    for parameter in hf.parameters():
+        parameter.data = parameter.data.to(dtype)
+    hf.to_empty(device=device)
+    hf.tie_weights()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        hf.initialize_weights()
+    return LanguageModel(hf, model.tokenizer, model.name)
