@@ -1,4 +1,4 @@
-"""Files that survive: written whole or not at all, checked when they are read, listed when they ship.
+"""Files that survive: written whole or not at all, checked when read, and listed when they ship.
 
 A file is written under another name, flushed to the disk, and then renamed, so whoever opens it
 finds the old content or the new one, also after a SIGKILL or a power cut. Tensors are safetensors
