@@ -32,7 +32,6 @@ from torch import Tensor
 
 from mi_helpers.layouts import Key
 from mi_helpers.lessons.lesson_01.experiments import on_one_core
-from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.grammar import BE_FORMS
@@ -867,94 +866,3 @@ class SineNets:
                 for i in range(self.nets)
             ]
         )
-
-
-# --------------------------------------------------------------------------- rows of the ledger
-
-
-@cache
-def _shipped() -> LanguageModel:
-    return load_model("tiny-gemma")
-
-
-def sine_gain(seed: int) -> float:
-    """Accuracy of a probe on the last hidden layer less that on the input, mean of three nets."""
-    found = SineNets(nets=3, seed=seed).train().accuracies().mean(0)
-    return float(found[-1] - found[0])
-
-
-def distance_to_floor(seed: int) -> float:
-    """The smallest, over the layers, of a topic probe's cross-entropy less H(topic | words)."""
-    world, model = World(), _shipped()
-    train = collect(model, documents_for("topic", 1_000, 2 * seed), "topic")
-    test = collect(model, documents_for("topic", 400, 2 * seed + 1, held=True), "topic")
-    classes = np.unique(train.y)
-    ideal = surprise(posteriors(world, test, "topic", classes), test.y, classes).mean()
-    return min(
-        surprise(fit_probe(train[key], train.y).predict_proba(test[key]), test.y, classes).mean()
-        - ideal
-        for key in train.x
-    )
-
-
-def number_tasks(model: LanguageModel, seed: int, n: int = 300) -> tuple[NumberTask, NumberTask]:
-    """Balanced agreement sentences to find directions in, and others, held out, to test them on."""
-    train = balanced(documents_for("number", n, 1_000 + 2 * seed))
-    test = balanced(documents_for("number", n // 2, 1_001 + 2 * seed, held=True))
-    return NumberTask(model, train), NumberTask(model, test)
-
-
-def lost_without_the_subjects_number(seed: int) -> float:
-    """The share of the verb's margin that is lost when the subject's number is removed."""
-    return removal(*number_tasks(_shipped(), seed), ("resid_post", 0), "head")[1].mean()
-
-
-def lost_without_the_other_nouns_number(seed: int) -> float:
-    """The same for the number of the last noun before the verb, at that noun."""
-    return removal(*number_tasks(_shipped(), seed), ("resid_post", 0), "last")[1].mean()
-
-
-def both_numbers_read_out(seed: int) -> float:
-    """The lower accuracy of the two probes, each at its own noun."""
-    tasks = number_tasks(_shipped(), seed)
-    return min(removal(*tasks, ("resid_post", 0), place)[0] for place in ("head", "last"))
-
-
-def left_of_the_mean_difference(seed: int) -> float:
-    """|difference of the class means| after it is projected out, as a share of what it was."""
-    train, _ = number_tasks(_shipped(), seed, n=100)
-    x, y = train.stream["head"]["resid_post", 0], train.plural["head"]
-    difference = mean_difference(x, y)
-    left = mean_difference(project_out(x.astype(float), difference), y)
-    return float(np.linalg.norm(left) / np.linalg.norm(difference))
-
-
-def month_error(seed: int, shuffled: bool = False) -> float:
-    """Degrees between where months are put by a probe that never saw them, and where they are, in
-    the middle layer; with `shuffled`, the median over random orders of the months."""
-    model = _shipped()
-    key = ("resid_post", model.n_layers // 2)
-    read = collect(model, documents_for("month", 400, seed), "month", [key])
-    weights = held_out_weights(class_means(read[key], read.y, 12))
-    orders = all_orders(12, most=300, seed=seed)
-    errors = [circle_error(weights, order) for order in (orders[1:] if shuffled else orders[:1])]
-    return float(np.median(errors))
-
-
-def shuffled_month_error(seed: int) -> float:
-    """The control of `month_error`."""
-    return month_error(seed, shuffled=True)
-
-
-def unseen_landmarks(seed: int, kind: str = "country") -> float:
-    """Accuracy of a probe for the country on landmarks it was not trained on, middle layer."""
-    model = _shipped()
-    key = ("resid_post", model.n_layers // 2)
-    read = collect(model, documents_for(kind, 600, seed), kind, [key])
-    test = split_by_group(read.groups, 0.3, seed)
-    return accuracies(read.where(~test), read.where(test))[key]
-
-
-def unseen_landmarks_asked(seed: int) -> float:
-    """The same where the country is the next word to be said."""
-    return unseen_landmarks(seed, "asked")

@@ -10,7 +10,7 @@ from mi_helpers.course.ledger import FAILS, HOLDS, UNMEASURED, Claim
 from mi_helpers.files import between
 
 ROWS = claims.read()
-FAST = [claim for claim in claims.CLAIMS if claim.fast]
+FAST = [claim for claim in claims.all_claims() if claim.fast]
 
 
 def half(seed: int) -> float:
@@ -26,10 +26,15 @@ def claim(**changes) -> Claim:
         "source": "derived: 1/2",
         "published": "1/2",
         "tolerance": "± 0.02",
-        "measure": "test_claims:half",
+        "measure": half,
         "seeds": 3,
     }
     return Claim(**(values | changes))
+
+
+def declare(monkeypatch, declared: list[Claim]) -> None:
+    """Let these be all claims there are."""
+    monkeypatch.setattr(claims, "all_claims", lambda: declared)
 
 
 # -- the repository's ledger -----------------------------------------------------------------
@@ -41,8 +46,9 @@ def test_the_ledger_holds():
 
 
 def test_ids_are_unique_and_every_claim_has_five_seeds_and_a_source():
-    assert len({each.id for each in claims.CLAIMS}) == len(claims.CLAIMS)
-    assert all(each.source and each.seeds >= 5 for each in claims.CLAIMS if each.lesson == 1)
+    declared = claims.all_claims()
+    assert len({each.id for each in declared}) == len(declared)
+    assert all(each.source and each.seeds >= 5 for each in declared if each.lesson == 1)
 
 
 @pytest.mark.parametrize("each", FAST, ids=lambda each: each.id)
@@ -101,7 +107,7 @@ def test_a_row_by_hand():
 @pytest.fixture
 def ledger(tmp_path, monkeypatch):
     """A ledger of two lessons in a folder of its own, measured."""
-    monkeypatch.setattr(claims, "CLAIMS", [claim(), claim(lesson=78, id="other", seeds=1)])
+    declare(monkeypatch, [claim(), claim(lesson=78, id="other", seeds=1)])
     path = tmp_path / "claims.csv"
     claims.measure([], path)
     return path
@@ -124,7 +130,7 @@ def test_measuring_one_lesson_keeps_the_others(ledger, monkeypatch):
 
 
 def test_rows_that_others_declare_are_kept_until_their_lesson_is_measured(ledger, monkeypatch):
-    monkeypatch.setattr(claims, "CLAIMS", [claim()])
+    declare(monkeypatch, [claim()])
     claims.measure([77], ledger)
     assert [row["id"] for row in claims.read(ledger)] == ["half", "other"]
     assert claims.problems(claims.read(ledger)) == ["other: no claim of this name is declared."]
@@ -133,7 +139,7 @@ def test_rows_that_others_declare_are_kept_until_their_lesson_is_measured(ledger
 
 
 def test_a_failing_claim_stays_and_the_command_says_so(ledger, monkeypatch, capsys):
-    monkeypatch.setattr(claims, "CLAIMS", [claim(tolerance="± 0.001")])
+    declare(monkeypatch, [claim(tolerance="± 0.001")])
     assert main(["claims", "--measure", "77", "--ledger", str(ledger)]) == 1
     assert claims.read(ledger)[0]["verdict"] == FAILS
     assert "half: fails. Half of one: 0.510 ± 0.01." in capsys.readouterr().out

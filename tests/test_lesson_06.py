@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Lasso
 
+from mi_helpers.lessons.lesson_06 import claims, image_coding
 from mi_helpers.lessons.lesson_06 import experiments as sae_lab
 from mi_helpers.lessons.lesson_06 import figures as sae_figures
-from mi_helpers.lessons.lesson_06 import image_coding
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes import files as coder_files
@@ -108,8 +108,8 @@ def test_spread_and_orientation_by_hand():
 
 
 def test_photographs_give_localised_oriented_filters_and_their_components_do_not():
-    assert image_coding.learned_share(0) > 0.35
-    assert image_coding.component_share(0) < 0.05
+    assert claims.learned_share(0) > 0.35
+    assert claims.component_share(0) < 0.05
 
 
 # -- training --------------------------------------------------------------------------------

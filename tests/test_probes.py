@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from mi_helpers import plots, probes
+from mi_helpers.lessons.lesson_02.claims import number_tasks
 from mi_helpers.models import LanguageModel
 from mi_helpers.probes import KINDS, Mark
 from mi_helpers.tinyworld import lexicon
@@ -613,7 +614,7 @@ def test_balanced_sentences_have_independent_numbers(model):
 
 
 def test_a_removal_costs_nothing_where_nobody_reads(model):
-    train, test = probes.number_tasks(model, 0, n=60)
+    train, test = number_tasks(model, 0, n=60)
     accuracy, lost = probes.removal(train, test, ("resid_post", 2), "head")
     assert 0 <= accuracy <= 1 and np.allclose(lost, 0, atol=1e-4)
     accuracy, lost = probes.removal(train, test, ("resid_post", 2), "last", noun="head")
@@ -624,6 +625,9 @@ def test_a_removal_costs_nothing_where_nobody_reads(model):
         probes.removal(train, test, ("resid_post", 2), "last", "pca")
 
 
-def test_the_mean_difference_leaves_no_difference(model, monkeypatch):
-    monkeypatch.setattr(probes, "_shipped", lambda: model)
-    assert probes.left_of_the_mean_difference(0) < 1e-9
+def test_the_mean_difference_leaves_no_difference(model):
+    train, _ = number_tasks(model, 0, n=100)
+    x, y = train.stream["head"]["resid_post", 0], train.plural["head"]
+    difference = probes.mean_difference(x, y)
+    left = probes.mean_difference(probes.project_out(x.astype(float), difference), y)
+    assert np.linalg.norm(left) < 1e-9 * np.linalg.norm(difference)

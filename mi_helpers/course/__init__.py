@@ -1,4 +1,4 @@
-"""What makes notebooks a course: `check`, `hint`, `solution` and `progress` are all a notebook needs."""
+"""What makes notebooks a course: `check`, `hint`, `solution`, `progress` are all that one needs."""
 
 from mi_helpers.course.check import check, hint, progress, solution
 

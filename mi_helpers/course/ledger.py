@@ -1,8 +1,8 @@
 """The ledger: every result that a lesson reproduces, with its source, ours, and a verdict.
 
-`data/claims.csv` holds what was measured; `CLAIMS` below says what is claimed and which function
-measures it. To add a row, write a function `measure(seed) -> float` in the lesson's module, add a
-`Claim` here, and run `python -m mi_helpers claims --measure LESSON`.
+`data/claims.csv` holds what was measured. What is claimed stands in `claims.py` of each lesson's
+room, above the function that measures it. To add a row, write `measure(seed) -> float` there with
+`@claim(...)` above it, and run `python -m mi_helpers claims --measure LESSON`.
 
     python -m mi_helpers claims                 the table; exit code 1 when a claim fails
     python -m mi_helpers claims --measure 1     measure lesson 1 anew over its seeds, write the rows
@@ -11,17 +11,20 @@ measures it. To add a row, write a function `measure(seed) -> float` in the less
 
 import argparse
 import csv
+import functools
 import importlib
+import importlib.util
 import io
 import math
 import re
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from mi_helpers.course.check import lesson_numbers
 from mi_helpers.files import put_between, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +45,7 @@ class Claim:
     published  the source's value, or the derived one, such as "2/5" or "0.784"; "" where the
                source gives none
     tolerance  "± 0.02" of the published value, or a bound on ours: ">= 0.9", "<= 1e-5"
-    measure    "module:function" of a function (seed) -> float, imported when it is needed
+    measure    the function (seed) -> float that measures it once
     seeds      how many seeds are measured: 0, 1, …
     fast       whether the tests measure one seed again
     """
@@ -53,18 +56,49 @@ class Claim:
     source: str
     published: str
     tolerance: str
-    measure: str
+    measure: Callable[[int], float] | str
     seeds: int = 5
     fast: bool = True
 
     def value(self, seed: int) -> float:
         """Measure it once."""
+        if callable(self.measure):
+            return float(self.measure(seed))
         module, function = self.measure.split(":")
         return float(getattr(importlib.import_module(module), function)(seed))
 
 
-TOY = "Elhage et al. 2022, Toy Models of Superposition"
-GEOMETRY = f"{TOY}, feature dimensionality; derived: tight frame, m/n"
+def claim(
+    id: str,
+    claim: str,
+    *,
+    source: str,
+    tolerance: str,
+    published: str = "",
+    seeds: int = 5,
+    fast: bool = True,
+) -> Callable[[Callable], Callable]:
+    """Declare what a function measures; it stands above the function in a lesson's `claims.py`."""
+
+    def declare(measure: Callable[[int], float]) -> Callable[[int], float]:
+        lesson = int(re.search(r"lesson_(\d\d)", measure.__module__)[1])
+        measure.claim = Claim(lesson, id, claim, source, published, tolerance, measure, seeds, fast)
+        return measure
+
+    return declare
+
+
+@functools.cache
+def all_claims() -> list[Claim]:
+    """The claims of every lesson, in the order in which they are declared."""
+    found = []
+    for number in lesson_numbers():
+        name = f"mi_helpers.lessons.lesson_{number:02d}.claims"
+        if importlib.util.find_spec(name):
+            values = vars(importlib.import_module(name)).values()
+            found += [each.claim for each in values if hasattr(each, "claim")]
+    return sorted(found + CLAIMS, key=lambda each: each.lesson)
+
 
 CLAIMS = [
     Claim(
@@ -75,168 +109,6 @@ CLAIMS = [
         "0",
         "<= 1e-5",
         "mi_helpers.ablation:stream_sum_error",
-    ),
-    Claim(
-        1,
-        "pentagon",
-        "Five features in two dimensions, S = 0.9: the feature dimensionality furthest from 2/5",
-        GEOMETRY,
-        "2/5",
-        "± 0.02",
-        "mi_helpers.lessons.lesson_01.experiments:grown_pentagon",
-    ),
-    Claim(
-        1,
-        "pentagon-sum",
-        "The same five dimensionalities, summed",
-        GEOMETRY,
-        "2",
-        "± 0.01",
-        "mi_helpers.lessons.lesson_01.experiments:grown_pentagon_sum",
-    ),
-    Claim(
-        1,
-        "sticky-one",
-        "m/‖W‖² with equal importance, dense: n = 40, m = 8, S = 0.01",
-        f"{TOY}, dimensions per feature; ARENA 1.3.1",
-        "1",
-        "± 0.02",
-        "mi_helpers.lessons.lesson_01.experiments:sticky_one",
-    ),
-    Claim(
-        1,
-        "sticky-half",
-        "m/‖W‖² with equal importance, S = 0.55 to 0.70: the value furthest from 1/2",
-        f"{TOY}, dimensions per feature; ARENA 1.3.1",
-        "1/2",
-        "± 0.03",
-        "mi_helpers.lessons.lesson_01.experiments:sticky_half",
-    ),
-    Claim(
-        1,
-        "tetrahedron",
-        "Four features in three dimensions, S = 0.45: the dimensionality furthest from 3/4",
-        GEOMETRY,
-        "3/4",
-        "± 0.05",
-        "mi_helpers.lessons.lesson_01.experiments:grown_tetrahedron",
-    ),
-    Claim(
-        1,
-        "triangle",
-        "Three features in two dimensions, S = 0.4: the dimensionality furthest from 2/3",
-        GEOMETRY,
-        "2/3",
-        "± 0.05",
-        "mi_helpers.lessons.lesson_01.experiments:grown_triangle",
-    ),
-    Claim(
-        1,
-        "antipodal-pair",
-        "Six features in two dimensions, S = 0.55, those represented: furthest from 1/2",
-        GEOMETRY,
-        "1/2",
-        "± 0.02",
-        "mi_helpers.lessons.lesson_01.experiments:grown_pair",
-    ),
-    Claim(
-        1,
-        "square-antiprism",
-        "Eight features in three dimensions, S = 0.9: the dimensionality furthest from 3/8",
-        GEOMETRY,
-        "3/8",
-        "± 0.02",
-        "mi_helpers.lessons.lesson_01.experiments:grown_antiprism",
-    ),
-    Claim(
-        1,
-        "interference",
-        "Squared interference of 400 random directions in 50 dimensions, each on with p = 0.05",
-        "derived: p (n - 1) / m",
-        "0.399",
-        "± 0.01",
-        "mi_helpers.lessons.lesson_01.experiments:random_interference",
-    ),
-    Claim(
-        1,
-        "phase-diagram",
-        "n = 2, m = 1: share of 144 cells where training finds the closed form's best solution",
-        f"{TOY}, phase diagram; derived: three closed-form losses",
-        "",
-        ">= 0.9",
-        "mi_helpers.lessons.lesson_01.experiments:phase_agreement",
-    ),
-    Claim(
-        1,
-        "linear-control",
-        "Negative control, no ReLU: loss over that of principal components, n = 10, m = 3, S = 0.9",
-        "derived: Var x · Σ importance of the features left out",
-        "1",
-        "± 0.02",
-        "mi_helpers.lessons.lesson_01.experiments:linear_over_optimum",
-    ),
-    Claim(
-        2,
-        "sine-climb",
-        "y > sin x: accuracy of a probe on the last hidden layer, less that on the input",
-        "Alain and Bengio 2016, linear classifier probes; trained in the lesson",
-        "",
-        ">= 0.15",
-        "mi_helpers.probes:sine_gain",
-    ),
-    Claim(
-        2,
-        "entropy-bound",
-        "Topic probes: cross-entropy less H(topic | words so far), smallest over layers, nats",
-        "derived: cross-entropy >= H(Y | representation) >= H(Y | text)",
-        "",
-        ">= -0.03",
-        "mi_helpers.probes:distance_to_floor",
-    ),
-    Claim(
-        2,
-        "read-out-both",
-        "Agreement: accuracy of the probes for the subject's and the other noun's number, lower",
-        "Elazar et al. 2021, Amnesic probing; measured in the lesson",
-        "",
-        ">= 0.95",
-        "mi_helpers.probes:both_numbers_read_out",
-    ),
-    Claim(
-        2,
-        "used",
-        "Share of the verb's margin lost when the subject's number is removed at the subject",
-        "Elazar et al. 2021, Amnesic probing; measured in the lesson",
-        "",
-        ">= 0.7",
-        "mi_helpers.probes:lost_without_the_subjects_number",
-    ),
-    Claim(
-        2,
-        "unused",
-        "Share of the verb's margin lost when the other noun's number is removed at that noun",
-        "Elazar et al. 2021, Amnesic probing; measured in the lesson",
-        "0",
-        "± 0.05",
-        "mi_helpers.probes:lost_without_the_other_nouns_number",
-    ),
-    Claim(
-        2,
-        "month-circle",
-        "Months on a circle: degrees off for months that the probe never saw, middle layer",
-        "measured in the lesson",
-        "",
-        "<= 25",
-        "mi_helpers.probes:month_error",
-    ),
-    Claim(
-        2,
-        "month-control",
-        "Negative control: the same for shuffled orders of the months, median",
-        "derived: 90 degrees for random places on a circle",
-        "90",
-        "± 15",
-        "mi_helpers.probes:shuffled_month_error",
     ),
     Claim(
         3,
@@ -508,197 +380,6 @@ CLAIMS = [
         "<= 0.01",
         "mi_helpers.lessons.lesson_05.experiments:giver_named",
         seeds=3,
-    ),
-    Claim(
-        6,
-        "image-filters",
-        "Sparse coding of natural images: share of filters that are localised and oriented",
-        "Olshausen and Field 1996, Emergence of simple-cell receptive field properties, figure 4",
-        "",
-        ">= 0.35",
-        "mi_helpers.lessons.lesson_06.image_coding:learned_share",
-    ),
-    Claim(
-        6,
-        "image-components",
-        "Negative control: the same share of the patches' principal components",
-        "Olshausen and Field 1996, figure 1",
-        "0",
-        "± 0.05",
-        "mi_helpers.lessons.lesson_06.image_coding:component_share",
-    ),
-    Claim(
-        6,
-        "image-gaussian",
-        "Negative control: the same share learned from Gaussian patches of equal covariance",
-        "derived: nothing but pairwise statistics, so no direction is sparser than another",
-        "0",
-        "± 0.05",
-        "mi_helpers.lessons.lesson_06.image_coding:gaussian_share",
-        fast=False,
-    ),
-    Claim(
-        6,
-        "sae-explained",
-        "SAE, 8 d_model latents, k = 8, middle layer: explained variance on held-out text",
-        "measured in the lesson; the reference run on Gemma 2 2B has 0.784 with k = 32",
-        "",
-        ">= 0.8",
-        "mi_helpers.lessons.lesson_06.experiments:explained",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "sae-recovered",
-        "The same SAE spliced into the model: share of the loss recovered, against zeros",
-        "measured in the lesson",
-        "",
-        ">= 0.85",
-        "mi_helpers.lessons.lesson_06.experiments:loss_recovered",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "sae-dead",
-        "The same SAE: share of latents that never fire in 100,000 tokens",
-        "measured in the lesson; the reference run has 0.0036",
-        "",
-        "<= 0.1",
-        "mi_helpers.lessons.lesson_06.experiments:dead_share",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "concepts-latents",
-        "Six concepts of the reference run: F1 of each one's best latent, median",
-        "Gao et al. 2024, Scaling and evaluating sparse autoencoders, probe loss",
-        "",
-        ">= 0.5",
-        "mi_helpers.lessons.lesson_06.experiments:median_f1",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "concepts-over-neurons",
-        "The same, less that of the best neuron of the same block, either sign",
-        "Bricken et al. 2023, Towards Monosemanticity: features against neurons",
-        "",
-        ">= 0.15",
-        "mi_helpers.lessons.lesson_06.experiments:gain_over_neurons",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "concepts-directions",
-        "Control: F1 of the best of as many random directions",
-        "measured in the lesson",
-        "",
-        "<= 0.45",
-        "mi_helpers.lessons.lesson_06.experiments:median_f1_of_directions",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "concepts-untrained",
-        "Control: the same with the best latent of an SAE of a model with random weights",
-        "Heap et al. 2025, Sparse Autoencoders Can Interpret Randomly Initialized Transformers",
-        "",
-        "<= 0.3",
-        "mi_helpers.lessons.lesson_06.experiments:median_f1_untrained",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "purity-of-words",
-        "Token purity of SAE latents: model with its embedding alone trained, over tiny-gemma",
-        "Heap et al. 2025, Sparse Autoencoders Can Interpret Randomly Initialized Transformers",
-        "",
-        ">= 0.7",
-        "mi_helpers.lessons.lesson_06.experiments:purity_of_words_alone",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "sae-gaussian",
-        "Explained variance of a small SAE, less that on Gaussian rows of equal covariance",
-        "derived: above 0 only where activations are sparse in some directions",
-        "",
-        ">= 0.05",
-        "mi_helpers.lessons.lesson_06.experiments:gaussian_gap",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "sae-seeds",
-        "Two seeds: share of latents found again, less that of random directions like them",
-        "Paulo and Belrose 2025, SAEs Trained on the Same Data Learn Different Features",
-        "",
-        ">= 0.1",
-        "mi_helpers.lessons.lesson_06.experiments:shared_beyond_chance",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "topk-against-l1",
-        "nMSE of ReLU with L1 over that of TopK at equal L0 and width (shipped table)",
-        "Gao et al. 2024, figure 2; Rajamanoharan et al. 2024, Gated SAEs",
-        "",
-        ">= 1",
-        "mi_helpers.lessons.lesson_06.experiments:gain_over_l1",
-        seeds=1,
-    ),
-    Claim(
-        6,
-        "concepts-ahead",
-        "Topics' best latents, a list read again: value at the topic's word over the word before",
-        "measured in the lesson: such a latent says which words are to be expected",
-        "",
-        "<= 0.3",
-        "mi_helpers.lessons.lesson_06.experiments:value_ahead",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "splitting",
-        "Latents of Norwegian alone: an SAE of 16 d_model over one of 2 d_model, k = 8",
-        "Bricken et al. 2023, Towards Monosemanticity, feature splitting",
-        "",
-        ">= 1.5",
-        "mi_helpers.lessons.lesson_06.experiments:splitting",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "splitting-topics",
-        "The other concepts there: latents of a topic alone at 16 d_model, mean of 28 topics",
-        "measured in the lesson: one direction says what there is to say",
-        "",
-        "<= 1.5",
-        "mi_helpers.lessons.lesson_06.experiments:latents_of_a_topic",
-        seeds=3,
-        fast=False,
-    ),
-    Claim(
-        6,
-        "scaling-law",
-        "R² of log nMSE as a plane over log width and log k (shipped table, 25 runs)",
-        "Gao et al. 2024, figure 1",
-        "",
-        ">= 0.9",
-        "mi_helpers.lessons.lesson_06.experiments:scaling_fit",
-        seeds=1,
     ),
     Claim(
         7,
@@ -1143,7 +824,7 @@ def problems(rows: list[dict[str, str]], claims: list[Claim] | None = None) -> l
 
     Verdicts are computed again from the stored numbers, so that none can be edited by hand.
     """
-    claims = CLAIMS if claims is None else claims
+    claims = all_claims() if claims is None else claims
     stored = {row["id"]: row for row in rows}
     known = {claim.id for claim in claims}
     found = [f"{name}: no claim of this name is declared." for name in stored if name not in known]
@@ -1165,7 +846,7 @@ def problems(rows: list[dict[str, str]], claims: list[Claim] | None = None) -> l
 
 def measure(lessons: list[int], path: Path = LEDGER, claims: list[Claim] | None = None) -> None:
     """Measure the claims of these lessons (all of them when empty), keep the others' rows."""
-    claims = CLAIMS if claims is None else claims
+    claims = all_claims() if claims is None else claims
     measured = {}
     for claim in claims:
         if not lessons or claim.lesson in lessons:
@@ -1230,7 +911,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     parser.add_argument("--ledger", type=Path, default=LEDGER, help="another claims.csv")
     options = parser.parse_args(argv)
-    lessons = {claim.lesson for claim in CLAIMS}
+    lessons = {claim.lesson for claim in all_claims()}
     if unknown := set(options.measure or []) - lessons:
         parser.error(f"lesson {min(unknown)} has no claims; there are lessons {sorted(lessons)}.")
     try:

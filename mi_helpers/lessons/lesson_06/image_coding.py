@@ -187,30 +187,3 @@ def orientation(filters: Tensor) -> np.ndarray:
 def localised_and_oriented(filters: Tensor) -> float:
     """The share of filters whose spread is below LOCAL and whose orientation is above ORIENTED."""
     return float(((spread(filters) < LOCAL) & (orientation(filters) > ORIENTED)).mean())
-
-
-# --------------------------------------------------------------------------- rows of the ledger
-
-
-def filters_of(what: str, seed: int, n: int = 20_000) -> Tensor:
-    """The filters learned from "photographs", those of their "components", or those learned from
-    "gaussian" patches of equal covariance."""
-    x = patches([whiten(image) for image in photographs()], n, seed=seed)
-    if what == "components":
-        return principal_components(x)
-    return learn(gaussian_like(x, seed) if what == "gaussian" else x, seed=seed)
-
-
-def learned_share(seed: int) -> float:
-    """The share of learned filters that are localised and oriented."""
-    return localised_and_oriented(filters_of("photographs", seed))
-
-
-def component_share(seed: int) -> float:
-    """The same of the principal components: a control."""
-    return localised_and_oriented(filters_of("components", seed))
-
-
-def gaussian_share(seed: int) -> float:
-    """The same of filters learned from Gaussian patches of equal covariance: a control."""
-    return localised_and_oriented(filters_of("gaussian", seed))

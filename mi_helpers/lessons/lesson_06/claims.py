@@ -1,0 +1,324 @@
+"""Lesson 06's rows of the ledger: each function measures one claim, at one seed."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+
+import numpy as np
+from torch import Tensor
+
+from mi_helpers.course.ledger import claim
+from mi_helpers.lessons.lesson_06.experiments import (
+    READ,
+    K,
+    around_a_word,
+    at_equal_l0,
+    experiment,
+    fit,
+    fit_plane,
+    make_ground,
+    middle,
+    of_topics,
+    own_latents,
+    random_like,
+    read_grid,
+    rows_of,
+    select,
+    shared,
+    structure,
+)
+from mi_helpers.lessons.lesson_06.image_coding import (
+    gaussian_like,
+    learn,
+    localised_and_oriented,
+    patches,
+    photographs,
+    principal_components,
+    whiten,
+)
+from mi_helpers.loading import load_model
+from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.sources import open_source
+
+
+def filters_of(what: str, seed: int, n: int = 20_000) -> Tensor:
+    """The filters learned from "photographs", those of their "components", or those learned from
+    "gaussian" patches of equal covariance."""
+    x = patches([whiten(image) for image in photographs()], n, seed=seed)
+    if what == "components":
+        return principal_components(x)
+    return learn(gaussian_like(x, seed) if what == "gaussian" else x, seed=seed)
+
+
+@claim(
+    "image-filters",
+    "Sparse coding of natural images: share of filters that are localised and oriented",
+    source="Olshausen and Field 1996, Emergence of simple-cell receptive field properties, "
+    "figure 4",
+    tolerance=">= 0.35",
+)
+def learned_share(seed: int) -> float:
+    """The share of learned filters that are localised and oriented."""
+    return localised_and_oriented(filters_of("photographs", seed))
+
+
+@claim(
+    "image-components",
+    "Negative control: the same share of the patches' principal components",
+    source="Olshausen and Field 1996, figure 1",
+    published="0",
+    tolerance="± 0.05",
+)
+def component_share(seed: int) -> float:
+    """The same of the principal components: a control."""
+    return localised_and_oriented(filters_of("components", seed))
+
+
+@claim(
+    "image-gaussian",
+    "Negative control: the same share learned from Gaussian patches of equal covariance",
+    source="derived: nothing but pairwise statistics, so no direction is sparser than another",
+    published="0",
+    tolerance="± 0.05",
+    fast=False,
+)
+def gaussian_share(seed: int) -> float:
+    """The same of filters learned from Gaussian patches of equal covariance: a control."""
+    return localised_and_oriented(filters_of("gaussian", seed))
+
+
+@claim(
+    "sae-explained",
+    "SAE, 8 d_model latents, k = 8, middle layer: explained variance on held-out text",
+    source="measured in the lesson; the reference run on Gemma 2 2B has 0.784 with k = 32",
+    tolerance=">= 0.8",
+    seeds=3,
+    fast=False,
+)
+def explained(seed: int) -> float:
+    """Explained variance on held-out text."""
+    return experiment(seed).quality["explained_variance"]
+
+
+@claim(
+    "sae-recovered",
+    "The same SAE spliced into the model: share of the loss recovered, against zeros",
+    source="measured in the lesson",
+    tolerance=">= 0.85",
+    seeds=3,
+    fast=False,
+)
+def loss_recovered(seed: int) -> float:
+    """The share of the loss that comes back with the SAE spliced in, against zeros."""
+    return experiment(seed).recovered
+
+
+@claim(
+    "sae-dead",
+    "The same SAE: share of latents that never fire in 100,000 tokens",
+    source="measured in the lesson; the reference run has 0.0036",
+    tolerance="<= 0.1",
+    seeds=3,
+    fast=False,
+)
+def dead_share(seed: int) -> float:
+    """The share of latents that never fire in 100,000 tokens."""
+    return experiment(seed).dead
+
+
+@claim(
+    "concepts-latents",
+    "Six concepts of the reference run: F1 of each one's best latent, median",
+    source="Gao et al. 2024, Scaling and evaluating sparse autoencoders, probe loss",
+    tolerance=">= 0.5",
+    seeds=3,
+    fast=False,
+)
+def median_f1(seed: int, unit: str = "latent", kind: str = "trained") -> float:
+    """Median over the six concepts of the F1 of each concept's best unit."""
+    return float(np.median(list(experiment(seed, kind).f1(unit).values())))
+
+
+@claim(
+    "concepts-over-neurons",
+    "The same, less that of the best neuron of the same block, either sign",
+    source="Bricken et al. 2023, Towards Monosemanticity: features against neurons",
+    tolerance=">= 0.15",
+    seeds=3,
+    fast=False,
+)
+def gain_over_neurons(seed: int) -> float:
+    """`median_f1` of the best latents, less that of the best neurons."""
+    return median_f1(seed) - median_f1(seed, "neuron")
+
+
+@claim(
+    "concepts-directions",
+    "Control: F1 of the best of as many random directions",
+    source="measured in the lesson",
+    tolerance="<= 0.45",
+    seeds=3,
+    fast=False,
+)
+def median_f1_of_directions(seed: int) -> float:
+    """The control of `median_f1`: best random directions."""
+    return median_f1(seed, "random direction")
+
+
+@claim(
+    "concepts-untrained",
+    "Control: the same with the best latent of an SAE of a model with random weights",
+    source="Heap et al. 2025, Sparse Autoencoders Can Interpret Randomly Initialized Transformers",
+    tolerance="<= 0.3",
+    seeds=3,
+    fast=False,
+)
+def median_f1_untrained(seed: int) -> float:
+    """The control of `median_f1`: best latents of an SAE of a model with random weights."""
+    return median_f1(seed, kind="random weights")
+
+
+@claim(
+    "purity-of-words",
+    "Token purity of SAE latents: model with its embedding alone trained, over tiny-gemma",
+    source="Heap et al. 2025, Sparse Autoencoders Can Interpret Randomly Initialized Transformers",
+    tolerance=">= 0.7",
+    seeds=3,
+    fast=False,
+)
+def purity_of_words_alone(seed: int) -> float:
+    """Mean token purity of the latents of an SAE of a model that has only its embedding, over that
+    of the trained model's: how clear the latents of a model look that computes nothing."""
+    return experiment(seed, "trained embedding only").purity / experiment(seed).purity
+
+
+@claim(
+    "sae-gaussian",
+    "Explained variance of a small SAE, less that on Gaussian rows of equal covariance",
+    source="derived: above 0 only where activations are sparse in some directions",
+    tolerance=">= 0.05",
+    seeds=3,
+    fast=False,
+)
+def gaussian_gap(seed: int) -> float:
+    """Explained variance of a small SAE on real activations, less that of one on Gaussian rows of
+    equal covariance: the sparse structure that the covariance does not have."""
+    model = load_model("tiny-gemma")
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(READ, 300 + seed)
+        held = harvest(model, source, folder, middle(model), tokens=20_000, progress=False)
+        x = rows_of(held)
+    return structure(x, seed=seed)["gap"]
+
+
+@claim(
+    "sae-seeds",
+    "Two seeds: share of latents found again, less that of random directions like them",
+    source="Paulo and Belrose 2025, SAEs Trained on the Same Data Learn Different Features",
+    tolerance=">= 0.1",
+    seeds=3,
+    fast=False,
+)
+def shared_beyond_chance(seed: int) -> float:
+    """Two SAEs that differ in seed and text: the share of shared latents, less that of random
+    directions of the same covariance."""
+    one, other = (experiment(s).coder.W_dec.detach() for s in (seed, (seed + 1) % 3))
+    return shared(one, other) - shared(random_like(one, seed), other)
+
+
+def grid_rows(**wanted) -> list[dict]:
+    """Rows of the shipped table."""
+    return select(read_grid(), **wanted)
+
+
+@claim(
+    "topk-against-l1",
+    "nMSE of ReLU with L1 over that of TopK at equal L0 and width (shipped table)",
+    source="Gao et al. 2024, figure 2; Rajamanoharan et al. 2024, Gated SAEs",
+    tolerance=">= 1",
+    seeds=1,
+)
+def gain_over_l1(seed: int) -> float:
+    """nMSE of ReLU with L1 over that of TopK, at the L0 of k = 8 and equal width: from the shipped
+    table, whatever the seed."""
+    relu = {row["l0"]: row["nmse"] for row in grid_rows(activation="relu")}
+    width = grid_rows(activation="relu")[0]["width"]
+    topk = grid_rows(activation="topk", width=width, k=K, seed=0)[0]
+    return at_equal_l0(topk["l0"], relu) / topk["nmse"]
+
+
+@claim(
+    "concepts-ahead",
+    "Topics' best latents, a list read again: value at the topic's word over the word before",
+    source="measured in the lesson: such a latent says which words are to be expected",
+    tolerance="<= 0.3",
+    seeds=3,
+    fast=False,
+)
+def value_ahead(seed: int) -> float:
+    """The latents that are best for a topic, in lists of random words written twice: their mean
+    value at a word of the topic over that at the word before it, second time. Median of topics."""
+    model, outcome = load_model("tiny-gemma"), experiment(seed)
+    shares = []
+    for best in outcome.scores["latent"]:
+        if best.concept != "norwegian":
+            found = around_a_word(model, outcome.coder, best.unit, best.concept, seed=seed)
+            values = found["second time"]
+            shares.append(values["the word of the topic"] / max(values["the word before"], 1e-9))
+    return float(np.median(shares))
+
+
+@functools.cache
+def narrow_and_wide(seed: int) -> tuple[dict[str, int], dict[str, int]]:
+    """`own_latents` of an SAE of 2 d_model and of one of 16 d_model, k = 8, on the same text."""
+    model = load_model("tiny-gemma")
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(READ, 400 + seed)
+        held = harvest(model, source, folder, middle(model), tokens=100_000, progress=False)
+        x = rows_of(held)
+    ground = make_ground(model, 16_000, 500 + seed)
+    narrow, wide = (
+        fit(x, width * model.d_model, K, steps=400, batch=1_024, seed=seed) for width in (2, 16)
+    )
+    return own_latents(narrow, ground), own_latents(wide, ground)
+
+
+@claim(
+    "splitting",
+    "Latents of Norwegian alone: an SAE of 16 d_model over one of 2 d_model, k = 8",
+    source="Bricken et al. 2023, Towards Monosemanticity, feature splitting",
+    tolerance=">= 1.5",
+    seeds=3,
+    fast=False,
+)
+def splitting(seed: int) -> float:
+    """Latents of Norwegian alone in an SAE of 16 d_model, over those in one of 2 d_model."""
+    narrow, wide = narrow_and_wide(seed)
+    return wide["norwegian"] / max(narrow["norwegian"], 1)
+
+
+@claim(
+    "splitting-topics",
+    "The other concepts there: latents of a topic alone at 16 d_model, mean of 28 topics",
+    source="measured in the lesson: one direction says what there is to say",
+    tolerance="<= 1.5",
+    seeds=3,
+    fast=False,
+)
+def latents_of_a_topic(seed: int) -> float:
+    """Latents of a topic alone in an SAE of 16 d_model, mean of the topics."""
+    return of_topics(narrow_and_wide(seed)[1])
+
+
+@claim(
+    "scaling-law",
+    "R² of log nMSE as a plane over log width and log k (shipped table, 25 runs)",
+    source="Gao et al. 2024, figure 1",
+    tolerance=">= 0.9",
+    seeds=1,
+)
+def scaling_fit(seed: int) -> float:
+    """R² of log nMSE as a plane over log width and log k, in the shipped table."""
+    rows = grid_rows(activation="topk", seed=0)
+    return fit_plane(*([row[name] for row in rows] for name in ("width", "k", "nmse"))).r_squared
