@@ -16,8 +16,9 @@ import time
 
 import torch
 
+from mi_helpers.circuits.edges import attribution_graph
 from mi_helpers.circuits.graphs import FEATURE, Graph, graph_scores, prune
-from mi_helpers.circuits.replacement import attribution_graph
+from mi_helpers.circuits.replacement import Transcoders
 from mi_helpers.loading import empty_gemma2_2b, load_model, materialize
 from mi_helpers.saes.coder import SparseCoder
 
@@ -49,8 +50,8 @@ def gemma_case(options: argparse.Namespace) -> tuple[float, Graph]:
 
 def timed(model, coders, prompt, max_features) -> tuple[float, Graph]:
     start = time.perf_counter()
-    options = {"max_features": max_features, "allow_missing": True}
-    graph = attribution_graph(model, coders, prompt, **options)
+    some = Transcoders(coders, allow_missing=True)
+    graph = attribution_graph(model, some, prompt, max_features=max_features)
     return time.perf_counter() - start, graph
 
 

@@ -7,42 +7,38 @@ import pytest
 import torch
 
 from mi_helpers import widgets
+from mi_helpers.circuits.edges import attribution_graph
 from mi_helpers.circuits.figures import (
     GraphExplorer,
     graph_figure,
     intervention_figure,
     supernode_figure,
 )
+from mi_helpers.circuits.files import load_graph, pair_number, save_graph
 from mi_helpers.circuits.graphs import (
     EMBEDDING,
     ERROR,
     FEATURE,
     LOGIT,
     EdgeError,
+    Graph,
     Node,
     edge_scores,
     graph_scores,
-    group_by_cosine,
     group_by_label,
-    load_graph,
-    make_graph,
     merge,
     node_influence,
-    pair_number,
-    predicted_effect,
     prune,
     random_graph,
-    save_graph,
 )
-from mi_helpers.circuits.interventions import intervene
-from mi_helpers.circuits.replacement import attribution_graph
+from mi_helpers.circuits.interventions import intervene, predicted_effect
 from mi_helpers.files import RunError
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes.coder import SparseCoder
 
 PROMPT = "the capital of the country of the Colosseum is"
-NODES = [
+NODES = (
     Node(EMBEDDING, -1, 0, 5),  # E_5_0
     Node(EMBEDDING, -1, 1, 6),  # E_6_1
     Node(FEATURE, 0, 1, 1),  # 0_1_1
@@ -50,7 +46,7 @@ NODES = [
     Node(FEATURE, 1, 1, 4),  # 1_4_1
     Node(LOGIT, 2, 1, 7),  # 3_7_1
     Node(LOGIT, 2, 1, 8),  # 3_8_1
-]
+)
 EDGES = {  # target: {source: weight}
     2: {0: 3.0, 1: -1.0},
     4: {2: 2.0, 3: -1.0, 1: 1.0},
@@ -71,9 +67,9 @@ def graph():
     for target, sources in EDGES.items():
         for source, weight in sources.items():
             adjacency[target, source] = weight
-    return make_graph(
+    return Graph(
         "a b",
-        ["a", " b"],
+        ("a", " b"),
         NODES,
         adjacency,
         bias=torch.tensor([0.0, 0, 0, 0, 6, 1, 0]),
@@ -172,7 +168,7 @@ def test_loose_ends_are_pruned(graph):
     adjacency = graph.adjacency.clone()
     adjacency[5, 4], adjacency[6, 4], adjacency[6, 3] = 0.01, 0.01, 0.0
     adjacency[6, 2] = 4.0
-    loose = make_graph("a b", ["a", "b"], NODES, adjacency, graph.bias, graph.values,
+    loose = Graph("a b", ("a", "b"), NODES, adjacency, graph.bias, graph.values,
                        graph.probabilities, 2, target_names=("c", "d"))  # fmt: skip
     small = prune(loose, 1.0, 0.9)
     assert [n.id for n in small.nodes] == "E_5_0 E_6_1 0_1_1 3_7_1 3_8_1".split()
@@ -204,7 +200,7 @@ def test_predicted_effects_by_hand(graph):
 
 def test_edge_error_by_hand(graph):
     assert graph.edge_error == EdgeError(0.0, 0.0, 0.0)
-    off = make_graph("a b", ["a", "b"], NODES, graph.adjacency, graph.bias,
+    off = Graph("a b", ("a", "b"), NODES, graph.adjacency, graph.bias,
                      graph.values + torch.tensor([9.0, 9, 0, 9, 0.08, 0, 0]), graph.probabilities,
                      2)  # fmt: skip
     # 8 where 8.08 is said, the terms 2, 1, 1 and 6; embeddings and errors have no edges
@@ -215,7 +211,7 @@ def test_edge_error_by_hand(graph):
 
 def test_order_is_checked(graph):
     with pytest.raises(ValueError, match="order the nodes so that sources come first"):
-        make_graph("a", ["a"], NODES, graph.adjacency.T, graph.bias, graph.values,
+        Graph("a", ("a",), NODES, graph.adjacency.T, graph.bias, graph.values,
                    graph.probabilities, 2)  # fmt: skip
 
 
@@ -236,7 +232,6 @@ def test_looking_at_a_graph(graph):
         (NODES[4], 4.0),
         (NODES[2], -4.0),
     ]
-    assert graph.outgoing("0_-1_1", k=1) == [(NODES[6], 3.0)]
     assert graph.edge(NODES[4], " d") == 1.0 and graph.value("1_4_1") == 8.0
     assert graph.features() == [NODES[2], NODES[4]]
     assert graph.describe(" c") == "output ' c'" and graph.describe(0) == "'a' at 0"
@@ -253,7 +248,7 @@ def test_looking_at_a_graph(graph):
 def test_supernodes_by_hand(graph):
     named = group_by_label(graph.label({(0, 1): "words", (1, 4): "words"}))
     assert named.supernodes == {"words": ("0_1_1", "1_4_1")}
-    merged = merge(named, only_supernodes=True)
+    merged = merge(named)
     assert merged.names[0] == "words" and merged.members[0] == (2, 4)
     place = {name: i for i, name in enumerate(merged.names)}
     # 3_7_1 gets 4 - 4 from both, 3_8_1 gets 1; both get 3 from E_5_0 and -1 + 1 from E_6_1
@@ -263,30 +258,10 @@ def test_supernodes_by_hand(graph):
     assert float(merged.weights[0, place["' b' at 1"]]) == 0.0
     assert float(merged.weights[0, 0]) == 0.0  # the edge inside it
     assert float(merged.influence[0]) == pytest.approx(33 / 32)
-    assert len(merge(named).names) == 6  # the error, too
+    assert len(merged.names) == 5  # the error belongs to none, and is left out
     twice = replace(named, supernodes={"one": ("0_1_1",), "two": ("0_1_1",)})
     with pytest.raises(ValueError, match="A node of the supernode 'two' is in another"):
         merge(twice)
-
-
-def test_supernodes_by_cosine():
-    nodes = [Node(EMBEDDING, -1, 0, 3), *(Node(FEATURE, i, p, j) for i, p, j in
-             ((0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 1, 0))), Node(LOGIT, 2, 1, 1)]  # fmt: skip
-    graph = make_graph("a", ["a", "b"], nodes, torch.zeros(6, 6), torch.zeros(6), torch.zeros(6),
-                       torch.ones(1), 2, target_names=("b",))  # fmt: skip
-    coders = [SparseCoder(2, 2, 2, "relu") for _ in range(2)]
-    with torch.no_grad():
-        coders[0].W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-        coders[1].W_dec.copy_(torch.tensor([[8.0, 6.0], [0.0, 1.0]]))  # cosines 0.8 and 0.6
-    assert list(group_by_cosine(graph, coders, 0.81).supernodes.values()) == []
-    here = group_by_cosine(graph, coders, 0.79).supernodes
-    assert list(here.values()) == [("0_0_0", "1_0_0")]
-    across = group_by_cosine(graph, coders, 0.79, across_positions=True).supernodes
-    assert list(across.values()) == [("0_0_0", "1_0_0", "1_0_1")]
-    chained = group_by_cosine(graph, coders, 0.6).supernodes
-    assert list(chained.values()) == [("0_0_0", "0_1_0", "1_0_0")]
-    with pytest.raises(ValueError, match="a cosine above 0 and at most 1, not 2"):
-        group_by_cosine(graph, coders, 2)
 
 
 def test_a_random_graph_deals_the_edges_out_anew(graph):

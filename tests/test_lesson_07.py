@@ -10,7 +10,14 @@ import torch
 from tiny_models import sentences, tiny_model
 
 from mi_helpers.ablation import make_batch
-from mi_helpers.circuits.replacement import LocalReplacement
+from mi_helpers.circuits import rules
+from mi_helpers.circuits.replacement import (
+    LocalReplacement,
+    by_coder,
+    replaced,
+    without_latents,
+    zeros,
+)
 from mi_helpers.layouts import norm_gain
 from mi_helpers.lessons.lesson_06 import experiments as sae_lab
 from mi_helpers.lessons.lesson_07 import experiments as transcoders
@@ -99,7 +106,7 @@ def test_replacing_mlps_by_what_they_write_changes_nothing_and_by_zeros_a_lot(mo
     clean = transcoders.losses(model, batch, {})
     same = transcoders.losses(model, batch, {i: lambda x, y: y for i in range(model.n_layers)})
     assert same == pytest.approx(clean, abs=1e-5)
-    zero = transcoders.losses(model, batch, {0: transcoders.zeros})
+    zero = transcoders.losses(model, batch, {0: zeros})
     assert transcoders.mean_loss(zero) > transcoders.mean_loss(clean) + 1
     assert transcoders.losses(model, batch, {}) == clean  # the hooks are gone
 
@@ -108,7 +115,7 @@ def test_a_replacement_reads_what_the_mlp_reads_but_not_at_bos():
     model, coder = tiny_model(), random_coder()
     ids = model.tokens("the cat sat on the mat")
     _, clean = model.run_with_cache(ids, ["mlp_in", "mlp_out"])
-    with transcoders.replaced(model, {1: transcoders.by_coder(coder)}):
+    with replaced(model, {1: by_coder(coder)}):
         _, cache = model.run_with_cache(ids, ["mlp_out", "resid_post"])
     with torch.no_grad():
         want = coder(clean["mlp_in", 1])
@@ -118,7 +125,7 @@ def test_a_replacement_reads_what_the_mlp_reads_but_not_at_bos():
 
 def test_no_latent_leaves_the_bias_and_the_skip_path():
     coder, x = random_coder(skip=True), torch.randn(2, 3, 12)
-    left = transcoders.knock_out(coder)(x, x)
+    left = without_latents(coder)(x, x)
     assert torch.allclose(left, coder.b_dec + x @ coder.W_skip.T, atol=1e-5)
 
 
@@ -132,7 +139,7 @@ def test_loss_recovered_by_hand():
 
 def test_virtual_weights_are_the_effect_of_one_latent_on_another_through_the_norm():
     model, below, above = tiny_model(), random_coder(seed=1), random_coder(seed=2)
-    V = transcoders.virtual_weights(model, below, above, 2)
+    V = rules.virtual_weights(model, below, above, 2)
     norm, stream = model.part("ln2", 2), torch.randn(12, generator=torch.Generator().manual_seed(3))
     scale = (stream.pow(2).mean() + norm.eps).rsqrt()
     one = scale * norm_gain(norm) * (stream + below.W_dec[7])
@@ -148,7 +155,7 @@ def test_the_edge_of_a_pair_at_one_position_without_attention_is_the_virtual_wei
         for i in range(3):
             model.part("o", i).weight.zero_()
     prompt = "the cat sat on"
-    pairs = transcoders.active_pairs(model, coders, [prompt])
+    pairs = rules.active_pairs(model, coders, [prompt])
     assert np.abs(pairs.edge[pairs.gap > 0]).max() < 1e-5
     assert np.abs(pairs.virtual[pairs.gap > 0]).max() > 0.1
     same = pairs.gap == 0
@@ -158,7 +165,7 @@ def test_the_edge_of_a_pair_at_one_position_without_attention_is_the_virtual_wei
     ratio = pairs.edge[same] / pairs.virtual[same]
     nearest = np.abs(ratio[:, None] - scales).min(1)
     assert np.median(nearest / ratio) < 1e-3
-    assert pairs.across() < 1e-4 and pairs.correlation() > 0.3
+    assert pairs.share_across() < 1e-4 and pairs.correlation() > 0.3
 
 
 def test_pairs_that_fire_together_are_counted():
@@ -168,31 +175,30 @@ def test_pairs_that_fire_together_are_counted():
             coder.W_enc.copy_(torch.eye(2))
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     weights = torch.tensor([[4.0, -3.0], [2.0, 1.0]])  # (0, 0) fires at row 0; (0, 1) never
-    assert transcoders.together(one, other, x, x, weights, n=1) == 1
-    assert transcoders.together(one, other, x, x, weights, n=2) == 0.5
+    assert rules.share_firing_at_once(one, other, x, x, weights, n=1) == 1
+    assert rules.share_firing_at_once(one, other, x, x, weights, n=2) == 0.5
 
 
 def test_reading_and_own_tokens(model, tmp_path, monkeypatch):
     coder = transcoders.load_transcoders()[0]
-    table = transcoders.token_reading(model, coder, 0)
-    assert table.shape == (model.d_vocab, coder.d_latent)
-    first = transcoders.first_words(model, coder, 0, 3)
-    monkeypatch.setattr(transcoders, "MOST_NUMBERS", 100 * model.d_vocab)
-    assert torch.equal(transcoders.first_words(model, coder, 0, 3), first)
+    table = model.part("ln2", 0)(model.W_E) @ coder.W_enc + coder.b_enc  # (d_vocab, latents)
+    first = rules.top_input_tokens(model, coder, 0, 3)
+    monkeypatch.setattr(rules, "MOST_NUMBERS", 100 * model.d_vocab)
+    assert torch.equal(rules.top_input_tokens(model, coder, 0, 3), first)
     used = table.masked_fill(~model.in_use[:, None], -torch.inf)
     assert torch.equal(first[:, 0], (used - coder.b_enc).argmax(0))
-    one = transcoders.reading_of(model, coder, 0, 5)
+    one = rules.token_inputs(model, coder, 0, 5)
     assert torch.allclose(table[:, 5], one, atol=1e-4)
-    top = transcoders.top_tokens(model, one, 3)
+    top = rules.top_tokens(model, one, 3)
     assert top[0][1] == pytest.approx(float(used[:, 5].max()), abs=1e-4) and len(top) == 3
     with pytest.raises(ValueError, match="no latent"):
-        transcoders.reading_of(model, coder, 0, coder.d_latent)
+        rules.token_inputs(model, coder, 0, coder.d_latent)
     source = open_source("tinyworld", 8)
     held = harvest(
         model, source, tmp_path, ("mlp_in", 0), ("mlp_out", 0), tokens=3_000, progress=False
     )
     page = Page(held, coder, collect(held, coder), model)
-    share, exchanged = transcoders.foretold(page, 0)
+    share, exchanged = transcoders.predicted_tokens(page, 0)
     assert share > 0.3 > exchanged
     own = transcoders.own_tokens(page)
     latent = transcoders.plainest(page, 0)
@@ -215,13 +221,13 @@ def test_what_latents_write_is_compared_with_the_unembedding(model, monkeypatch)
     """The last layer's latents have only the final norm before them; the first layer's do not."""
     ids = [ids for ids in transcoders.text_ids(model, 200, 5)[:8] if len(ids) > 3]
     coders, last = transcoders.load_transcoders(), model.n_layers - 1
-    late = transcoders.written(model, coders[last], last, ids)
+    late = rules.write_effects(model, coders[last], last, ids)
     assert len(late.own) == len(ids) == len(late.other)
     assert np.median(late.own) > 0.7 > np.median(late.other)
-    early = transcoders.written(model, coders[0], 0, ids)
+    early = rules.write_effects(model, coders[0], 0, ids)
     assert np.median(early.own) < np.median(late.own)
     monkeypatch.setitem(vars(model), "in_use", torch.ones_like(model.in_use))
-    with_unseen = transcoders.written(model, coders[0], 0, ids)  # their shared column agrees
+    with_unseen = rules.write_effects(model, coders[0], 0, ids)  # their shared column agrees
     assert np.median(early.own) < np.median(with_unseen.own) - 0.02
 
 
@@ -258,17 +264,19 @@ def test_random_features_have_the_best_decoder():
 def test_ways_are_compared_layer_by_layer_and_together(model, batch):
     coders = dict(enumerate(transcoders.load_transcoders()[:2]))
     ways = {
-        "a": transcoders.every(coders),
-        "nothing": {i: transcoders.knock_out(c) for i, c in coders.items()},
+        "a": transcoders.by_coders(coders),
+        "nothing": {i: without_latents(c) for i, c in coders.items()},
     }
     runs = transcoders.compare(model, batch, ways)
-    places = ("layer 0", "layer 1", transcoders.TOGETHER)
+    places = ("layer 0", "layer 1", transcoders.ALL_LAYERS)
     assert set(runs) == {(where, way) for where in places for way in ways}
-    alone = transcoders.faithful(model, batch, {1: ways["a"][1]})
-    assert runs["layer 1", "a"].spliced == pytest.approx(alone.spliced, abs=1e-5)
-    assert runs["layer 1", "a"].zero == pytest.approx(alone.zero, abs=1e-5)
+    alone = transcoders.losses(model, batch, {1: ways["a"][1]})
+    assert runs["layer 1", "a"].spliced == pytest.approx(alone, abs=1e-5)
+    alone = transcoders.losses(model, batch, {1: zeros})
+    assert runs["layer 1", "a"].zero == pytest.approx(alone, abs=1e-5)
     assert (
-        runs[transcoders.TOGETHER, "a"].recovered > runs[transcoders.TOGETHER, "nothing"].recovered
+        runs[transcoders.ALL_LAYERS, "a"].recovered
+        > runs[transcoders.ALL_LAYERS, "nothing"].recovered
     )
 
 
@@ -281,19 +289,19 @@ def test_coders_for_a_model_without_published_ones():
 
 
 def test_even_attention_is_even_and_causal():
-    even = transcoders.evenly(torch.rand(2, 4, 4))
+    even = rules.even_attention(torch.rand(2, 4, 4))
     assert torch.allclose(even[1, 2], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
 
 
 def test_figures_draw_and_say_what_is_missing():
     run = transcoders.Faithful({"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 2.5}, {"a": 5.0, "b": 2.01})
     runs = {("layer 0", "plain"): run, ("all layers", "plain"): run}
-    for values in corners(where=["layer 0", "all layers"], kind=["plain"]):
+    for values in corners(part=["layer 0", "all layers"], kind=["plain"]):
         assert render(transcoder_figures.replacement(runs, **values))
     with pytest.raises(ValueError, match="Nothing was measured for 'layer 9'"):
         transcoder_figures.replacement(runs, "layer 9", "plain")
     rng = np.random.default_rng(0)
-    pairs = transcoders.ActivePairs(*rng.normal(size=(3, 60)), np.arange(60) % 2)
+    pairs = rules.ActivePairs(*rng.normal(size=(3, 60)), np.arange(60) % 2)
     assert render(transcoder_figures.virtual(pairs))
     curves = {"a": [0.1, 0.2], "b": [-0.1, 0.3]}
     l0 = {"a": [3.5, 8], "b": [4, 8]}
@@ -366,7 +374,10 @@ def test_what_ships(model):
 
 def test_the_shipped_set_works_in_the_model_and_its_biases_do_not(model, batch):
     coders = transcoders.load_transcoders()
-    run = transcoders.faithful(model, batch, transcoders.every(coders))
-    alone = {i: transcoders.knock_out(coder) for i, coder in enumerate(coders)}
-    assert run.recovered > 0.8
-    assert transcoders.faithful(model, batch, alone, clean=run.clean).recovered < 0.5
+    ways = {
+        "transcoders": transcoders.by_coders(coders),
+        "biases": {i: without_latents(coder) for i, coder in enumerate(coders)},
+    }
+    runs = transcoders.compare(model, batch, ways)
+    assert runs[transcoders.ALL_LAYERS, "transcoders"].recovered > 0.8
+    assert runs[transcoders.ALL_LAYERS, "biases"].recovered < 0.5

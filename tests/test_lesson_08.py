@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 import torch
 
+from mi_helpers.circuits.edges import attribution_graph
 from mi_helpers.circuits.figures import GraphExplorer
 from mi_helpers.circuits.graphs import (
     EMBEDDING,
     ERROR,
     FEATURE,
     LOGIT,
+    Graph,
     Node,
     group_by_label,
-    make_graph,
-    predicted_effect,
 )
-from mi_helpers.circuits.replacement import LocalReplacement, attribution_graph
+from mi_helpers.circuits.interventions import predicted_effect
+from mi_helpers.circuits.replacement import LocalReplacement
 from mi_helpers.lessons.lesson_07.experiments import coders_for
 from mi_helpers.lessons.lesson_08 import experiments as lab
 from mi_helpers.lessons.lesson_08 import figures as tracing_figures
@@ -171,24 +172,26 @@ def small_graph():
     A[4, 3], A[5, 3], A[4, 1] = 5.0, 1.0, 0.5
     values = torch.tensor([1.0, 2.0, 1.0, 4.0, 5.5, 1.0])
     p = torch.tensor([0.9, 0.1])
-    graph = make_graph("a", ["a"], nodes, A, torch.zeros(6), values, p, 2, target_names=("x", "y"))
+    graph = Graph(
+        "a", ("a",), tuple(nodes), A, torch.zeros(6), values, p, 2, target_names=("x", "y")
+    )
     return group_by_label(graph.label({"0_1_0": "first", "1_2_0": "second"}))
 
 
 def test_worth_by_hand():
     graph = small_graph()
-    own = lab.worth(graph)
+    own = lab.contributions(graph)
     # g: 5 - 1 = 4; f: 0.5 + 4 · 3/4 = 3.5; E: all of f; the error: 4 · 1/4
     assert own.tolist() == pytest.approx([3.5, 3.5, 1.0, 4.0, 0.0, 0.0])
     assert lab.logit_gap(graph) == 4.5
     assert lab.by_label(graph) == pytest.approx({"second": 4.0, "first": 3.5})
-    assert lab.worth_by_kind(graph)[ERROR] == pytest.approx(1 / 4.5)
+    assert lab.shares_by_kind(graph)[ERROR] == pytest.approx(1 / 4.5)
 
 
 def test_worth_is_the_predicted_effect_of_taking_one_node_away(shipped, coders, labels):
     q = lab.questions(shipped, 1, seed=3)[0]
     graph = lab.question_graph(shipped, coders, q, labels)
-    own = lab.worth(graph)
+    own = lab.contributions(graph)
     for node in graph.features()[:3]:
         lost = lab.logit_gap(graph, predicted_effect(graph, {node: 0.0}))
         assert lost == pytest.approx(-float(own[graph.index(node)]), rel=1e-3, abs=1e-4)
@@ -253,7 +256,7 @@ def test_supernodes_of_steps_share_no_node_and_places_sum_up(shipped, coders, st
     graph = steps.supernodes(lab.question_graph(shipped, coders, q), q)
     names = [name for ids in graph.supernodes.values() for name in ids]
     assert names and len(set(names)) == len(names)
-    where, own = steps.where(graph, q, "asked"), lab.worth(graph)
+    where, own = steps.share_map(graph, q, "asked"), lab.contributions(graph)
     mine = sum(float(own[graph.index(n)]) for n in steps.nodes(graph, q, "asked"))
     assert where.shape == (shipped.n_layers, len(graph.tokens))
     assert where.sum() == pytest.approx(mine / lab.logit_gap(graph), rel=1e-3, abs=1e-4)
@@ -264,7 +267,7 @@ def test_supernodes_of_steps_share_no_node_and_places_sum_up(shipped, coders, st
 
 def test_a_story_is_told_by_rule_and_tested(shipped, coders, labels):
     q = lab.questions(shipped, 1, seed=1, kinds=["capital"])[0]
-    story = stories.tell(shipped, coders, q, labels)
+    story = stories.label_story(shipped, coders, q, labels)
     graph = lab.question_graph(shipped, coders, q, labels)
     sums = lab.by_label(graph)
     label = story.step.removeprefix("label ")
@@ -280,7 +283,7 @@ def test_a_story_is_told_by_rule_and_tested(shipped, coders, labels):
         o.hit for o in outcomes
     )
     with pytest.raises(ValueError, match="No feature"):
-        stories.tell(shipped, coders, q, {(0, -1): "nothing"})
+        stories.label_story(shipped, coders, q, {(0, -1): "nothing"})
     assert stories.hit_table({"a": outcomes}).count("\n") == 2
     assert len(tracing_figures.prediction_figure({"a": outcomes, "b": outcomes}).axes) == 2
     seen = stories.share_of_gap(shipped, coders, [story], "suppress")
@@ -301,11 +304,11 @@ def test_verdicts_can_go_both_ways(shipped):
     q = lab.questions(shipped, 1, seed=1, kinds=["capital"])[0]
     story = stories.Story(q, "x", ("0_1_1",), {}, (), gap=10.0, suppress=-4.0, swap=-12.0)
     assert story.flips
-    right = lambda what, seen: stories.verdict(story, what, seen, -3.0)  # noqa: E731
+    right = lambda what, seen: stories.is_hit(story, what, seen, -3.0)  # noqa: E731
     assert right("suppress", -3.0) and not right("suppress", -0.5)
     assert not right("suppress", 3.0)
     assert right("swap", -11.0) and not right("swap", -9.0)
-    assert not stories.verdict(story, "swap", -11.0, -10.5)  # the partner's features did nothing
+    assert not stories.is_hit(story, "swap", -11.0, -10.5)  # the partner's features did nothing
     assert right("null", 0.9) and not right("null", -1.1)
     with pytest.raises(ValueError, match="An intervention is one of"):
         stories.changes(story, "shake")

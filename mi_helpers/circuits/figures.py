@@ -1,8 +1,8 @@
-"""The figures of attribution graphs: a Graph in, a Figure out. Only `GraphExplorer` prunes.
+"""Figures of attribution graphs and interventions.
 
 Rows are layers, from the embeddings at the bottom to the logits at the top; columns are positions.
-A node's area is its influence, an edge's width its weight; blue edges add, dashed red ones take
-away.
+A node's area is its influence, an edge's width is its weight. Blue edges add, dashed red ones
+subtract.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from mi_helpers.circuits.graphs import (
     EMBEDDING,
     ERROR,
     FEATURE,
-    KINDS,
     LOGIT,
     Graph,
     graph_scores,
@@ -29,7 +28,7 @@ from mi_helpers.circuits.graphs import (
 from mi_helpers.circuits.interventions import Intervention
 from mi_helpers.plots import OKABE_ITO, Picture, before_after, style
 
-ADDS, TAKES = OKABE_ITO[0], OKABE_ITO[5]
+ADDS, SUBTRACTS = OKABE_ITO[0], OKABE_ITO[5]
 LOOKS = {  # marker, face
     EMBEDDING: ("s", "#DDDDDD"),
     FEATURE: ("o", OKABE_ITO[4]),
@@ -54,37 +53,44 @@ def graph_figure(
     width: float = 11.0,
     row: float = 0.7,
 ) -> Figure:
-    """A graph, best pruned, with layers as rows and positions as columns.
+    """A graph, which is best pruned first, with layers as rows and positions as columns.
 
     Args:
-        most_edges: draw the strongest ones only, by |weight|.
-        most_labels: name the features with the most influence, by their label or "layer/latent".
+        most_edges: how many edges to draw, the strongest by |weight|.
+        most_labels: how many features to name, those with the most influence, by their label or
+            "layer/latent".
         focus: a node; only the edges into and out of it are drawn.
-
-    After the figures of "Circuit Tracing" (Ameisen and others, 2025), section "Attribution Graphs".
 
     Raises:
         ValueError: the focus is not in the graph.
+
+    Source: the figures of Ameisen et al. 2025, "Circuit Tracing", section "Attribution Graphs".
     """
-    x, y, edges_of_columns = _places(graph)
+    x, y, borders = _places(graph)
     rows = graph.n_layers + 2
     picture = Picture(figsize=(width, 1.6 + row * rows), layout="none")
     high = picture.get_figheight()
     picture.subplots_adjust(0.085, 1.15 / high, 0.985, 1 - 0.45 / high)
     axes = picture.add_subplot()
-    for left in edges_of_columns[1:-1]:
+    for left in borders[1:-1]:
         axes.axvline(left, color="0.9", linestyle="-", marker="", linewidth=1, zorder=0)
     _draw_edges(axes, graph, x, y, most_edges, None if focus is None else graph.index(focus))
     _draw_nodes(axes, graph, x, y)
     _draw_labels(axes, graph, x, y, most_labels)
-    middles = (edges_of_columns[1:] + edges_of_columns[:-1]) / 2
-    axes.set_xticks(middles, [_visible(token) for token in graph.tokens], fontsize=11)
-    axes.tick_params(axis="x", length=0, labelrotation=30 if len(graph.tokens) > 9 else 0)
-    axes.set_yticks(range(rows), ["tokens", *map(str, range(graph.n_layers)), "logits"])
-    axes.set(xlim=(0, edges_of_columns[-1]), ylim=(-0.6, rows - 0.25))
-    axes.set(title=title, ylabel="layer")
+    _name_axes(axes, graph, (borders[1:] + borders[:-1]) / 2, title)
+    axes.tick_params(axis="x", length=0, labelsize=11)
+    axes.set(xlim=(0, borders[-1]), ylim=(-0.6, rows - 0.25))
     _legend(picture)
     return picture
+
+
+def _name_axes(axes, graph: Graph, x: Sequence[float], title: str) -> None:
+    """Tokens under the columns at x, layers beside the rows."""
+    axes.set_xticks(x, [_visible(token) for token in graph.tokens])
+    axes.tick_params(axis="x", labelrotation=30 if len(graph.tokens) > 9 else 0)
+    layers = ["tokens", *map(str, range(graph.n_layers)), "logits"]
+    axes.set_yticks(range(graph.n_layers + 2), layers)
+    axes.set(title=title, ylabel="layer")
 
 
 def _places(graph: Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -105,7 +111,7 @@ def _places(graph: Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _draw_edges(axes, graph: Graph, x, y, most: int, focus: int | None) -> None:
-    """The strongest edges, the widest on top; of a focus, only its own."""
+    """The `most` strongest edges, the widest on top; with a focus, only its own."""
     weights = graph.adjacency.numpy()
     targets, sources = weights.nonzero()
     if focus is not None:
@@ -115,43 +121,34 @@ def _draw_edges(axes, graph: Graph, x, y, most: int, focus: int | None) -> None:
     order = np.argsort(size)[-most:] if most else []
     if not len(order):
         return
-    targets, sources, size = targets[order], sources[order], size[order]
+    targets, sources, share = targets[order], sources[order], size[order] / size.max()
     adds = weights[targets, sources] > 0
-    share = size / size.max()
-    lines = np.stack(
-        [np.stack([x[sources], y[sources]], 1), np.stack([x[targets], y[targets]], 1)], 1
-    )
-    for which, colour, dash in ((adds, ADDS, "-"), (~adds, TAKES, (0, (4, 2)))):
-        if which.any():
-            drawn = LineCollection(
-                lines[which],
-                linewidths=0.4 + 3.6 * share[which],
-                colors=colour,
-                linestyles=[dash],
-                alpha=0.15 + 0.7 * share[which],
-                zorder=1,
+    starts, ends = np.stack([x[sources], y[sources]], 1), np.stack([x[targets], y[targets]], 1)
+    lines = np.stack([starts, ends], 1)
+    for drawn, colour, dash in ((adds, ADDS, "-"), (~adds, SUBTRACTS, (0, (4, 2)))):
+        if drawn.any():
+            look = {"colors": colour, "linestyles": [dash], "zorder": 1}
+            widths, alpha = 0.4 + 3.6 * share[drawn], 0.15 + 0.7 * share[drawn]
+            axes.add_collection(
+                LineCollection(lines[drawn], linewidths=widths, alpha=alpha, **look)
             )
-            axes.add_collection(drawn)
 
 
 def _draw_nodes(axes, graph: Graph, x, y) -> None:
-    """Every node, as large as its influence; a logit as large as its probability."""
+    """Every node, its area in proportion to its influence, a logit's to its probability."""
     size = graph.influence.numpy().copy()
-    size[len(size) - len(graph.probabilities) :] = graph.probabilities.numpy()
-    for kind in KINDS:
-        which = graph.mask(kind).numpy()
-        if which.any():
-            marker, face = LOOKS[kind]
-            area = 18 + 420 * size[which] / max(size[which].max(), 1e-9)
-            axes.scatter(
-                x[which], y[which], area, marker=marker, color=face, edgecolor="black",
-                linewidth=0.8, zorder=2, clip_on=False,
-            )  # fmt: skip
+    size[graph.first_logit :] = graph.probabilities.numpy()
+    for kind, (marker, face) in LOOKS.items():
+        these = graph.mask(kind).numpy()
+        if these.any():
+            area = 18 + 420 * size[these] / max(size[these].max(), 1e-9)
+            look = {"marker": marker, "color": face, "edgecolor": "black", "linewidth": 0.8}
+            axes.scatter(x[these], y[these], area, zorder=2, clip_on=False, **look)
 
 
 def _draw_labels(axes, graph: Graph, x, y, most: int) -> None:
-    """Words at the features with the most influence, and at the logits."""
-    per_letter = 0.0075 * x.max()  # a letter's width, about, in the units of x
+    """Words at the `most` features with the most influence, and at the logits."""
+    per_letter = 0.0075 * x.max()  # about a letter's width, in the units of x
     taken: dict[float, list[tuple[float, float]]] = defaultdict(list)
     for node in graph.features()[:most]:
         i = graph.index(node)
@@ -163,13 +160,8 @@ def _draw_labels(axes, graph: Graph, x, y, most: int) -> None:
                 row.append((x[i], half))
                 _word(axes, x[i], y[i] + side, text, va=va)
                 break
-    for text, p, node in zip(
-        graph.target_names,
-        graph.probabilities.tolist(),
-        graph.nodes[-len(graph.probabilities) :],
-        strict=True,
-    ):
-        i = graph.index(node)
+    logits = zip(graph.target_names, graph.probabilities.tolist(), strict=True)
+    for i, (text, p) in enumerate(logits, graph.first_logit):
         if p >= 0.02 or len(graph.probabilities) <= 3:
             _word(axes, x[i], y[i] + 0.2, f"{_visible(text)}\n{p:.2f}", va="bottom")
 
@@ -184,23 +176,28 @@ def _visible(token: str) -> str:
 
 
 def _legend(picture: Picture) -> None:
-    """What the marks mean, under the graph."""
+    """A legend of the marks, under the graph."""
     marks = [
         Line2D([], [], marker=m, color="black", markerfacecolor=f, linestyle="", label=kind)
         for kind, (m, f) in LOOKS.items()
     ]
     marks += [
         Line2D([], [], color=ADDS, linestyle="-", marker="", label="adds"),
-        Line2D([], [], color=TAKES, linestyle="--", marker="", label="takes away"),
+        Line2D([], [], color=SUBTRACTS, linestyle="--", marker="", label="subtracts"),
     ]
     picture.legend(handles=marks, loc="lower center", ncols=len(marks), fontsize=11)
 
 
 class GraphExplorer:
-    """`explorer(prompt, node_threshold, edge_threshold)`: that prompt's graph, pruned, as a Figure.
+    """`explorer(prompt, node_threshold, edge_threshold)`: a figure of that prompt's pruned graph.
 
-    graphs: {name: whole graph}. A threshold at which nothing is left raises a ValueError with a
-    sentence, which `mi_helpers.widgets.explore` shows.
+    Args:
+        graphs: {name: whole graph}.
+        drawing: options of `graph_figure`.
+
+    Raises:
+        ValueError: there is no graph, none of that name, or no feature is left at a threshold; in
+            one sentence, which `mi_helpers.widgets.explore` shows.
     """
 
     def __init__(self, graphs: Mapping[str, Graph], **drawing):
@@ -232,67 +229,61 @@ class GraphExplorer:
 def supernode_figure(
     graph: Graph, title: str = "", *, share: float = 0.05, width: float = 11.0, height: float = 6.0
 ) -> Figure:
-    """Supernodes, tokens and logits as boxes, with an arrow for each edge between them that is at
-    least `share` of the strongest. A box stands at the mean layer and position of its nodes; its
-    frame is as thick as its influence.
+    """Supernodes, tokens and logits as boxes, with arrows for the edges between them.
 
-    After the supernode diagrams of "Circuit Tracing" (Ameisen and others, 2025).
+    A box is at the mean layer and position of its nodes; its frame is as thick as its influence.
+
+    Args:
+        share: draw the edges that are at least this share of the strongest.
 
     Raises:
         ValueError: the graph has no supernodes.
+
+    Source: the supernode diagrams of Ameisen et al. 2025, "Circuit Tracing".
     """
     if not graph.supernodes:
-        raise ValueError(
-            "The graph has no supernodes: make some with group_by_label or group_by_cosine."
-        )
-    merged = merge(graph, only_supernodes=True)
+        raise ValueError("The graph has no supernodes: make some with group_by_label.")
+    merged = merge(graph)
     weights = merged.weights.numpy()
     linked = (np.abs(weights) >= share * max(np.abs(weights).max(), 1e-9)) & (weights != 0)
-    shown = linked.any(0) | linked.any(1)
-    shown[: len(graph.supernodes)] = True
-    names = [_short(graph, name, group) for name, group in zip(merged.names, merged.members,
-                                                                strict=True)]  # fmt: skip
+    names = [_short(graph, *each) for each in zip(merged.names, merged.members, strict=True)]
     spots = _spots(graph, merged.members, names, width)
     picture = Picture(figsize=(width, height))
     axes = picture.subplots()
-    top = float(merged.influence.max())
-    for i, name in enumerate(names):
-        if shown[i]:
-            thick = 0.8 + 2.5 * float(merged.influence[i]) / max(top, 1e-9)
+    top = max(float(merged.influence.max()), 1e-9)
+    for i, (name, spot) in enumerate(zip(names, spots, strict=True)):
+        if i < len(graph.supernodes) or linked[i].any() or linked[:, i].any():
+            thick = 0.8 + 2.5 * float(merged.influence[i]) / top
             fill = "#E8F3FA" if i < len(graph.supernodes) else "white"
             frame = {"boxstyle": "round,pad=0.4", "facecolor": fill, "linewidth": thick}
-            axes.text(*spots[i], name, ha="center", va="center", fontsize=11, bbox=frame, zorder=3)
-    strongest = np.abs(weights[linked]).max() if linked.any() else 1.0
+            axes.text(*spot, name, ha="center", va="center", fontsize=11, bbox=frame, zorder=3)
+    strongest = np.abs(weights).max()
     for target, source in zip(*linked.nonzero(), strict=True):
-        size = abs(weights[target, source]) / strongest
-        adds = weights[target, source] > 0
-        axes.annotate(
-            "", spots[target], spots[source], zorder=2,
-            arrowprops={
-                "arrowstyle": "-|>", "color": ADDS if adds else TAKES, "alpha": 0.35 + 0.6 * size,
-                "linestyle": "-" if adds else "--", "linewidth": 0.8 + 4 * size,
-                "shrinkA": 18, "shrinkB": 18,
-            },
-        )  # fmt: skip
-    axes.set_xticks(range(len(graph.tokens)), [_visible(t) for t in graph.tokens])
-    axes.tick_params(axis="x", labelrotation=30 if len(graph.tokens) > 9 else 0)
-    axes.set_yticks(
-        range(graph.n_layers + 2), ["tokens", *map(str, range(graph.n_layers)), "logits"]
-    )
+        _arrow(axes, spots[source], spots[target], float(weights[target, source] / strongest))
+    _name_axes(axes, graph, range(len(graph.tokens)), title)
     left = min(x for x, _ in spots)
     axes.set(xlim=(min(-0.7, left - 0.7), len(graph.tokens) - 0.3))
     axes.set(ylim=(-0.6, graph.n_layers + 1.6))
-    axes.set(title=title, ylabel="layer")
     return picture
 
 
+def _arrow(axes, start, end, weight: float) -> None:
+    """An arrow for an edge; weight is in units of the strongest."""
+    look = (
+        {"color": ADDS, "linestyle": "-"} if weight > 0 else {"color": SUBTRACTS, "linestyle": "--"}
+    )
+    look |= {"alpha": 0.35 + 0.6 * abs(weight), "linewidth": 0.8 + 4 * abs(weight)}
+    look |= {"arrowstyle": "-|>", "shrinkA": 18, "shrinkB": 18}
+    axes.annotate("", end, start, zorder=2, arrowprops=look)
+
+
 def _short(graph: Graph, name: str, group: Sequence[int]) -> str:
-    """A box's text: the token itself for an embedding and a logit, as the axes say what it is."""
+    """A box's text: its name, or the token alone for an embedding and a logit."""
     node = graph.nodes[group[0]]
     if node.kind == EMBEDDING:
         return _visible(graph.tokens[node.position])
     if node.kind == LOGIT:
-        return _visible(graph.target_names[group[0] - len(graph) + len(graph.probabilities)])
+        return _visible(graph.target_names[group[0] - graph.first_logit])
     return name
 
 
@@ -318,8 +309,8 @@ def _spots(
 
 
 def intervention_figure(result: Intervention, title: str = "", k: int = 6) -> Figure:
-    """The likeliest next tokens before and after an intervention, those of 0.005 and more: a circle
-    and a square each."""
+    """The probabilities of the likeliest next tokens before and after an intervention, where they
+    are 0.005 or more."""
     top = [row for row in result.top(k) if max(row[1:]) >= 0.005] or result.top(1)
     before = {repr(text): p for text, p, _ in top}
     after = {repr(text): p for text, _, p in top}

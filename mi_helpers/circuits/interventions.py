@@ -1,24 +1,28 @@
-"""Interventions: change features of a prompt, and see what the model says then.
+"""Interventions: change features of a prompt, and run the model on.
 
+    predicted_effect(graph, {"2_57_3": 0})                              # what the graph predicts
     result = intervene(model, coders, prompt, {"2_57_3": 0})            # switch a feature off
     result = intervene(model, coders, prompt, {"2_57_3": -2, "3_9_3": -2})
     result = intervene(model, coders, prompt, {"2_57_3": -1}, values={"2_80_3": 12.0})   # a swap
     result.top(5)                                                       # [(token, before, after)]
 
-A factor multiplies what the feature has on this prompt: 0 takes it out, -1 or -2 puts in the
-opposite, 2 doubles it. Errors and embeddings can be multiplied, too. `values` sets a feature to an
-activation, so that one that is not active here (a feature of another prompt) can be put in.
+A factor multiplies a feature's activation on this prompt: 0 removes the feature, -1 or -2 puts in
+the opposite, 2 doubles it. Errors and embeddings can be multiplied, too. `values` sets a feature to
+an activation, also a feature that is not active here (one of another prompt).
 
-How far the change goes is the paper's distinction (Ameisen and others, 2025, "Validating
-Attribution Graph Hypotheses with Interventions", and the appendix on iterative patching):
+How far the change spreads:
 
     "direct"       every MLP writes what it wrote on the prompt, plus the change; norms are frozen.
-                   Then the graph's edges are the truth: a check of the graph, not of the model.
+                   The graph's edges then hold exactly: a check of the graph, not of the model.
     "constrained"  MLPs up to the last changed layer write what they wrote, plus the change; those
-                   after it see the changed stream and answer as they do.
-    "iterative"    every MLP answers; a changed feature is held at its new activation.
+                   after it read the changed stream.
+    "iterative"    every MLP reads the changed stream; a changed feature is held at its new
+                   activation.
 
 Only MLPs and norms of the model itself run: no effect is taken from the graph.
+
+Source: Ameisen et al. 2025, "Validating Attribution Graph Hypotheses with Interventions", and the
+appendix on iterative patching.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, Node
+from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Graph, Node
 from mi_helpers.circuits.replacement import Coders, LocalReplacement, Prompt
 from mi_helpers.layouts import ModelError
 from mi_helpers.models import LanguageModel
@@ -42,14 +46,48 @@ EFFECTS = ("iterative", "constrained", "direct")
 Changes = Mapping[Node | str, float]
 
 
+def predicted_effect(graph: Graph, factors: Changes, paths: bool = True) -> Tensor:
+    """The change of every node's value, (n,), that the graph predicts of an intervention.
+
+    With paths=True, a feature whose value changes by a share of itself passes that share of its
+    edges on, down to the logits: exact in the local replacement model while every active feature
+    stays active, and no other becomes active.
+
+    Args:
+        factors: {node: factor of its output}.
+        paths: False counts the nodes' own edges alone.
+
+    Raises:
+        ValueError: a node is not in the graph, or is a logit.
+    """
+    share = torch.zeros(len(graph), dtype=torch.float64)  # of each node's output, how much is added
+    fixed = set()
+    for node, factor in factors.items():
+        i = graph.index(node)
+        if graph.nodes[i].kind == LOGIT:
+            raise ValueError(f"{graph.nodes[i].id} is a logit: it writes to no other node.")
+        fixed.add(i)
+        share[i] = factor - 1.0
+    edges = graph.adjacency.double()
+    if not paths:
+        return (edges @ share).to(graph.values)
+    change = torch.zeros_like(share)
+    for i, node in enumerate(graph.nodes):
+        if node.kind in (FEATURE, LOGIT):
+            change[i] = edges[i, :i] @ share[:i]
+            if node.kind == FEATURE and i not in fixed:
+                share[i] = change[i] / graph.values[i].double()
+    return change.to(graph.values)
+
+
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """What an intervention did, at the last position.
+    """The effect of an intervention at the last position.
 
-    logits_before, logits_after      (d_vocab,), as the model gives them
+    logits_before, logits_after      (d_vocab,), the model's own
     uncapped_before, uncapped_after  (d_vocab,), before the final soft-cap, where there is one
-    features_before, features_after  {layer: (pos, d_latent)}: the activations that the
-                                     transcoders see; a changed feature has its new one
+    features_before, features_after  {layer: (pos, d_latent)}: the transcoders' activations; a
+                                     changed feature has its new one
     """
 
     model: LanguageModel
@@ -62,18 +100,12 @@ class Intervention:
     features_after: dict[int, Tensor]
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
-        """Before and after, (d_vocab,) each."""
+        """(before, after), (d_vocab,) each."""
         return torch.softmax(self.logits_before, -1), torch.softmax(self.logits_after, -1)
 
-    def probability(self, token: str | int) -> tuple[float, float]:
-        """One token's probability before and after."""
-        i = self.model.to_single_token(token) if isinstance(token, str) else token
-        before, after = self.probabilities()
-        return float(before[i]), float(after[i])
-
     def top(self, k: int = 5) -> list[tuple[str, float, float]]:
-        """The k likeliest tokens before and the k likeliest after, each once: (text, probability
-        before, after), the likeliest after first."""
+        """(text, probability before, after) of the k likeliest tokens before and the k likeliest
+        after, each once, the likeliest after first."""
         before, after = self.probabilities()
         ids = torch.cat([after.topk(k).indices, before.topk(k).indices]).unique()
         ids = ids[after[ids].argsort(descending=True)]
@@ -84,9 +116,8 @@ class Intervention:
         """A feature's activation before and after."""
         if isinstance(node, str):
             node = Node.parse(node, self.model.n_layers)
-        held = [f[node.layer][node.position, node.index] for f in
-                (self.features_before, self.features_after)]  # fmt: skip
-        return float(held[0]), float(held[1])
+        before, after = self.features_before[node.layer], self.features_after[node.layer]
+        return float(before[node.position, node.index]), float(after[node.position, node.index])
 
     def kl(self) -> float:
         """KL(before ‖ after) of the next token, in nats."""
@@ -96,8 +127,8 @@ class Intervention:
 
 @dataclass(frozen=True)
 class _Change:
-    """What is changed in one layer: features {(position, latent): new activation}, and errors
-    {position: what is added}."""
+    """The changes in one layer: features {(position, latent): new activation}, and errors
+    {position: vector that is added}."""
 
     features: dict[tuple[int, int], float]
     errors: dict[int, Tensor]
@@ -113,20 +144,18 @@ def intervene(
     values: Changes | None = None,
     attention: str = "frozen",
     effects: str = "iterative",
-    reads: str | None = None,
-    allow_missing: bool = False,
 ) -> Intervention:
-    """Run the prompt with some features changed. See the module's docstring.
+    """Run the prompt with some features changed; see the module's docstring.
 
     Args:
-        factors: {node: factor}, a node by its name or itself; features, errors and embeddings.
-        values: {feature: activation}.
-        attention: "frozen" keeps the prompt's attention patterns; "recomputed" lets them follow.
+        coders: as in `attribution_graph`.
+        factors: {node or its name: factor}, for features, errors and embeddings.
+        values: {feature or its name: activation}.
+        attention: "frozen" keeps the prompt's attention patterns; "recomputed" computes them anew.
         effects: one of "iterative", "constrained", "direct".
-        coders, reads, allow_missing: as in `attribution_graph`.
 
     Raises:
-        ModelError: an unknown choice; a node that is no node of this prompt, or given twice; a
+        ModelError: an unknown choice; a node that this prompt does not have, or given twice; a
             factor for a feature that is not active.
     """
     if attention not in ATTENTION or effects not in EFFECTS:
@@ -136,7 +165,7 @@ def intervene(
         )
     if effects == "direct" and attention != "frozen":
         raise ModelError("Direct effects are those of frozen attention: pass attention='frozen'.")
-    local = LocalReplacement(model, coders, prompt, reads, allow_missing, bos_is_bias=False)
+    local = LocalReplacement(model, coders, prompt, bos_is_bias=False)
     before = {layer: coder.encode(local.inputs[layer]) for layer, coder in local.coders.items()}
     changes, embedding = _read_changes(local, before, factors or {}, values or {})
     run = _ChangedRun(local, before, changes, embedding, attention, effects)
@@ -149,7 +178,7 @@ def intervene(
 def _read_changes(
     local: LocalReplacement, f: Mapping[int, Tensor], factors: Changes, values: Changes
 ) -> tuple[dict[int, _Change], Tensor]:
-    """{layer: change}, and what is added to the embeddings (pos, d_model)."""
+    """({layer: change}, vectors that are added to the embeddings, (pos, d_model))."""
     changes: dict[int, _Change] = defaultdict(lambda: _Change({}, {}))
     embedding = torch.zeros_like(local.embed)
     for is_factor, given in ((True, factors), (False, values)):
@@ -206,20 +235,20 @@ def _checked(local: LocalReplacement, name: Node | str) -> Node:
 
 
 class _ChangedRun:
-    """One run of the model with its changes in place, as hooks."""
+    """A run of the model with changes, which hooks make."""
 
     def __init__(self, local, before, changes, embedding, attention, effects):
         self.local, self.before, self.changes, self.embedding = local, before, changes, embedding
         self.attention, self.effects = attention, effects
         last = max(changes, default=-1)
         layers = range(local.model.n_layers)
-        # layers whose MLP writes what it wrote, plus the change
+        # the layers whose MLP writes what it wrote, plus the change
         self.held = {"direct": layers, "constrained": range(last + 1), "iterative": ()}[effects]
         self.after: dict[int, Tensor] = {}
         self.read: dict[int, Tensor] = {}
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """Logits (d_vocab,) at the last position, and those before the soft-cap."""
+        """(logits, logits before the soft-cap) at the last position, (d_vocab,) each."""
         local, model, head = self.local, self.local.model, []
         hooks: dict = {("resid_pre", 0): lambda x: x + self.embedding.to(x)}
         for layer in range(model.n_layers):
@@ -235,7 +264,7 @@ class _ChangedRun:
         return logits[0, -1].float(), head[0][0, -1].float()
 
     def _norm(self, key: tuple) -> Callable:
-        """Keep what the transcoder reads; in direct mode, norm with the frozen denominator."""
+        """A hook that keeps what the transcoder reads; with direct effects it freezes the norm."""
         part, layer = key
         local = self.local
 
@@ -250,7 +279,7 @@ class _ChangedRun:
         return hook
 
     def _write(self, layer: int) -> Callable:
-        """What the layer's MLP writes instead."""
+        """A hook that gives what the layer's MLP writes instead."""
         local = self.local
         change = self.changes.get(layer, _Change({}, {}))
 

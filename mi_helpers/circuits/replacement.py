@@ -1,57 +1,55 @@
-"""Circuit tracing: which features cause which, on one prompt, every edge accounted for.
+"""The local replacement model: a prompt's run of the model, with transcoders for its MLPs.
 
-    coders = [SparseCoder(...), ...]                    # one transcoder for each layer's MLP
-    graph = attribution_graph(model, coders, "the capital of the country of the Colosseum is")
-    small = prune(graph)                                # mi_helpers.circuits.graphs
-    result = intervene(model, coders, prompt, {"2_57_3": -2})   # mi_helpers.circuits.interventions
+    coders = [SparseCoder(...), ...]                     # one transcoder for each layer's MLP
+    local = LocalReplacement(model, coders, "the capital of the country of the Colosseum is")
+    local.features[2].values, local.errors[2]            # layer 2's features, and what they miss
+    with replaced(model, {2: by_coder(coders[2])}):      # another thing: no errors, nothing frozen
+        model(prompt)
 
-The *local replacement model* of a prompt computes what the model computes there, with every MLP
-replaced by its transcoder plus an error that makes up the rest, and with attention patterns and the
-denominators of all norms kept as they are on this prompt. Between two transcoders it is then
-linear, so that a feature's pre-activation is a sum over what embeddings, earlier features and
-errors wrote, plus a bias: the summands are the edges of the attribution graph. The final soft-cap
-is left out; a logit counts less the mean of all logits, which changes no probability.
+The *local replacement model* of a prompt computes what the model computes there. Every MLP is
+replaced by its transcoder plus an error that makes up the difference; attention patterns and the
+denominators of all norms stay as they are on this prompt. Between two transcoders it is then
+linear: a feature's pre-activation is a sum over what embeddings, earlier features and errors wrote,
+plus a bias. The summands are the edges of the attribution graph (`mi_helpers.circuits.edges`). The
+final soft-cap is left out.
 
-What stands in the first position, where it is `<bos>`, is the same in every prompt. As is usual,
-its features and errors are no nodes; here what they write is part of the bias of whoever reads it,
-so that edges still sum. The embedding of `<bos>` is a node.
+The first position, where it holds `<bos>`, is the same in every prompt. As is usual, its features
+and errors are no nodes; here what they write is part of the bias of the nodes that read it, so that
+edges still sum. The embedding of `<bos>` is a node.
 
-After Ameisen and others, "Circuit Tracing: Revealing Computational Graphs in Language Models"
-(2025), with transcoders for single layers (Dunefsky and others, 2024).
+Sources: Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models";
+Dunefsky et al. 2024 for transcoders of single layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Graph, Node, make_graph
 from mi_helpers.layouts import ModelError, norm_gain
 from mi_helpers.models import LanguageModel
+from mi_helpers.saes.report import predict, spliced
 
-MASS, MOST_LOGITS = 0.95, 10  # logit nodes: the likeliest tokens up to this mass or this number
-MOST_NODES = 20_000  # of one graph: its edges are then 1.6 GB, for a moment thrice that
-MOST_NUMBERS = 2**24  # in the gradient of one chunk of targets: 64 MB, a few of which exist
 READS = ("mlp_in", "normalised")
 
-Coders = Sequence | Mapping[int, nn.Module]
 Prompt = str | list | Tensor
+Replacement = Callable[[Tensor, Tensor], Tensor]  # (MLP input, MLP output) -> what is passed on
 
 # ---------------------------------------------------------------------------------- frozen norms
 
 
 @dataclass(frozen=True)
 class FrozenNorm:
-    """A norm with its denominator kept: y = (x - mean(x)) · scale · gain + shift, affine in x.
+    """A norm with a constant denominator: y = (x - mean(x)) · scale · gain + shift, affine in x.
 
     scale    (pos, 1): one over the root mean square, or over the standard deviation
-    gain     (d_model,), 1 + w in Gemma
+    gain     (d_model,): 1 + w in Gemma
     shift    (d_model,), or None
-    centred  whether the mean is taken away (LayerNorm) or not (RMSNorm)
+    centred  whether the mean is subtracted (LayerNorm) or not (RMSNorm)
     """
 
     scale: Tensor
@@ -68,9 +66,8 @@ class FrozenNorm:
         x = x - x.mean(-1, keepdim=True) if centred else x
         scale = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
         shift = getattr(norm, "bias", None)
-        return cls(
-            scale, norm_gain(norm).float(), None if shift is None else shift.float(), centred
-        )
+        gain = norm_gain(norm).float()
+        return cls(scale, gain, None if shift is None else shift.float(), centred)
 
     def without_gain(self) -> FrozenNorm:
         """The normalised stream alone: no gain, no shift."""
@@ -92,6 +89,30 @@ class FrozenNorm:
 # ------------------------------------------------------------------------------------ transcoders
 
 
+@dataclass(frozen=True)
+class Transcoders:
+    """A model's transcoders, with what they do not say themselves.
+
+    coders         one for each layer, as a list or {layer: transcoder}
+    reads          what they read, one of `READS`; None where they say so (`reads_of`)
+    allow_missing  True: a layer without one is all error; False: that is a mistake
+    """
+
+    coders: Sequence | Mapping[int, nn.Module]
+    reads: str | None = None
+    allow_missing: bool = False
+
+
+Coders = Sequence | Mapping[int, nn.Module] | Transcoders
+
+
+def by_layer(coders: Coders) -> dict[int, nn.Module]:
+    """{layer: transcoder}; a None in a list is left out."""
+    coders = coders.coders if isinstance(coders, Transcoders) else coders
+    pairs = coders.items() if isinstance(coders, Mapping) else enumerate(coders)
+    return {layer: coder for layer, coder in pairs if coder is not None}
+
+
 def reads_of(coder: nn.Module) -> str:
     """What a transcoder reads: "mlp_in", the MLP's own input, or "normalised", the stream after
     the norm's division but before its gain (Gemma Scope's transcoders).
@@ -105,56 +126,53 @@ def reads_of(coder: nn.Module) -> str:
 
 
 def check_coders(
-    model: LanguageModel, coders: Coders, reads: str | None = None, allow_missing: bool = False
+    model: LanguageModel, coders: Coders
 ) -> tuple[dict[int, nn.Module], dict[int, str]]:
     """({layer: transcoder without scales}, {layer: what it reads}).
 
     Raises:
         ModelError: a layer has none, one has the wrong width, or reads something unknown.
     """
-    given = dict(coders) if isinstance(coders, Mapping) else dict(enumerate(coders))
-    missing = [layer for layer in range(model.n_layers) if given.get(layer) is None]
-    outside = [layer for layer in given if layer not in range(model.n_layers)]
-    if outside:
+    given = by_layer(coders)
+    options = coders if isinstance(coders, Transcoders) else Transcoders(coders)
+    if outside := [layer for layer in given if layer not in range(model.n_layers)]:
         raise ModelError(
             f"There is a transcoder for layer {outside[0]}, but {model.name} has layers 0 to "
             f"{model.n_layers - 1}."
         )
-    if missing and not allow_missing:
+    missing = [layer for layer in range(model.n_layers) if layer not in given]
+    if missing and not options.allow_missing:
         raise ModelError(
             f"There is no transcoder for layer {', '.join(map(str, missing))} of {model.name}: "
-            "give one for every layer, or pass allow_missing=True, and all that such an MLP writes "
-            "is an error node."
+            "give one for every layer, or pass Transcoders(coders, allow_missing=True), and all "
+            "that such an MLP writes is an error node."
         )
-    held, read = {}, {}
-    for layer in sorted(set(given) - set(missing)):
-        coder = given[layer]
-        if not getattr(coder, "transcoder", True):
-            raise ModelError(
-                f"The coder of layer {layer} is an SAE: a circuit needs a transcoder, which reads "
-                "the MLP's input and predicts its output."
-            )
-        shape = coder.W_enc.shape[0], coder.W_dec.shape[1]
-        if shape != (model.d_model, model.d_model):
-            raise ModelError(
-                f"The transcoder of layer {layer} goes from {shape[0]} to {shape[1]} numbers, and "
-                f"{model.name}'s MLPs from {model.d_model} to {model.d_model}: it belongs to "
-                "another model."
-            )
-        if coder.W_dec.device != model.device:
-            raise ModelError(
-                f"The transcoder of layer {layer} is on {coder.W_dec.device} and {model.name} on "
-                f"{model.device}: move one with .to(...)."
-            )
-        held[layer] = _unscaled(coder)
-        read[layer] = reads or reads_of(coder)
-        if read[layer] not in READS:
-            raise ModelError(f"A transcoder reads {' or '.join(READS)}, not {read[layer]!r}.")
-    return held, read
+    held = {layer: _checked_coder(model, given[layer], layer) for layer in sorted(given)}
+    reads = {layer: options.reads or reads_of(given[layer]) for layer in held}
+    if unknown := set(reads.values()) - set(READS):
+        raise ModelError(f"A transcoder reads {' or '.join(READS)}, not {unknown.pop()!r}.")
+    return held, reads
 
 
-def _unscaled(coder: nn.Module) -> nn.Module:
-    """The same coder with scales of 1, which it has but while it is trained."""
+def _checked_coder(model: LanguageModel, coder: nn.Module, layer: int) -> nn.Module:
+    """The transcoder with scales of 1 (others it has only while it is trained), if it fits."""
+    if not getattr(coder, "transcoder", True):
+        raise ModelError(
+            f"The coder of layer {layer} is an SAE: a circuit needs a transcoder, which reads "
+            "the MLP's input and predicts its output."
+        )
+    shape = coder.W_enc.shape[0], coder.W_dec.shape[1]
+    if shape != (model.d_model, model.d_model):
+        raise ModelError(
+            f"The transcoder of layer {layer} goes from {shape[0]} to {shape[1]} numbers, and "
+            f"{model.name}'s MLPs from {model.d_model} to {model.d_model}: it belongs to "
+            "another model."
+        )
+    if coder.W_dec.device != model.device:
+        raise ModelError(
+            f"The transcoder of layer {layer} is on {coder.W_dec.device} and {model.name} on "
+            f"{model.device}: move one with .to(...)."
+        )
     scales = [getattr(coder, name, None) for name in ("scale_in", "scale_out")]
     scaled = any(scale is not None and float(scale) != 1.0 for scale in scales)
     return coder.folded() if scaled else coder
@@ -162,7 +180,7 @@ def _unscaled(coder: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Active:
-    """The features of one layer that are nodes, in the order of position and latent.
+    """The features of one layer that are nodes, ordered by position and latent.
 
     positions, latents (n,); values (n,), their activations; writes (n, d_model), what each adds to
     the stream: its activation times its decoder row.
@@ -176,16 +194,14 @@ class Active:
     def __len__(self) -> int:
         return len(self.values)
 
-    def select(self, which: Tensor) -> Active:
-        """Those where `which` (n,) is True."""
-        return Active(*(x[which] for x in (self.positions, self.latents, self.values, self.writes)))
+    def select(self, keep: Tensor) -> Active:
+        """Those where keep (n,) is True."""
+        return Active(*(x[keep] for x in (self.positions, self.latents, self.values, self.writes)))
 
     def at(self, length: int) -> list[slice]:
-        """Which of them stand at each position, as slices."""
-        counts = torch.bincount(self.positions, minlength=length).tolist()
-        ends = [0]
-        for count in counts:
-            ends.append(ends[-1] + count)
+        """The slice of them at each of `length` positions."""
+        counts = torch.bincount(self.positions, minlength=length)
+        ends = [0, *counts.cumsum(0).tolist()]
         return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
@@ -197,11 +213,9 @@ class LocalReplacement:
 
     Args:
         prompt: one text, or its token ids.
-        coders: a transcoder for each layer, as a list or {layer: transcoder}; of each are used
-            `encode`, W_enc, b_enc, W_dec, b_dec, and W_skip if there is one.
-        reads: what they read, one of `READS`, where they do not say so themselves (`reads_of`).
-        allow_missing: a layer without one is all error.
-        bos_is_bias: what the MLPs write at a first position that holds `<bos>` is bias.
+        coders: a transcoder for each layer: a list, {layer: transcoder} or `Transcoders`. Used are
+            `encode`, W_enc, b_enc, W_dec, b_dec, and W_skip where there is one.
+        bos_is_bias: whether what the MLPs write at a first position that holds `<bos>` is bias.
 
     Attributes:
         ids (pos,), length; first, the first position that has features and errors
@@ -209,12 +223,12 @@ class LocalReplacement:
         norms         {(part, layer): FrozenNorm}, for "ln1", "ln1_post", "ln2" and "ln_final"
         readers       {layer: FrozenNorm}: from the stream to what the transcoder reads
         patterns      per layer, (n_heads, q_pos, k_pos)
-        mlp_out       (n_layers, pos, d_model): what the MLPs write in truth
+        mlp_out       (n_layers, pos, d_model): what the model's own MLPs write
         inputs        {layer: (pos, d_model)}: what the transcoders read
         features      {layer: Active}
         errors        (n_layers, pos, d_model): mlp_out less what the transcoder writes
-        constant      (n_layers, pos, d_model): what is written whatever the input: b_dec, and so on
-        attn_constant (n_layers, pos, d_model): what attention writes whatever the stream
+        constant      (n_layers, pos, d_model): written whatever the input: b_dec, and so on
+        attn_constant (n_layers, pos, d_model): written by attention whatever the stream
         logits        (d_vocab,), the model's at the last position; uncapped, before the soft-cap
 
     Raises:
@@ -223,13 +237,7 @@ class LocalReplacement:
 
     @torch.no_grad()
     def __init__(
-        self,
-        model: LanguageModel,
-        coders: Coders,
-        prompt: Prompt,
-        reads: str | None = None,
-        allow_missing: bool = False,
-        bos_is_bias: bool = True,
+        self, model: LanguageModel, coders: Coders, prompt: Prompt, bos_is_bias: bool = True
     ):
         if model.hooked:
             raise ModelError(
@@ -240,7 +248,7 @@ class LocalReplacement:
         if ids.shape[0] != 1:
             raise ModelError(f"A graph is of one prompt, not of {ids.shape[0]}.")
         self.model, self.ids, self.length = model, ids[0], ids.shape[1]
-        self.coders, self.reads = check_coders(model, coders, reads, allow_missing)
+        self.coders, self.reads = check_coders(model, coders)
         bos = getattr(model.tokenizer, "bos_token_id", None)
         is_bos = self.length > 1 and bos is not None and int(ids[0, 0]) == bos
         self.first = 1 if bos_is_bias and is_bos else 0
@@ -291,14 +299,12 @@ class LocalReplacement:
         for layer, coder in self.coders.items():
             norm = self.norms["ln2", layer]
             reader = norm if self.reads[layer] == "mlp_in" else norm.without_gain()
-            x = reader(self._middle[layer])
+            x, b_dec = reader(self._middle[layer]), coder.b_dec.detach().float()
             active = self.active(layer, coder.encode(x))
-            skipped = self.skip(layer, x)
-            constant = coder.b_dec.detach().float() + self.skip(layer, reader(x * 0.0))
             written = torch.zeros_like(x).index_add_(0, active.positions, active.writes)
-            self.errors[layer] -= written + coder.b_dec.detach().float() + skipped
+            self.errors[layer] -= written + b_dec + self.skip(layer, x)
             self.readers[layer], self.inputs[layer] = reader, x
-            self.constant[layer] = constant
+            self.constant[layer] = b_dec + self.skip(layer, reader(x * 0.0))
             self.constant[layer, early] += written[early]
             self.features[layer] = active.select(active.positions >= self.first)
         self.constant[:, early] += self.errors[:, early]
@@ -331,20 +337,6 @@ class LocalReplacement:
         out = out if b_O is None else out + b_O.float()
         post = self.norms.get(("ln1_post", layer))
         return out if post is None else post(out)
-
-    def final_stream(self) -> Tensor:
-        """The stream after the last block, (pos, d_model), computed by the replacement model alone:
-        the model's own, up to rounding."""
-        x = self.embed
-        for layer in range(self.model.n_layers):
-            attention = self.attend(layer, x)
-            middle = x if self.model.parallel else x + attention
-            x = x + attention + self.constant[layer] + self.errors[layer]
-            if layer in self.coders:
-                reader, active = self.readers[layer], self.features[layer]
-                x = x.index_add(0, active.positions, active.writes)
-                x = x + self.skip(layer, reader(middle)) - self.skip(layer, reader(middle * 0.0))
-        return x
 
     # ---- backward: the same maps, transposed
 
@@ -382,14 +374,30 @@ class LocalReplacement:
             return 0.0
         return self.readers[layer].backward(g @ W.detach().float(), slice(0, g.shape[1]))
 
+    def target_gradients(
+        self, layer: int, positions: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients (batch, n, d_model) at the stream that targets read; constants (batch,).
+
+        Target j is vectors[j] · x, where x is what the transcoder of `layer` reads at positions[j];
+        with layer = n_layers, x is the final norm's output. n is the last position plus one.
+        """
+        final = layer == self.model.n_layers
+        reader = self.norms["ln_final", None] if final else self.readers[layer]
+        rows = reader.backward(vectors, positions)
+        g = rows.new_zeros(len(rows), int(positions.max()) + 1, rows.shape[1])
+        g[torch.arange(len(rows), device=g.device), positions] = rows
+        bias = rows.new_zeros(len(rows)) if reader.shift is None else vectors @ reader.shift
+        return g, bias
+
     # ---- which features are nodes
 
     def fold(self, most: int, vectors: Tensor, weights: Tensor) -> None:
-        """Keep the `most` features that matter most; what the others write is error.
+        """Keep the `most` features with the largest effect; what the others write becomes error.
 
-        A feature's rank is its total effect on the logits through all paths, each active feature
-        passing its gradient on: Σ_t weights[t] |effect on vectors[t] · ln_final|, vectors
-        (targets, d_model). So a graph can be made without its edges being known first.
+        A feature's effect is Σ_t weights[t] |effect on vectors[t] · ln_final| over all paths, where
+        each active feature passes its gradient on; vectors (targets, d_model), weights (targets,).
+        No edge has to be known for it.
         """
         if sum(map(len, self.features.values())) <= most:
             return
@@ -404,7 +412,7 @@ class LocalReplacement:
     def _total_effects(self, vectors: Tensor, weights: Tensor) -> dict[int, Tensor]:
         """{layer: each feature's weighted absolute effect on the targets, (features,)}."""
         last = torch.full((len(vectors),), self.length - 1, device=vectors.device)
-        g, _ = _start(self, self.model.n_layers, last, vectors)
+        g, _ = self.target_gradients(self.model.n_layers, last, vectors)
         scores, nothing = {}, torch.zeros(len(vectors), device=vectors.device)
         for layer in reversed(range(self.model.n_layers)):
             inner = torch.zeros_like(g)
@@ -426,308 +434,41 @@ class LocalReplacement:
         return scores
 
 
-# ----------------------------------------------------------------------------------------- edges
+# ------------------------------------------------------------------------------------ replaced runs
 
 
-class Columns:
-    """Where each source stands among the sources: embeddings, then layer by layer its features and
-    its errors."""
-
-    def __init__(self, local: LocalReplacement):
-        self.local, self.features, self.errors = local, {}, {}
-        end = local.length
-        for layer in range(local.model.n_layers):
-            count = len(local.features.get(layer, ()))
-            self.features[layer] = slice(end, end + count)
-            end += count
-            self.errors[layer] = slice(end, end + local.length - local.first)
-            end = self.errors[layer].stop
-        self.count = end
-        self.at = {layer: active.at(local.length) for layer, active in local.features.items()}
-
-    def embeddings(self, edges: Tensor, g: Tensor) -> None:
-        """Edges from the embeddings, given g (batch, n, d_model) at the stream before block 0."""
-        n = g.shape[1]
-        edges[:, :n] = torch.einsum("bpd,pd->bp", g, self.local.embed[:n])
-
-    def layer(self, edges: Tensor, g: Tensor, layer: int) -> None:
-        """Edges from a layer's features and errors, given g at the stream after its block."""
-        local, n = self.local, g.shape[1]
-        start = self.features[layer].start
-        for position, these in enumerate(self.at.get(layer, ())[:n]):
-            if these.start < these.stop:
-                where = slice(start + these.start, start + these.stop)
-                edges[:, where] = g[:, position] @ local.features[layer].writes[these].T
-        first, start = local.first, self.errors[layer].start
-        if n > first:
-            errors = local.errors[layer, first:n]
-            edges[:, start : start + n - first] = torch.einsum("bpd,pd->bp", g[:, first:], errors)
-
-
-def _start(local: LocalReplacement, layer: int, positions: Tensor, vectors: Tensor):
-    """Gradients (batch, n, d_model) at the stream that targets read, and their constants (batch,).
-
-    Target j is vectors[j] · x, x being what the transcoder of `layer` reads at positions[j]; with
-    layer = n_layers, the output of the final norm. n is one more than the last position.
-    """
-    final = layer == local.model.n_layers
-    reader = local.norms["ln_final", None] if final else local.readers[layer]
-    rows = reader.backward(vectors, positions)
-    n = int(positions.max()) + 1
-    g = rows.new_zeros(len(rows), n, rows.shape[1])
-    g[torch.arange(len(rows), device=g.device), positions] = rows
-    bias = rows.new_zeros(len(rows)) if reader.shift is None else vectors @ reader.shift
-    return g, bias
-
-
-@torch.no_grad()
-def edges_closed_form(
-    local: LocalReplacement, columns: Columns, layer: int, positions: Tensor, vectors: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Edges into targets (batch, sources), and what biases add to them (batch,).
-
-    Target j is vectors[j] · (what `layer`'s transcoder reads at positions[j]); with
-    layer = n_layers, vectors[j] · (the final norm's output). Its gradient walks down the blocks
-    through the transposed maps of the frozen model, and meets the sources' vectors on the way.
-    """
-    g, bias = _start(local, layer, positions, vectors)
-    edges = g.new_zeros(len(g), columns.count)
-    if layer < local.model.n_layers and not local.model.parallel:
-        g = local.through_attention(layer, g, bias)
-    for below in reversed(range(layer)):
-        columns.layer(edges, g, below)
-        g = local.through_block(below, g, bias)
-    columns.embeddings(edges, g)
-    return edges, bias
-
-
-def edges_by_backward(
-    local: LocalReplacement, columns: Columns, layer: int, positions: Tensor, vectors: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same as `edges_closed_form`, by autograd through Hugging Face's own modules.
-
-    Norms, patterns and MLP outputs are replaced by hooks with the frozen ones, and the prompt is
-    run once for every target: slower, and an independent check.
-    """
-    model, L = local.model, local.model.n_layers
-    batch = len(positions)
-    leaves, seen = {}, {}
-
-    def leaf(key: int, x: Tensor) -> Tensor:
-        leaves[key] = x.expand(batch, -1, -1).clone().requires_grad_()
-        return leaves[key]
-
-    def frozen(key: tuple) -> Callable:
-        def hook(_module, args, _out) -> Tensor:
-            part, at = key
-            if part == "ln2" and at in local.readers:
-                seen[at] = local.readers[at](args[0])
-            out = local.norms[key](args[0])
-            if part == "ln_final":
-                seen[L] = out
-            return out.to(args[0].dtype)
-
-        return hook
-
-    def write(below: int) -> Callable:
-        def hook(_mlp_out: Tensor) -> Tensor:
-            skipped = local.skip(below, local.inputs[below]) if below in local.coders else 0.0
-            out = leaf(below, local.mlp_out[below] - skipped)
-            return out + local.skip(below, seen[below]) if below in local.coders else out
-
-        return hook
-
-    hooks: dict = {("resid_pre", 0): lambda _x: leaf(-1, local.embed)}
-    for below in range(L):
-        pattern = local.patterns[below].expand(batch, -1, -1, -1)
-        hooks["pattern", below] = lambda _x, pattern=pattern: pattern
-        hooks["mlp_out", below] = write(below)
-    with ExitStack() as undo, torch.enable_grad(), model.hooks(hooks):
-        for key, module in local.norm_modules():
-            undo.callback(module.register_forward_hook(frozen(key)).remove)
-        model.run_with_cache(local.ids.expand(batch, -1), [], min(layer + 1, L))
-        read = seen[layer][torch.arange(batch, device=positions.device), positions]
-        values = (read * vectors).sum(-1)
-        below = [-1, *range(layer)]
-        grads = torch.autograd.grad(values.sum(), [leaves[b] for b in below], allow_unused=True)
-    edges = values.new_zeros(batch, columns.count)
-    for b, g in zip(below, grads, strict=True):
-        if g is not None and b == -1:
-            columns.embeddings(edges, g)
-        elif g is not None:
-            columns.layer(edges, g, b)
-    return edges, (values - edges.sum(1)).detach()
-
-
-METHODS = {"closed form": edges_closed_form, "backward": edges_by_backward}
-
-
-# ------------------------------------------------------------------------------------- the graph
-
-
-def pick_logits(
-    model: LanguageModel, logits: Tensor, targets: Sequence[str | int] | str | int | None = None
-) -> Tensor:
-    """The token ids that become logit nodes, the likeliest first; or the named ones, as named.
-
-    Without targets: the likeliest tokens up to a probability of 0.95 in all, 10 at most.
-
-    Raises:
-        ModelError: a target is several tokens, or not in the vocabulary, or named twice.
-    """
-    if targets is None:
-        p, order = torch.softmax(logits, -1).topk(min(MOST_LOGITS, len(logits)))
-        return order[: int((p.cumsum(0) < MASS).sum()) + 1]
-    targets = [targets] if isinstance(targets, str | int) else list(targets)
-    ids = [model.to_single_token(t) if isinstance(t, str) else int(t) for t in targets]
-    outside = [i for i in ids if not 0 <= i < model.d_vocab]
-    if outside or not ids or len(set(ids)) < len(ids):
-        raise ModelError(
-            f"The targets are the tokens {ids}: name at least one, each once, from 0 to "
-            f"{model.d_vocab - 1}."
-        )
-    return torch.tensor(ids, device=logits.device)
-
-
-def logit_vectors(model: LanguageModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the final norm's output is multiplied by, for logits less their mean over the
-    vocabulary: (targets, d_model), and (targets,) from the unembedding's bias."""
-    W, bias = model.lm_head.weight, getattr(model.lm_head, "bias", None)
-    mean = sum(part.float().sum(0) for part in W.split(2**14)) / len(W)
-    vectors = W[ids].float() - mean
-    if bias is None:
-        return vectors, torch.zeros(len(ids), device=W.device)
-    return vectors, (bias[ids] - bias.mean()).float()
-
-
-@torch.no_grad()
-def attribution_graph(
-    model: LanguageModel,
-    coders: Coders,
-    prompt: Prompt,
-    targets: Sequence[str | int] | str | int | None = None,
-    *,
-    reads: str | None = None,
-    max_features: int | None = None,
-    allow_missing: bool = False,
-    bos_is_bias: bool = True,
-    method: str = "closed form",
-) -> Graph:
-    """The attribution graph of a prompt's next token.
-
-    Nodes are the embeddings, the active features, the errors that are left, and logits. For a
-    feature or a logit, value = Σ incoming edges + bias; `graph.edge_error` says how exactly (about
-    1e-6 in float32; a model in bfloat16 has its own rounding in there: load it in float32).
+@contextmanager
+def replaced(
+    model: LanguageModel, by: Mapping[int, Replacement], source: str = "mlp_in"
+) -> Iterator[LanguageModel]:
+    """In this context the MLPs of some layers are replaced, at all positions but the first.
 
     Args:
-        coders: a transcoder for each layer, as a list or {layer: transcoder}.
-        targets: the tokens whose logits are nodes (text of one token each, or ids); by default the
-            likeliest, up to a probability of 0.95 in all, 10 at most.
-        reads: "mlp_in" or "normalised", where the transcoders do not say so: see `reads_of`.
-        max_features: keep that many, those with the largest effect on the logits; what the others
-            write is error (`LocalReplacement.fold`), so edges still sum.
-        allow_missing: a layer without a transcoder is all error, instead of a mistake.
-        bos_is_bias: see the module's docstring; False makes nodes of the first position, too.
-        method: "closed form", or "backward": autograd, slower, to check the other with.
-
-    Raises:
-        ModelError: transcoders or targets do not fit; a prompt that is empty or too long; too many
-            nodes to hold the edges between them.
+        by: {layer: function of (source, MLP output), both (batch, pos, d_model)}.
+        source: the site that the functions read: "mlp_in", or "ln2_normalized" for the stream
+            without the norm's gain.
     """
-    if method not in METHODS:
-        raise ModelError(f"The method is one of {', '.join(METHODS)}, not {method!r}.")
-    if max_features is not None and max_features < 1:
-        raise ModelError(f"max_features is {max_features}: keep 1 feature or more.")
-    local = LocalReplacement(model, coders, prompt, reads, allow_missing, bos_is_bias)
-    ids = pick_logits(model, local.logits, targets)
-    p = torch.softmax(local.logits, -1)[ids]
-    vectors, logit_bias = logit_vectors(model, ids)
-    if max_features is not None:
-        local.fold(max_features, vectors, p)
-    columns = Columns(local)
-    n = columns.count + len(ids)
-    if n > MOST_NODES:
-        raise ModelError(
-            f"The graph would have {n} nodes and {n * n * 4 / 1e9:.0f} GB of edges: shorten the "
-            f"prompt, or pass max_features={MOST_NODES // 3}."
-        )
-    adjacency, bias = torch.zeros(n, n), torch.zeros(n)
-    for rows, *target in _targets(local, columns, vectors):
-        edges, constant = METHODS[method](local, columns, *target)
-        adjacency[rows, : columns.count] = edges.cpu()
-        bias[rows] = constant.cpu()
-    for layer, active in local.features.items():
-        own = local.coders[layer].b_enc[active.latents]
-        bias[columns.features[layer]] += own.detach().float().cpu()
-    bias[columns.count :] += logit_bias.cpu()
-    value = (local.uncapped - local.uncapped.mean())[ids]
-    return make_graph(
-        _prompt_text(model, prompt, local.ids),
-        _texts(model, local.ids),
-        _nodes(local, ids),
-        adjacency,
-        bias,
-        _values(local, value),
-        p.cpu(),
-        model.n_layers,
-        model=model.name,
-        target_names=tuple(_texts(model, ids)),
-        settings={"features": sum(map(len, local.features.values()))},
-    )
+    with ExitStack() as stack:
+        for layer, replacement in by.items():
+            stack.enter_context(spliced(model, (source, layer), ("mlp_out", layer), replacement))
+        yield model
 
 
-def _targets(local: LocalReplacement, columns: Columns, vectors: Tensor):
-    """(rows of the adjacency, layer, positions, vectors) of all features and then the logits, in
-    chunks whose gradients stay within `MOST_NUMBERS`."""
-    model = local.model
-    width = max(model.d_model, model.n_heads * model.d_head)
-    size = max(1, MOST_NUMBERS // (local.length * width))
-    for layer, active in local.features.items():
-        start, coder = columns.features[layer].start, local.coders[layer]
-        for low in range(0, len(active), size):
-            high = min(low + size, len(active))
-            rows = coder.W_enc[:, active.latents[low:high]].detach().float().T
-            yield slice(start + low, start + high), layer, active.positions[low:high], rows
-    last = torch.full((len(vectors),), local.length - 1, device=vectors.device)
-    for low in range(0, len(vectors), size):
-        high = min(low + size, len(vectors))
-        rows = slice(columns.count + low, columns.count + high)
-        yield rows, model.n_layers, last[low:high], vectors[low:high]
+def zeros(x: Tensor, y: Tensor) -> Tensor:
+    """The replacement that knows nothing: the MLP writes nothing."""
+    return torch.zeros_like(y)
 
 
-def _nodes(local: LocalReplacement, ids: Tensor) -> list[Node]:
-    """The nodes, in the order of the columns, and then the logits."""
-    nodes = [Node(EMBEDDING, -1, i, token) for i, token in enumerate(local.ids.tolist())]
-    for layer in range(local.model.n_layers):
-        if layer in local.features:
-            active = local.features[layer]
-            places = zip(active.positions.tolist(), active.latents.tolist(), strict=True)
-            nodes += [Node(FEATURE, layer, position, latent) for position, latent in places]
-        nodes += [Node(ERROR, layer, position) for position in range(local.first, local.length)]
-    last, L = local.length - 1, local.model.n_layers
-    return nodes + [Node(LOGIT, L, last, token) for token in ids.tolist()]
+def by_coder(coder: nn.Module) -> Replacement:
+    """A transcoder's prediction instead of the MLP's output."""
+    return lambda x, y: predict(coder, x)
 
 
-def _values(local: LocalReplacement, logits: Tensor) -> Tensor:
-    """Each node's value, in the order of the nodes."""
-    values = [local.embed.norm(dim=-1)]
-    for layer in range(local.model.n_layers):
-        if layer in local.features:
-            values.append(local.features[layer].values)
-        values.append(local.errors[layer, local.first :].norm(dim=-1))
-    return torch.cat([*values, logits]).cpu()
+def by_sae(coder: nn.Module) -> Replacement:
+    """An SAE's reconstruction of the MLP's output."""
+    return lambda x, y: predict(coder, y)
 
 
-def _texts(model: LanguageModel, ids: Tensor) -> list[str]:
-    """Each token as text, or its number where the model has no tokenizer."""
-    if model.tokenizer is None:
-        return [str(i) for i in ids.tolist()]
-    return model.str_tokens(ids)
-
-
-def _prompt_text(model: LanguageModel, prompt: Prompt, ids: Tensor) -> str:
-    """The prompt as text."""
-    if isinstance(prompt, str):
-        return prompt
-    start = 1 if model.tokenizer and int(ids[0]) == model.tokenizer.bos_token_id else 0
-    return "".join(_texts(model, ids[start:] if len(ids) > start else ids))
+def without_latents(coder: nn.Module) -> Replacement:
+    """A transcoder none of whose latents fires: its bias, and its skip path."""
+    return lambda x, y: coder.decode(x.new_zeros(*x.shape[:-1], coder.d_latent), x)

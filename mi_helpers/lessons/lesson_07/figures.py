@@ -1,4 +1,4 @@
-"""The figures of lesson 07: how the model does with its MLPs replaced, rules, virtual weights."""
+"""Lesson 07's figures: losses with MLPs replaced, rules, virtual weights."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mi_helpers import plots
-from mi_helpers.lessons.lesson_07.experiments import ActivePairs, Faithful, reading_of, top_tokens
+from mi_helpers.circuits.rules import ActivePairs, token_inputs, top_tokens
+from mi_helpers.lessons.lesson_07.experiments import Faithful
 from mi_helpers.saes.features import contexts
 from mi_helpers.saes.figures import Page, centred, draw_bars
 
 SHOWN = 6  # contexts in the figure of a rule
 
 
-def replacement(runs: Mapping[tuple[str, str], Faithful], where: str, kind: str) -> Figure:
+def replacement(runs: Mapping[tuple[str, str], Faithful], part: str, kind: str) -> Figure:
     """The loss of each family before and after MLPs are replaced.
 
     Args:
-        runs: {(where, kind): what was measured}, such as ("layer 3", "skip"); where is what was
-            replaced, kind by what.
+        runs: {(part, kind): losses}, such as ("layer 3", "skip"): what was replaced, and by what.
+
+    Raises:
+        ValueError: nothing was measured for this part and kind.
     """
-    if (where, kind) not in runs:
-        raise ValueError(f"Nothing was measured for {where!r} and {kind!r}.")
-    run = runs[where, kind]
+    if (part, kind) not in runs:
+        raise ValueError(f"Nothing was measured for {part!r} and {kind!r}.")
+    run = runs[part, kind]
     longest = max(max(each.clean.values()) for each in runs.values())
     return plots.before_after(
         run.clean,
         run.spliced,
-        f"{where}, {kind}: {run.recovered:.0%} of the loss recovered",
+        f"{part}, {kind}: {run.recovered:.0%} of the loss recovered",
         xlabel="loss on the answers, nats",
         limits=(0, 1.6 * longest),
         labels=("the model", "MLP replaced"),
@@ -42,8 +45,11 @@ def equal_l0(
     explained: Mapping[str, Sequence[float]],
     added: Mapping[str, Sequence[float]],
 ) -> Figure:
-    """Explained variance, and loss that a replacement adds, against how many latents (or neurons)
-    really fire per token; {kind: values}, a kind without values in a panel left out there."""
+    """Explained variance and added loss against the mean number of units that fire per token.
+
+    Args:
+        l0, explained, added: {kind: values}; a kind without values is left out of that panel.
+    """
     picture, axes = plots.figure(12, 4.6, columns=2)
     panels = {"explained variance": explained, "nats added, this MLP replaced": added}
     ends = [value for each in l0.values() for value in each]
@@ -63,21 +69,22 @@ def equal_l0(
 
 @plots.style()
 def rule(page: Page, layer: int, latent: int) -> Figure:
-    """A latent as a rule: what fires it, read from the encoder; where it fired; what it writes.
+    """A latent as a rule: what fires it, what it writes, and where it fired.
 
     Left, its pre-activation on each token's embedding alone; right, the logits that its decoder row
-    raises; below, its highest firings with the token in [[brackets]]. After the feature dashboards
-    of Dunefsky and others 2024.
+    raises; below, its highest firings with the token in [[brackets]].
 
     Raises:
-        ValueError: no such latent.
+        ValueError: there is no such latent.
+
+    Source: the feature dashboards of Dunefsky et al. 2024.
     """
     latent = page.features.check(latent)
     picture = plots.Picture(figsize=(12, 6.6), layout="none")
     picture.subplots_adjust(left=0.12, right=0.97, top=0.86, bottom=0.5, wspace=0.5)
     left, right = picture.subplots(1, 2)
     count, share = page.features.count[latent], page.features.frequency[latent]
-    read = top_tokens(page.model, reading_of(page.model, page.coder, layer, latent), SHOWN)
+    read = top_tokens(page.model, token_inputs(page.model, page.coder, layer, latent), SHOWN)
     draw_bars(left, read, "fires for (embedding → encoder)", "pre-activation, embedding alone")
     raised, _ = page.effects(latent, SHOWN)
     draw_bars(right, raised, "writes (decoder → unembedding)", "logit per unit of activation")
@@ -95,10 +102,13 @@ def rule(page: Page, layer: int, latent: int) -> Figure:
 
 @plots.style()
 def virtual(pairs: ActivePairs, most: int = 4_000) -> Figure:
-    """What weights promise against what arrives: virtual weights at one position and between two,
-    and between two with attention's weights but without its pattern.
+    """Edges against virtual weights, of pairs at one position and at two; and at two, edges against
+    those of even attention.
 
-    Dunefsky and others 2024; Ameisen and others 2025, "Global Weights".
+    Args:
+        most: how many pairs to draw in a panel, about.
+
+    Source: Dunefsky et al. 2024; Ameisen et al. 2025, "Global Weights".
     """
     picture, axes = plots.figure(12, 4.4, columns=3, sharey=True)
     panels = {

@@ -6,8 +6,8 @@ from functools import cache
 
 import numpy as np
 
+from mi_helpers.circuits.edges import attribution_graph
 from mi_helpers.circuits.graphs import Graph, graph_scores, random_graph
-from mi_helpers.circuits.replacement import attribution_graph
 from mi_helpers.lessons.lesson_07.experiments import coders_for
 from mi_helpers.lessons.lesson_08.experiments import (
     latent_labels,
@@ -20,11 +20,11 @@ from mi_helpers.lessons.lesson_08.experiments import (
 from mi_helpers.lessons.lesson_08.stories import (
     Steps,
     Story,
+    label_story,
     observe,
     random_share,
     share_of_gap,
     singles,
-    tell,
 )
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
@@ -51,7 +51,7 @@ def edges_off(seed: int) -> float:
 
 
 def edges_off_scaled(seed: int) -> float:
-    """The same, each over the Σ |edges| + |bias| of its node."""
+    """The same, each divided by the Σ |edges| + |bias| of its node."""
     return max(graph.edge_error.scaled for graph in _graphs(seed))
 
 
@@ -74,43 +74,42 @@ def exchanged_replacement(seed: int) -> float:
 
 
 def dealt_replacement(seed: int) -> float:
-    """What the score does not see: the same with every node's incoming edges dealt out anew among
-    the nodes that could be its sources."""
+    """What the score does not see: the same score of `random_graph`."""
     return float(np.median([graph_scores(random_graph(g, seed))[0] for g in _graphs(seed)]))
 
 
 @cache
 def _stories(seed: int, step: str) -> list[Story]:
-    """Ten stories of one step: of two-hop questions whose landmark and relation never stood
-    together in training; for "asked", of questions whose partner asks for something else."""
+    """Ten stories of one step, of two-hop questions that training never showed; for "asked", of
+    questions whose partner asks for something else."""
     model, _, steps = _shipped()
     make = what_is_asked if step == "asked" else unseen_hops
     return [steps.story(q, step) for q in make(model, 10, seed)]
 
 
 def country_swap(seed: int) -> float:
-    """Two hops: the change of the logit gap, as a share of it, when the features of the country are
-    exchanged for those of the partner's; ten questions together."""
+    """`share_of_gap` of ten two-hop questions when the country's features are swapped for those of
+    the partner's country."""
     return share_of_gap(*_shipped()[:2], _stories(seed, "country"), "swap")
 
 
 def pair_swap(seed: int) -> float:
-    """The same with features that favour the country only where the same is asked."""
+    """The same with the features of step "pair"."""
     return share_of_gap(*_shipped()[:2], _stories(seed, "pair"), "swap")
 
 
 def both_swap(seed: int) -> float:
-    """The same with all features that favour the country elsewhere, whatever is asked there."""
+    """The same with the features of step "country or pair"."""
     return share_of_gap(*_shipped()[:2], _stories(seed, "country or pair"), "swap")
 
 
 def asked_swap(seed: int) -> float:
-    """The same as `country_swap` with the features of what is asked for."""
+    """The same with the features of step "asked"."""
     return share_of_gap(*_shipped()[:2], _stories(seed, "asked"), "swap")
 
 
 def country_random(seed: int) -> float:
-    """The control: the change without as many other features of the same layers, as active."""
+    """The control of `country_swap`: `random_share`."""
     return random_share(*_shipped()[:2], _stories(seed, "country"))
 
 
@@ -122,7 +121,7 @@ def _tested(seed: int, steps: bool) -> np.ndarray:
         told = _stories(seed, "country") + _stories(seed, "asked")
     else:
         labels = latent_labels(model, coders, made.reading)
-        told = [tell(model, coders, q, labels) for q in questions(model, 10, seed)]
+        told = [label_story(model, coders, q, labels) for q in questions(model, 10, seed)]
     rows = [(s.suppress, observe(model, coders, s, "suppress")) for s in told]
     rows += [(s.swap, observe(model, coders, s, "swap")) for s in told]
     return np.array(rows).T
@@ -134,7 +133,7 @@ def predicted_steps(seed: int) -> float:
 
 
 def size_of_steps(seed: int) -> float:
-    """The observed change over the predicted one, stories of steps, all together."""
+    """Σ observed over Σ predicted change, stories of steps."""
     predicted, observed = _tested(seed, True).sum(1)
     return float(observed / predicted)
 
@@ -146,6 +145,6 @@ def size_of_labels(seed: int) -> float:
 
 
 def predicted_singles(seed: int) -> float:
-    """The correlation for single features taken out, four questions."""
+    """Correlation of the predicted with the observed change, single features of four questions."""
     model, coders, _ = _shipped()
     return singles(model, coders, questions(model, 4, seed), seed=seed).correlation()

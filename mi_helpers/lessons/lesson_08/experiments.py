@@ -1,14 +1,14 @@
-"""Lesson 08's questions: prompts with a partner, what TinyWorld says of their tokens, and graphs.
+"""Lesson 08's questions: prompts in pairs, labels of latents by TinyWorld's truth, and graphs.
 
     coders = coders_for(model, range(model.n_layers))
     asked = questions(model, 30, seed=0)
     labels = latent_labels(model, coders, read_sentences(model))
     graph = question_graph(model, coders, asked[0], labels)
-    by_label(graph)                                    # what each label adds to answer less rival
+    by_label(graph)                                    # what each label adds to the logit gap
     score_table(model, coders, [graph])                # its scores, and those of three controls
 
-The engine is `mi_helpers.circuits.replacement` and `graphs`. What a graph predicts of an intervention, and
-whether it happens, is in `mi_helpers.lessons.lesson_08.stories`.
+What a graph predicts of an intervention, and what the model does, is in
+`mi_helpers.lessons.lesson_08.stories`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mi_helpers.circuits.edges import attribution_graph
 from mi_helpers.circuits.graphs import (
     EMBEDDING,
     ERROR,
@@ -36,7 +37,7 @@ from mi_helpers.circuits.graphs import (
     group_by_label,
     random_graph,
 )
-from mi_helpers.circuits.replacement import Coders, attribution_graph, reads_of
+from mi_helpers.circuits.replacement import Coders, by_layer, reads_of
 from mi_helpers.heads import repeated_tokens
 from mi_helpers.layouts import ModelError, norm_gain
 from mi_helpers.loading import untrained
@@ -118,8 +119,13 @@ ALIKE = (("city", "country"), ("capital", "language"), ("two-hop capital", "two-
 
 @dataclass(frozen=True)
 class Asked:
-    """One sentence that asks: its kind (one of `KINDS`), prompt, what it names, the country that
-    this is or is in, and the answer."""
+    """One sentence that asks for something.
+
+    kind             one of `KINDS`
+    subject          what the sentence names: a landmark or a country
+    country          where that is
+    prompt, answer   as texts
+    """
 
     kind: str
     prompt: str
@@ -129,15 +135,15 @@ class Asked:
 
     @property
     def asks(self) -> str:
-        """What for: "asks for capital"."""
+        """What it asks for, such as "asks for capital"."""
         return f"asks for {self.kind.split()[-1]}"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A sentence and its partner: as many tokens, and another answer.
+    """A sentence and its partner, with as many tokens and another answer.
 
-    The answers are one token each and get their space: " Paris".
+    Answers are one token each, with their space: " Paris".
     """
 
     one: Asked
@@ -162,8 +168,8 @@ class Question:
 
 
 def sentences(kind: str) -> Iterator[Asked]:
-    """Every sentence of a kind; of two hops, only those where the second hop matters: a capital
-    that is not the landmark's own city."""
+    """Every sentence of a kind; of "two-hop capital" only those where the second hop matters: the
+    capital is not the landmark's own city."""
     named, phrase, wanted = KINDS[kind]
     if named == "country":
         for place in lexicon.countries().values():
@@ -185,8 +191,8 @@ def unseen(asked: Asked) -> bool:
 
 @torch.no_grad()
 def _right(model: LanguageModel, kind: str) -> tuple[list[Asked], list[Asked]]:
-    """The sentences of a kind whose answer is one token and the model's first choice; and all whose
-    answer is one token."""
+    """(right, all): the sentences of a kind whose answer is one token; right are those where it is
+    the model's first choice."""
     asked = []
     for each in sentences(kind):
         try:
@@ -215,26 +221,30 @@ def _known(model: LanguageModel) -> dict[str, tuple[list[Asked], list[Asked]]]:
 
 
 def accuracy(model: LanguageModel, only_unseen: bool = False) -> dict[str, float]:
-    """{kind: share of its sentences that the model answers rightly}; of two-hop kinds alone those
-    of pairs that training never showed, with only_unseen=True."""
-    shares = {}
+    """{kind: the share of its sentences that the model answers rightly}.
+
+    Args:
+        only_unseen: two-hop kinds alone, and of them the sentences that training never showed.
+    """
+    share = {}
     for kind in TWO_HOP if only_unseen else KINDS:
         right, asked = (
             [each for each in some if unseen(each) or not only_unseen]
             for some in _known(model)[kind]
         )
-        shares[kind] = len(right) / max(len(asked), 1)
-    return shares
+        share[kind] = len(right) / max(len(asked), 1)
+    return share
 
 
 def questions(
     model: LanguageModel, n: int, seed: int, kinds: Sequence[str] = tuple(KINDS)
 ) -> list[Question]:
-    """n questions about two countries, the kinds in turn; the model answers both sentences rightly.
+    """n questions about two countries, of the kinds in turn, whose two sentences the model answers
+    rightly.
 
     Raises:
-        ValueError: an unknown kind; a kind of which the model answers too few sentences of one
-            token count.
+        ValueError: an unknown kind; a kind of which the model rightly answers too few sentences
+            with as many tokens.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
@@ -245,8 +255,8 @@ def questions(
 
 
 def _partners(model: LanguageModel, kind: str) -> list[tuple[Asked, Asked]]:
-    """Ordered pairs of rightly answered sentences of one token count, with different countries and
-    answers."""
+    """Ordered pairs of rightly answered sentences, with as many tokens and with different countries
+    and answers."""
     right = _known(model)[kind][0]
     length = {each: _length(model, each) for each in right}
     pairs = [
@@ -269,8 +279,8 @@ def unseen_hops(model: LanguageModel, n: int, seed: int) -> list[Question]:
 
 
 def what_is_asked(model: LanguageModel, n: int, seed: int) -> list[Question]:
-    """n questions whose partner names the same and asks for something else, each pair of kinds in
-    `ALIKE` in turn; the model answers both sentences rightly.
+    """n questions whose partner names the same and asks for something else, of the pairs of kinds
+    in `ALIKE` in turn; the model answers both sentences rightly.
 
     Raises:
         ValueError: it answers too few.
@@ -299,9 +309,9 @@ def what_is_asked(model: LanguageModel, n: int, seed: int) -> list[Question]:
 
 
 def repeated(model: LanguageModel, n: int, seed: int, length: int = 8) -> list[Question]:
-    """n questions of another sort: random words, and then one of them again, answered by the word
-    that came after it. The partner has the same words and repeats another one. As many as the model
-    answers rightly, n at most."""
+    """n questions or fewer of another sort: random words, then one of them again, whose answer is
+    the word that came after it. The partner has the same words and repeats another one. The model
+    answers both rightly."""
     ids = repeated_tokens(model, 10 * n, length, seed)[:, -length:].tolist()
     made = []
     for i, row in enumerate(ids):
@@ -313,8 +323,8 @@ def repeated(model: LanguageModel, n: int, seed: int, length: int = 8) -> list[Q
 
 
 def _repeating(model: LanguageModel, row: list[int], place: int) -> Asked | None:
-    """The words and the one at `place` again; None if the tokens of this text are others, or the
-    model goes on with another word."""
+    """The words, with the one at `place` again; None if the text has other tokens, or the model
+    gives another answer."""
     prompt, answer = model.tokenizer.decode([*row, row[place]]), model.str_tokens([row[place + 1]])
     ids = model.tokens(prompt)[0]
     same = ids[-len(row) - 1 :].tolist() == [*row, row[place]]
@@ -324,13 +334,13 @@ def _repeating(model: LanguageModel, row: list[int], place: int) -> Asked | None
 
 # ---------------------------------------------------------------------------------------- labels
 
-LEAST_SHARE = 0.5  # of what a latent fires: a concept that accounts for as much names it
-LEAST_RISE = 4.0  # standard deviations by which the logit that a latent raises most stands out
+LEAST_SHARE = 0.5  # of a latent's activation: a concept that accounts for as much names it
+LEAST_RISE = 4.0  # standard deviations: an answer whose logit a latent raises as much names it
 
 
 @torch.no_grad()
 def read_by(model: LanguageModel, coder, layer: int, mlp_in: Tensor) -> Tensor:
-    """What a transcoder reads, from the MLP's input (..., d_model)."""
+    """What a transcoder reads, (..., d_model), given the MLP's input."""
     if reads_of(coder) == "mlp_in":
         return mlp_in
     return mlp_in / norm_gain(model.part("ln2", layer))
@@ -338,11 +348,11 @@ def read_by(model: LanguageModel, coder, layer: int, mlp_in: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """Sentences that the model has read, token by token, `<bos>` left out.
+    """The model's MLP inputs at the tokens of some sentences, `<bos>` left out.
 
     mlp_in     {layer: (rows, d_model)}
     concepts   {name: mask (rows,)}: TinyWorld's truth at each token
-    half       how many rows the first half of the sentences has
+    half       the number of rows of the first half of the sentences
     asked      (rows,): the token's sentence
     """
 
@@ -354,11 +364,11 @@ class Reading:
 
 @torch.no_grad()
 def read_sentences(model: LanguageModel, most: int = 100, seed: int = 0) -> Reading:
-    """At most `most` sentences of each kind, with what TinyWorld says of each token:
+    """At most `most` sentences of each kind, with TinyWorld's truth at each token:
 
-    a country      from the last token of what names it, or of its landmark, to the sentence's end
-    "asks for …"   the last token, from which the answer is predicted
-    a token        the token itself, in quotes
+    a country      from the last token of its name, or of its landmark's, to the sentence's end
+    "asks for …"   at the last token, from which the answer is predicted
+    a token        at the token itself, in quotes
     """
     rng = random.Random(seed)
     asked = [each for kind in KINDS for each in _some(list(sentences(kind)), most, rng)]
@@ -389,7 +399,7 @@ def _some(items: list, most: int, rng: random.Random) -> list:
 
 
 def _truth(model: LanguageModel, asked: Asked) -> list[set[str]]:
-    """What is true at each token of a sentence, `<bos>` left out."""
+    """The concepts that are true at each token of a sentence, `<bos>` left out."""
     tokens = model.str_tokens(model.tokens(asked.prompt)[0, 1:])
     begin = asked.prompt.index(asked.subject) + len(asked.subject)
     said, end = [], 0
@@ -401,23 +411,17 @@ def _truth(model: LanguageModel, asked: Asked) -> list[set[str]]:
     return said
 
 
-def by_layer(coders: Coders) -> dict[int, SparseCoder]:
-    """{layer: transcoder}, from such a mapping or a list."""
-    return dict(coders) if isinstance(coders, Mapping) else dict(enumerate(coders))
-
-
 @torch.no_grad()
 def latent_labels(
     model: LanguageModel, coders: Coders, reading: Reading | None = None
 ) -> dict[tuple[int, int], str]:
     """{(layer, latent): words}, for the latents that fire on TinyWorld's sentences.
 
-    The *rarest* concept that accounts for `LEAST_SHARE` of what the latent fires, Σ activations, in
-    both halves of the sentences. If there is none, after an arrow, the word among TinyWorld's
-    answers whose logit the latent raises most, if that stands out from those of the other answers
-    by `LEAST_RISE` standard deviations. The others get no label, and none is typed in. (The share
-    is a precision. Recall is not asked for: a latent may fire at one word of a sentence about
-    France, and still be about France alone.)
+    A latent's label is the *rarest* concept that accounts for `LEAST_SHARE` of its Σ activations in
+    both halves of the sentences. Without one it is, after an arrow, the word among TinyWorld's
+    answers whose logit the latent raises most, if that is `LEAST_RISE` standard deviations above
+    the mean of the answers. Other latents have no label. (The share is a precision. Recall does not
+    count: a latent may fire at one word of a sentence about France, and be about France alone.)
     """
     reading = reading or read_sentences(model)
     names = list(reading.concepts)
@@ -444,7 +448,7 @@ def latent_labels(
 
 
 def _answers(model: LanguageModel) -> Tensor:
-    """The tokens that answer a sentence of any kind, each once."""
+    """The tokens that answer sentences of any kind, each once."""
     said = {each.answer for kind in KINDS for each in sentences(kind)}
     ids = set()
     for word in said:
@@ -455,12 +459,17 @@ def _answers(model: LanguageModel) -> Tensor:
 
 @torch.no_grad()
 def activations(model: LanguageModel, coder, layer: int, reading: Reading) -> Tensor:
-    """(rows, d_latent), of one layer's latents at every token of the sentences."""
+    """(rows, d_latent): activations of one layer's latents at every token of the sentences."""
     return coder.encode(read_by(model, coder, layer, reading.mlp_in[layer])).float().cpu()
 
 
 def shares(f: Tensor, truth: Tensor) -> Tensor:
-    """The share of each latent's activation that stands at each concept, (latents, concepts)."""
+    """The share of each latent's Σ activations that falls on each concept, (latents, concepts).
+
+    Args:
+        f: activations (rows, latents).
+        truth: (rows, concepts), 0 or 1.
+    """
     return (f.T @ truth) / f.sum(0).clamp(min=1e-9)[:, None]
 
 
@@ -473,26 +482,31 @@ MOST_FEATURES = 5_000  # of one graph; tiny-gemma has some hundreds
 def question_graph(
     model: LanguageModel, coders: Coders, question: Question, labels: Mapping | None = None
 ) -> Graph:
-    """The graph of a question, with its answer and its rival as logits; labelled, with one
-    supernode for each label."""
+    """The graph of a question, with its answer and the rival as logits.
+
+    Args:
+        labels: as `Graph.label` takes them; features with one label become a supernode.
+    """
     targets = [question.answer, question.rival]
     graph = attribution_graph(model, coders, question.prompt, targets, max_features=MOST_FEATURES)
     return group_by_label(graph.label(labels)) if labels else graph
 
 
 def logit_gap(graph: Graph, change: Tensor | None = None) -> float:
-    """The answer's logit less the rival's; or of a change (n,), as `predicted_effect` gives it."""
+    """The answer's logit less the rival's, of the graph or of a change (n,) of its values."""
     values = graph.values if change is None else change
     first, second = graph.mask(LOGIT).nonzero()[:2, 0].tolist()
     return float(values[first] - values[second])
 
 
-def worth(graph: Graph) -> Tensor:
-    """What each node adds to the gap between the two logits, over all paths, (n,).
+def contributions(graph: Graph) -> Tensor:
+    """What each node adds to the gap between the two logits, over all paths, (n,):
 
-    Seen from the logits: worth_s = Σ_t edge(s → t) · (worth_t / value_t), where a logit counts as 1
-    or -1, and a feature passes on the share of its value that the node makes up. Taking the node
-    away alone changes the gap by minus this much, as the graph sees it.
+        c_s = Σ_t edge(s → t) · c_t / value_t
+
+    where c_t / value_t is 1 at the answer and -1 at the rival: a feature passes on the share of its
+    value that the node makes up. The graph predicts a change of the gap by -c_s when the node alone
+    is removed.
     """
     edges, passes = graph.adjacency.double(), graph.mask(FEATURE)
     first, second = graph.mask(LOGIT).nonzero()[:2, 0].tolist()
@@ -505,17 +519,17 @@ def worth(graph: Graph) -> Tensor:
 
 
 def by_label(graph: Graph) -> dict[str, float]:
-    """{label: what its features together add to the gap}, the largest amount first."""
-    own, sums = worth(graph), {}
+    """{label: Σ contributions of its features to the gap}, the largest amount first."""
+    own, sums = contributions(graph), {}
     for label, names in graph.supernodes.items():
         sums[label] = sum(float(own[graph.index(name)]) for name in names)
     return dict(sorted(sums.items(), key=lambda pair: -abs(pair[1])))
 
 
-def worth_by_kind(graph: Graph) -> dict[str, float]:
-    """{kind of node: the share of the gap that such nodes add}; biases add the rest, and as errors
-    and embeddings act through features, the shares do not sum to 1."""
-    own, gap = worth(graph), logit_gap(graph)
+def shares_by_kind(graph: Graph) -> dict[str, float]:
+    """{kind of node: Σ contributions over the gap}. Errors and embeddings act through features, and
+    biases add to the gap, so the shares do not sum to 1."""
+    own, gap = contributions(graph), logit_gap(graph)
     return {kind: float(own[graph.mask(kind)].sum()) / gap for kind in (EMBEDDING, FEATURE, ERROR)}
 
 
@@ -523,7 +537,7 @@ def worth_by_kind(graph: Graph) -> dict[str, float]:
 
 
 def shuffled(coders: Coders, seed: int) -> dict[int, SparseCoder]:
-    """A control: latents fire as before, and each writes what another one of its layer wrote."""
+    """A control: latents fire as before, and each writes another one's decoder row."""
     rng, made = torch.Generator().manual_seed(seed), {}
     for layer, coder in by_layer(coders).items():
         other = made[layer] = copy.deepcopy(coder)
@@ -539,8 +553,8 @@ CONDITIONS = ("the graph", "decoders exchanged", "untrained model", "edges dealt
 def score_table(
     model: LanguageModel, coders: Coders, whole: Sequence[Graph], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """{condition: (graphs, 2)}: replacement and completeness score of each of these whole graphs,
-    and of three controls on the same prompts (`CONDITIONS`)."""
+    """{condition: (graphs, 2)}: replacement and completeness scores of whole graphs, and of three
+    controls on their prompts (`CONDITIONS`)."""
     exchanged, blank = shuffled(coders, seed), untrained(model, seed)
     rows: dict[str, list] = {name: [] for name in CONDITIONS}
     for i, graph in enumerate(whole):

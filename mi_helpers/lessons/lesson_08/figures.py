@@ -1,4 +1,4 @@
-"""Lesson 08's figures of scores, of predictions, and of interventions."""
+"""Lesson 08's figures: scores, predictions, interventions."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ MARKS = {"suppress": ("o", OKABE_ITO[0]), "swap": ("s", OKABE_ITO[1]), "null": (
 
 @style()
 def score_figure(table: Mapping[str, np.ndarray]) -> Figure:
-    """One dot per prompt, and a bar and a number at the median: both scores under each condition.
+    """Both scores under each condition: a dot for each prompt, a bar and a number at the median.
 
-    Realises the comparison of graph scores in "Circuit Tracing" (Ameisen and others, 2025).
+    Args:
+        table: `score_table`'s.
+
+    Source: the comparison of graph scores in Ameisen et al. 2025, "Circuit Tracing".
     """
     picture, axes = figure(10, 1.4 + 0.5 * len(table), 1, 2, sharey=True)
     for column, (one, name) in enumerate(zip(axes, SCORES, strict=True)):
@@ -42,11 +45,10 @@ def score_figure(table: Mapping[str, np.ndarray]) -> Figure:
 
 @style()
 def prediction_figure(sorts: Mapping[str, Sequence[Outcome]]) -> Figure:
-    """What the graph predicted against what the model did, a panel for each sort of stories and a
+    """Observed against predicted changes of the gap, with a panel for each sort of stories and a
     mark for each intervention; misses have a cross.
 
-    Realises the validation of graphs by perturbation in "Circuit Tracing" (Ameisen and others,
-    2025), "Validating Attribution Graph Hypotheses with Interventions".
+    Source: Ameisen et al. 2025, "Validating Attribution Graph Hypotheses with Interventions".
     """
     picture, axes = figure(12, 4.6, 1, len(sorts), sharex=True, sharey=True, squeeze=False)
     for one, (name, outcomes) in zip(axes[0], sorts.items(), strict=True):
@@ -68,8 +70,8 @@ def prediction_figure(sorts: Mapping[str, Sequence[Outcome]]) -> Figure:
 
 @style()
 def singles_figure(data: Singles) -> Figure:
-    """Features taken out one at a time, a dot each: predicted against observed, with ever less of
-    the model held as it was."""
+    """Features removed one at a time, a dot each: observed against predicted changes of the gap,
+    with less of the model held constant from panel to panel."""
     panels = (
         ("all else held", "by its own edges", data.direct, data.held),
         ("MLPs answer", "over all paths", data.paths, data.frozen),
@@ -85,16 +87,18 @@ def singles_figure(data: Singles) -> Figure:
 
 
 def _diagonal(axes: Axes) -> None:
-    """A dashed line where both coordinates agree."""
+    """A dashed line where both coordinates are equal."""
     ends = [min(*axes.get_xlim(), *axes.get_ylim()), max(*axes.get_xlim(), *axes.get_ylim())]
     axes.plot(ends, ends, color="0.6", linestyle="--", marker="", zorder=0)
 
 
 class InterventionExplorer:
-    """`explorer(story, factor, swap, attention)`: the next token before and after, as a Figure.
+    """`explorer(story, factor, swap, attention)`: a figure of the next token before and after.
 
-    stories: {name: Story}; factor multiplies the story's features, and with `swap` the partner's
-    are put in, too.
+    factor multiplies the story's features; with `swap` the partner's are put in, too.
+
+    Args:
+        stories: {name: story}.
     """
 
     def __init__(self, model: LanguageModel, coders: Coders, stories: Mapping[str, Story]):

@@ -1,13 +1,13 @@
-"""Lesson 08's stories: what a graph predicts of an intervention, and whether the model does it.
+"""Lesson 08's stories: what a graph predicts of an intervention, and what the model does.
 
     steps = Steps(model, coders, read_sentences(model))
     story = steps.story(asked[0], "country")           # predicted, in numbers, from the graph alone
-    outcomes = try_story(model, coders, story)         # what the model does, and whether it fits
+    outcomes = try_story(model, coders, story)         # observed, and whether it fits
     outcome_table(outcomes)                            # hits and misses
 
 A story is about a set of features, chosen by a rule before anything is changed. Three interventions
-test it: *suppress* (the features at zero), *swap* (and the partner's put in), *null* (as many
-others that the graph calls unimportant).
+test it: *suppress* (the features at zero), *swap* (the same, with the partner's features put in),
+and *null* (as many other features at zero that the graph calls unimportant).
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mi_helpers.circuits.graphs import FEATURE, Graph, predicted_effect
-from mi_helpers.circuits.interventions import Intervention, intervene
-from mi_helpers.circuits.replacement import Coders
+from mi_helpers.circuits.graphs import FEATURE, Graph
+from mi_helpers.circuits.interventions import Intervention, intervene, predicted_effect
+from mi_helpers.circuits.replacement import Coders, by_layer
 from mi_helpers.lessons.lesson_08.experiments import (
     Question,
     Reading,
     activations,
     by_label,
-    by_layer,
+    contributions,
     logit_gap,
     question_graph,
     shares,
-    worth,
 )
 from mi_helpers.models import LanguageModel
 
@@ -44,12 +43,12 @@ SMALL = 0.1  # of the logit gap: less is no effect
 
 @dataclass(frozen=True, eq=False)
 class Story:
-    """A circuit told from a graph, and what it predicts, before anything is changed.
+    """A set of features of a graph, and what the graph predicts of interventions on them.
 
-    step              what its features are said to stand for, in words
+    step              what the features are to stand for, in words
     nodes             the features
     into              {node: activation}: the partner's features that a swap puts in
-    null              as many features that the graph says do little
+    null              as many features with a small predicted effect
     gap               the model's logit of the answer less that of the rival
     suppress, swap    the predicted change of the gap
     """
@@ -77,23 +76,26 @@ def make_story(
     other: Graph,
     theirs: Sequence[str],
 ) -> Story:
-    """A story about `nodes` of its graph, and, for the swap, `theirs` of the partner's graph.
+    """A story about `nodes` of the question's graph.
 
-    The swap's prediction adds what the partner's features are worth to the rival in *their* graph.
+    Args:
+        other: the partner's graph.
+        theirs: the features of it that a swap puts in. What they add to the rival there is the
+            second part of the swap's prediction.
     """
     suppress = logit_gap(graph, predicted_effect(graph, dict.fromkeys(nodes, 0.0)))
     lost = logit_gap(other, predicted_effect(other, dict.fromkeys(theirs, 0.0)))
     into = {name: other.value(name) for name in theirs}
-    limit = float(worth(graph)[graph.mask(FEATURE)].abs().median())
-    null = tuple(like(graph, nodes, limit))
+    limit = float(contributions(graph)[graph.mask(FEATURE)].abs().median())
+    null = tuple(matched_features(graph, nodes, limit))
     gap = logit_gap(graph)
     return Story(question, step, tuple(nodes), into, null, gap, suppress, suppress + lost)
 
 
-def like(graph: Graph, nodes: Sequence[str], limit: float = float("inf")) -> list[str]:
-    """For each of these features another of its layer, of the nearest activation, whose worth is
-    at most `limit` in amount: a change of the stream about as large."""
-    own, taken = worth(graph).abs(), set(nodes)
+def matched_features(graph: Graph, nodes: Sequence[str], limit: float = float("inf")) -> list[str]:
+    """For each of these features another of its layer with the nearest activation, so that its
+    removal changes the stream about as much; |contribution| at most `limit`."""
+    own, taken = contributions(graph).abs(), set(nodes)
     free = [n for n in graph.nodes if n.kind == FEATURE and float(own[graph.index(n)]) <= limit]
     chosen: list[str] = []
     for name in nodes:
@@ -105,10 +107,13 @@ def like(graph: Graph, nodes: Sequence[str], limit: float = float("inf")) -> lis
     return chosen
 
 
-def tell(model: LanguageModel, coders: Coders, question: Question, labels: Mapping) -> Story:
-    """The story of the largest label: of the supernode whose features, taken away, cost the answer
-    most against the rival, as the graph sees it. The swap puts in the supernode that the same rule
-    finds in the partner's graph."""
+def label_story(model: LanguageModel, coders: Coders, question: Question, labels: Mapping) -> Story:
+    """The story of the label whose features add most to the gap, as the graph sees it. The swap
+    puts in those that the same rule finds in the partner's graph.
+
+    Raises:
+        ValueError: no feature of a graph has a label.
+    """
     graph = question_graph(model, coders, question, labels)
     other = question_graph(model, coders, question.turned(), labels)
     sums, theirs = by_label(graph), by_label(other)
@@ -126,18 +131,17 @@ STEPS = ("country", "asked", "pair", "country or pair")
 
 
 class Steps:
-    """Which latents favour a country, and which one what is asked for: judged elsewhere.
+    """The latents of a question's steps, found in sentences that share nothing else with it.
 
-    A latent favours a concept if its activation falls on tokens of that concept `LIFT` times as
-    often as such tokens occur. Counted are only sentences that have nothing else in common with the
-    question:
+    A latent favours a concept if its Σ activations falls on tokens of the concept `LIFT` times as
+    often as such tokens occur. The steps are latents that favour
 
     "country"   the question's country, in sentences that name something else and ask for
                 something else: a latent of the landmark, or of the answer, does not pass
     "asked"     what the question asks for, in sentences about other countries
-    "pair"      the country where the *same* is asked, of something else, and not among the first:
-                latents of this pair of country and question alone
-    "country or pair"   the first and the third together
+    "pair"      the country in sentences that name something else and ask for the *same*, and that
+                are not among the first: latents of this pair of country and question alone
+    "country or pair"   the first and the third
     """
 
     def __init__(self, model: LanguageModel, coders: Coders, reading: Reading):
@@ -149,26 +153,30 @@ class Steps:
 
     @lru_cache(maxsize=512)  # noqa: B019
     def latents(self, question: Question, step: str) -> frozenset[tuple[int, int]]:
-        """The (layer, latent) of one of `STEPS`, for a question."""
+        """The (layer, latent) of one of `STEPS`, for a question.
+
+        Raises:
+            ValueError: there is no such step; no sentence is about the country.
+        """
         if step not in STEPS:
             raise ValueError(f"A step is one of {', '.join(STEPS)}, not {step!r}.")
         one = question.one
         elsewhere, same = self._subject != one.subject, self._asks == one.asks
         if step == "asked":
-            return self.favour(one.asks, self._country != one.country)
-        country = self.favour(one.country, elsewhere & ~same)
+            return self.favouring(one.asks, self._country != one.country)
+        country = self.favouring(one.country, elsewhere & ~same)
         if step == "country":
             return country
-        pair = self.favour(one.country, elsewhere & same) - country
+        pair = self.favouring(one.country, elsewhere & same) - country
         return pair if step == "pair" else country | pair
 
     @lru_cache(maxsize=32)  # noqa: B019
     def graph(self, question: Question) -> Graph:
-        """The graph of a question, kept for a while."""
+        """The graph of a question, cached."""
         return question_graph(self.model, self.coders, question)
 
-    def favour(self, concept: str, rows: np.ndarray) -> frozenset[tuple[int, int]]:
-        """The (layer, latent) that favour a concept on these rows (booleans)."""
+    def favouring(self, concept: str, rows: np.ndarray) -> frozenset[tuple[int, int]]:
+        """The (layer, latent) that favour a concept, on the rows where `rows` (rows,) is True."""
         if concept not in self.reading.concepts:
             raise ValueError(f"No sentence that was read is about {concept!r}.")
         rows = torch.tensor(rows)
@@ -185,8 +193,8 @@ class Steps:
         return tuple(n.id for n in graph.nodes if n.kind == FEATURE and (n.layer, n.index) in mine)
 
     def story(self, question: Question, step: str) -> Story:
-        """The story that a question goes through this step. The swap puts in the same step of the
-        partner's graph."""
+        """The story of a step's features. The swap puts in those of the same step in the partner's
+        graph."""
         turned = question.turned()
         graph, other = self.graph(question), self.graph(turned)
         one = question.one
@@ -195,7 +203,8 @@ class Steps:
         return make_story(question, name, graph, nodes, other, self.nodes(other, turned, step))
 
     def supernodes(self, graph: Graph, question: Question) -> Graph:
-        """The graph with the country, what is asked for, and both at once as supernodes."""
+        """The graph with three supernodes: features of the country, of what is asked for, and of
+        both."""
         country = set(self.nodes(graph, question, "country"))
         asked = set(self.nodes(graph, question, "asked"))
         one = question.one
@@ -208,10 +217,10 @@ class Steps:
         named = {text: tuple(n for n in order if n in ids) for text, ids in groups.items() if ids}
         return replace(graph, supernodes=named)
 
-    def where(self, graph: Graph, question: Question, step: str) -> np.ndarray:
-        """(n_layers, pos): what a step's features add to the gap, as a share of it, at each place
-        by itself (as one acts through another, the shares sum to more than they do together)."""
-        own, total = worth(graph), np.zeros((graph.n_layers, len(graph.tokens)))
+    def share_map(self, graph: Graph, question: Question, step: str) -> np.ndarray:
+        """(n_layers, pos): contributions of a step's features, as a share of the gap. (As features
+        act through others, the shares sum to more than the effect of all at once.)"""
+        own, total = contributions(graph), np.zeros((graph.n_layers, len(graph.tokens)))
         for name in self.nodes(graph, question, step):
             i = graph.index(name)
             total[graph.nodes[i].layer, graph.nodes[i].position] += float(own[i])
@@ -225,16 +234,16 @@ INTERVENTIONS = ("suppress", "swap", "null")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One intervention of a story: the predicted and the observed change of the logit gap, and
-    whether the prediction was right.
+    """One intervention of a story.
 
-    what       "suppress", "swap" or "null"
-    predicted, observed   in logits; observed with attention as it was; recomputed: with attention
-               that follows
-    hit        suppress: the gap falls by at least `SMALL` of itself, as predicted;
-               swap: the gap falls by as much again beyond that of suppressing alone, and the rival
-               overtakes the answer exactly if that was predicted;
-               null: the gap changes by less than `SMALL` of itself
+    what        "suppress", "swap" or "null"
+    predicted   the change of the gap, in logits
+    observed    the same in the model, with attention patterns as they were
+    recomputed  the same with attention patterns computed anew
+    hit         suppress: the gap falls by at least `SMALL` of itself, as predicted;
+                swap: it falls by as much again beyond the fall from suppressing, and the rival
+                overtakes the answer exactly if that was predicted;
+                null: it changes by less than `SMALL` of itself
     """
 
     story: Story
@@ -246,8 +255,12 @@ class Outcome:
 
 
 def changes(story: Story, what: str, factor: float = 0.0) -> tuple[dict, dict]:
-    """(factors, values) for `intervene`. In a swap, a feature that the partner has, too, gets the
-    partner's activation."""
+    """(factors, values) for `intervene`. In a swap, a feature that the partner has as well gets the
+    partner's activation.
+
+    Raises:
+        ValueError: there is no such intervention.
+    """
     if what not in INTERVENTIONS:
         raise ValueError(f"An intervention is one of {', '.join(INTERVENTIONS)}, not {what!r}.")
     nodes = story.null if what == "null" else story.nodes
@@ -256,7 +269,7 @@ def changes(story: Story, what: str, factor: float = 0.0) -> tuple[dict, dict]:
 
 
 def gap_change(model: LanguageModel, question: Question, result: Intervention) -> float:
-    """By how much an intervention changed answer less rival, in logits before the soft-cap."""
+    """The change of the answer's logit less the rival's, before the soft-cap."""
     a, b = (model.to_single_token(word) for word in (question.answer, question.rival))
     before, after = result.uncapped_before, result.uncapped_after
     return float((after[a] - after[b]) - (before[a] - before[b]))
@@ -265,7 +278,7 @@ def gap_change(model: LanguageModel, question: Question, result: Intervention) -
 def observe(
     model: LanguageModel, coders: Coders, story: Story, what: str, attention: str = "frozen"
 ) -> float:
-    """What the model does: the change of the gap."""
+    """The change of the gap in the model."""
     factors, values = changes(story, what)
     result = intervene(
         model, coders, story.question.prompt, factors, values=values, attention=attention
@@ -274,14 +287,17 @@ def observe(
 
 
 def share_of_gap(model: LanguageModel, coders: Coders, told: Sequence[Story], what: str) -> float:
-    """The change of the gap over all stories together, as a share of their gaps."""
+    """Σ change of the gap over Σ gap, of all stories."""
     seen = sum(observe(model, coders, story, what) for story in told)
     return seen / sum(story.gap for story in told)
 
 
-def verdict(story: Story, what: str, observed: float, suppressed: float) -> bool:
-    """Whether what was observed is what the story predicted: see `Outcome`; suppressed: the change
-    that was observed without the story's features."""
+def is_hit(story: Story, what: str, observed: float, suppressed: float) -> bool:
+    """Whether the prediction was right: see `Outcome`.
+
+    Args:
+        observed, suppressed: the observed change by `what`, and by "suppress".
+    """
     least = SMALL * story.gap
     if what == "suppress":
         return observed < -least and story.suppress < 0
@@ -291,7 +307,7 @@ def verdict(story: Story, what: str, observed: float, suppressed: float) -> bool
 
 
 def try_story(model: LanguageModel, coders: Coders, story: Story) -> list[Outcome]:
-    """All three interventions of a story, with frozen and with recomputed attention."""
+    """The outcomes of all three interventions of a story."""
     predicted = {"suppress": story.suppress, "swap": story.swap, "null": 0.0}
     seen = {what: observe(model, coders, story, what) for what in INTERVENTIONS}
     follows = {what: observe(model, coders, story, what, "recomputed") for what in INTERVENTIONS}
@@ -302,14 +318,14 @@ def try_story(model: LanguageModel, coders: Coders, story: Story) -> list[Outcom
             predicted[what],
             seen[what],
             follows[what],
-            verdict(story, what, seen[what], seen["suppress"]),
+            is_hit(story, what, seen[what], seen["suppress"]),
         )
         for what in INTERVENTIONS
     ]
 
 
 def story_table(stories: Sequence[Story]) -> str:
-    """The predictions as a Markdown table, written down before anything is changed."""
+    """The predictions as a Markdown table."""
     lines = [
         "| | prompt | answer / rival | features of | out | in | gap | without them | swapped |",
         "|--:|---|---|---|--:|--:|--:|--:|--:|",
@@ -325,8 +341,8 @@ def story_table(stories: Sequence[Story]) -> str:
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as a Markdown table, hits and misses: the predicted and the observed change of
-    the gap, a row for each story, in their order."""
+    """Predicted and observed changes of the gap, hits and misses, as a Markdown table; a row is a
+    story."""
     rows: dict[int, list[Outcome]] = {}
     for each in outcomes:
         rows.setdefault(id(each.story), []).append(each)
@@ -353,8 +369,8 @@ def hits(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
 
 
 def agreement(outcomes: Sequence[Outcome]) -> tuple[float, float, float]:
-    """Of the predicted and the observed changes by suppress and swap: their correlation, the same
-    with attention recomputed, and the median ratio, observed over predicted."""
+    """(correlation, correlation with attention recomputed, median of observed over predicted) of
+    predicted and observed changes by suppress and swap."""
     rows = [(o.predicted, o.observed, o.recomputed) for o in outcomes if o.what != "null"]
     predicted, observed, recomputed = np.array(rows).T
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -364,7 +380,7 @@ def agreement(outcomes: Sequence[Outcome]) -> tuple[float, float, float]:
 
 
 def hit_table(sorts: Mapping[str, Sequence[Outcome]]) -> str:
-    """Hits of several sorts of stories as a Markdown table, and how often the answer flipped."""
+    """Hits and flips of several sorts of stories as a Markdown table."""
     lines = [
         f"| stories of | {' | '.join(INTERVENTIONS)} | flips predicted | flips seen | "
         "correlation | observed / predicted |",
@@ -385,19 +401,18 @@ def hit_table(sorts: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def random_share(model: LanguageModel, coders: Coders, told: Sequence[Story]) -> float:
-    """A control: `share_of_gap` without as many other features of the same layers, of the nearest
-    activation, whatever they are worth."""
+    """A control: `share_of_gap` with `matched_features` removed instead of the stories' own."""
     total = 0.0
     for story in told:
         graph = question_graph(model, coders, story.question)
-        factors = dict.fromkeys(like(graph, story.nodes), 0.0)
+        factors = dict.fromkeys(matched_features(graph, story.nodes), 0.0)
         result = intervene(model, coders, story.question.prompt, factors)
         total += gap_change(model, story.question, result)
     return total / sum(story.gap for story in told)
 
 
-def turned(result: Intervention) -> tuple[int, int]:
-    """How many features an intervention turned on, and how many off, the changed ones included."""
+def switched(result: Intervention) -> tuple[int, int]:
+    """The numbers of features that an intervention turned on, and off; the changed ones count."""
     on = off = 0
     for layer, before in result.features_before.items():
         after = result.features_after[layer]
@@ -408,11 +423,11 @@ def turned(result: Intervention) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Singles:
-    """Features taken out one at a time: the change of the gap, in logits, (features,) each.
+    """Features removed one at a time: the change of the gap, in logits, (features,) each.
 
     direct, paths       predicted: by the feature's own edges to the logits; over all paths
-    held                observed with every MLP and norm held as it was ("direct")
-    frozen, recomputed  observed with MLPs that answer, and attention as it was, or that follows
+    held                observed with direct effects: every MLP and norm as it was
+    frozen, recomputed  observed with iterative effects, and attention frozen or recomputed
     """
 
     direct: np.ndarray
@@ -422,7 +437,7 @@ class Singles:
     recomputed: np.ndarray
 
     def correlation(self) -> float:
-        """Of the prediction over all paths with what is observed, attention frozen."""
+        """Of the prediction over all paths and the observation with attention frozen."""
         return float(np.corrcoef(self.paths, self.frozen)[0, 1])
 
     def right_sign(self, least: float = 0.5) -> float:
@@ -431,7 +446,7 @@ class Singles:
         return float((np.sign(self.paths) == np.sign(self.frozen))[large].mean())
 
     def ratio(self, least: float = 0.5) -> float:
-        """Of predictions of `least` logits or more: the median of observed over predicted."""
+        """The median of observed over predicted, of predictions of `least` logits or more."""
         large = np.abs(self.paths) >= least
         return float(np.median(self.frozen[large] / self.paths[large]))
 
@@ -444,12 +459,12 @@ def singles(
     others: int = 8,
     seed: int = 0,
 ) -> Singles:
-    """Take out, one at a time, the `most` features that a question's graph calls the most important
-    and as many random ones as `others` says."""
+    """Remove, one at a time, the `most` features of each question's graph with the largest
+    contributions, and `others` random ones."""
     rng, rows = random.Random(seed), []
     for question in asked:
         graph = question_graph(model, coders, question)
-        own = worth(graph)
+        own = contributions(graph)
         edges = graph.adjacency[-2] - graph.adjacency[-1]  # to the answer, less those to the rival
         free = [n for n in graph.nodes if n.kind == FEATURE]
         free.sort(key=lambda n: -abs(float(own[graph.index(n)])))
@@ -465,9 +480,9 @@ def singles(
 
 @torch.no_grad()
 def attention_alone(model: LanguageModel, question: Question) -> float:
-    """How the gap changes if all attention patterns are the partner's, as a share of the gap.
+    """The change of the gap, as a share of it, when all attention patterns are the partner's.
 
-    No edge of a graph says anything of this: a graph takes its prompt's patterns as given.
+    No edge of a graph shows it: a graph takes its prompt's patterns as given.
     """
     _, theirs = model.run_with_cache(question.other.prompt, "pattern")
     ids = model.tokens(question.prompt)

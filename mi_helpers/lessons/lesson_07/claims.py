@@ -1,0 +1,242 @@
+"""Lesson 07's rows of the ledger: each function measures one claim, at one seed."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mi_helpers.ablation import make_batch
+from mi_helpers.circuits.replacement import Replacement, without_latents
+from mi_helpers.circuits.rules import ActivePairs, WriteEffects, active_pairs, write_effects
+from mi_helpers.layouts import NORMALIZED
+from mi_helpers.lessons.lesson_06.experiments import fit
+from mi_helpers.lessons.lesson_07.experiments import (
+    ALL_LAYERS,
+    Faithful,
+    K,
+    as_published,
+    by_coders,
+    compare,
+    explained,
+    linear_explained,
+    load_transcoders,
+    losses,
+    make_pages,
+    neurons_explained,
+    of_mlp_in,
+    predicted_tokens,
+    random_features,
+    read_mlps,
+    text_ids,
+)
+from mi_helpers.loading import load_model
+from mi_helpers.saes import files as coder_files
+
+
+@functools.cache
+def shipped(seed: int) -> dict[tuple[str, str], Faithful]:
+    """`compare` of the shipped transcoders, on text of the seed."""
+    model = load_model("tiny-gemma")
+    batch = make_batch(model, seed=40_000 + 1_000 * seed)
+    return compare(model, batch, {"transcoder": by_coders(load_transcoders())})
+
+
+def replaced_by(seed: int, by: Mapping[int, Replacement]) -> Faithful:
+    """All MLPs replaced in another way, on the text of `shipped`."""
+    model, known = load_model("tiny-gemma"), shipped(seed)[ALL_LAYERS, "transcoder"]
+    batch = make_batch(model, seed=40_000 + 1_000 * seed)
+    return Faithful(known.clean, losses(model, batch, by), known.zero)
+
+
+def one_by_one(seed: int) -> list[float]:
+    """Nats that each transcoder adds alone."""
+    return [each.added for (where, _), each in shipped(seed).items() if where != ALL_LAYERS]
+
+
+def most_added(seed: int) -> float:
+    """Nats per answer that one transcoder adds, in the layer where it is most."""
+    return max(one_by_one(seed))
+
+
+def all_layers(seed: int) -> float:
+    """Loss recovered with all MLPs replaced at once."""
+    return shipped(seed)[ALL_LAYERS, "transcoder"].recovered
+
+
+def all_layers_skip(seed: int) -> float:
+    """Loss recovered with all MLPs replaced by transcoders with a skip path."""
+    return replaced_by(seed, by_coders(load_transcoders(skip=True))).recovered
+
+
+def biases_alone(seed: int) -> float:
+    """The control of `all_layers`: the same transcoders with no latent firing."""
+    coders = load_transcoders()
+    return replaced_by(
+        seed, {i: without_latents(coder) for i, coder in enumerate(coders)}
+    ).recovered
+
+
+def compounding(seed: int) -> float:
+    """Nats added by all transcoders at once, less the sum of what each adds alone."""
+    return shipped(seed)[ALL_LAYERS, "transcoder"].added - sum(one_by_one(seed))
+
+
+@dataclass(frozen=True)
+class SmallFit:
+    """Explained variance, on fresh text, of what the MLP of the middle layer writes.
+
+    By a small transcoder, its control that learned from shuffled outputs, the best affine map,
+    random features, and the small transcoder in Gemma Scope's layout, read as it wants and turned
+    back to read `mlp_in`.
+    """
+
+    transcoder: float
+    shuffled: float
+    affine: float
+    random: float
+    published: float
+    turned_back: float
+
+
+@functools.cache
+def small_fit(seed: int) -> SmallFit:
+    """Train and compare once; text and training from the seed."""
+    model = load_model("tiny-gemma")
+    layer = model.n_layers // 2
+    x, y = read_mlps(model, 16_000, 500 + seed, [layer])[layer]
+    test = read_mlps(model, 3_000, 600 + seed, [layer])[layer]
+    bare = read_mlps(model, 3_000, 600 + seed, [layer], source=NORMALIZED)[layer][0]
+    mixed = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
+    width = 4 * model.d_model
+    coder, control = (
+        fit(x, width, K, target=each, steps=150, batch=512, seed=seed) for each in (y, mixed)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        place = as_published(model, coder, layer, x, Path(folder) / "transcoders")
+        loaded = coder_files.load(place)
+    return SmallFit(
+        explained(coder, *test),
+        explained(control, *test),
+        linear_explained(x, y, *test),
+        explained(random_features(x, y, width, K, seed), *test),
+        explained(loaded, bare, test[1]),
+        explained(of_mlp_in(model, loaded, layer), *test),
+    )
+
+
+def explained_small(seed: int) -> float:
+    """Explained variance of a small transcoder."""
+    return small_fit(seed).transcoder
+
+
+def explained_shuffled(seed: int) -> float:
+    """The control of `explained_small`: shuffled outputs."""
+    return small_fit(seed).shuffled
+
+
+def above_affine(seed: int) -> float:
+    """Explained variance of a small transcoder, less that of the best affine map."""
+    return small_fit(seed).transcoder - small_fit(seed).affine
+
+
+def above_random(seed: int) -> float:
+    """Explained variance of a small transcoder, less that of random features."""
+    return small_fit(seed).transcoder - small_fit(seed).random
+
+
+def above_neurons(seed: int) -> float:
+    """Explained variance of the shipped transcoders, less that of as many of the MLP's own neurons,
+    in the layer where it is least."""
+    model = load_model("tiny-gemma")
+    coders, rows = load_transcoders(), read_mlps(model, 3_000, 600 + seed)
+    return min(
+        explained(coders[i], x, y) - neurons_explained(model, i, x, [K])[K]
+        for i, (x, y) in rows.items()
+    )
+
+
+def layouts_differ(seed: int) -> float:
+    """Explained variance of a transcoder in Gemma Scope's layout, reading the stream without the
+    norm's gain, less that of the same one turned back to `mlp_in`."""
+    return small_fit(seed).published - small_fit(seed).turned_back
+
+
+def cost_of_jumprelu(seed: int) -> float:
+    """Explained variance with TopK, less that in Gemma Scope's layout, which is JumpReLU."""
+    return small_fit(seed).transcoder - small_fit(seed).published
+
+
+@functools.cache
+def rules_predicted(seed: int) -> list[tuple[float, float]]:
+    """`predicted_tokens` of each shipped transcoder, (share, control), on text of the seed."""
+    model = load_model("tiny-gemma")
+    with tempfile.TemporaryDirectory() as folder:
+        pages = make_pages(model, load_transcoders(), Path(folder), 8_000, seed=800 + seed)
+        return [predicted_tokens(page, layer) for layer, page in pages.items()]
+
+
+def words_predicted_first(seed: int) -> float:
+    """The share of latents whose word the embedding predicts, first layer."""
+    return rules_predicted(seed)[0][0]
+
+
+def words_predicted_last(seed: int) -> float:
+    """The same in the last layer."""
+    return rules_predicted(seed)[-1][0]
+
+
+def words_predicted_exchanged(seed: int) -> float:
+    """The control of `words_predicted_first`: predictions of other latents."""
+    return rules_predicted(seed)[0][1]
+
+
+@functools.cache
+def written_at(seed: int, layer: int) -> WriteEffects:
+    """`write_effects` for 160 firings of a layer's shipped transcoder."""
+    model = load_model("tiny-gemma")
+    ids = [each for each in text_ids(model, 6_000, 900 + seed) if len(each) > 3][:160]
+    return write_effects(model, load_transcoders()[layer], layer, ids, seed)
+
+
+def written_last(seed: int) -> float:
+    """Correlation of predicted and true change of the logits, last layer, median over firings."""
+    return float(np.median(written_at(seed, load_model("tiny-gemma").n_layers - 1).own))
+
+
+def written_first(seed: int) -> float:
+    """The same in the first layer."""
+    return float(np.median(written_at(seed, 0).own))
+
+
+def written_exchanged(seed: int) -> float:
+    """The control of `written_last`: predictions of other latents."""
+    return float(np.median(written_at(seed, load_model("tiny-gemma").n_layers - 1).other))
+
+
+@functools.cache
+def shipped_pairs(seed: int) -> ActivePairs:
+    """`active_pairs` of three prompts of the seed."""
+    model = load_model("tiny-gemma")
+    texts = [model.tokenizer.decode(ids[1:13]) for ids in text_ids(model, 400, 700 + seed)[:3]]
+    return active_pairs(model, load_transcoders(), texts)
+
+
+def virtual_correlation(seed: int) -> float:
+    """Correlation of virtual weight and true edge, pairs of features at one position."""
+    return shipped_pairs(seed).correlation()
+
+
+def virtual_correlation_across(seed: int) -> float:
+    """Correlation of virtual weight and true edge, pairs of features at different positions."""
+    return shipped_pairs(seed).correlation(same_position=False)
+
+
+def even_correlation_across(seed: int) -> float:
+    """The same of all weights, the heads' too, with attention spread evenly."""
+    return shipped_pairs(seed).correlation(same_position=False, of="even")
