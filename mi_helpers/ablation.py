@@ -82,13 +82,9 @@ def make_batch(
                 break
         else:
             raise ValueError(f"Too few documents of {name!r} have {longest} tokens: allow more.")
-    filler = model.tokenizer.pad_token_id or 0
-    ids = torch.full((len(rows), max(map(len, rows))), filler)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
     where = torch.tensor(scored).T.to(model.device)
     lengths = torch.tensor([len(row) for row in rows])
-    return Batch(ids.to(model.device), lengths.to(model.device), *where, names)
+    return Batch(model.pad(rows), lengths.to(model.device), *where, names)
 
 
 def answer_positions(model: LanguageModel, document) -> list[int]:

@@ -379,7 +379,7 @@ def sample_stream(model: LanguageModel, n: int, seed: int = 0, held: Iterable[st
         ids = first + offsets(model.tokenizer, next(documents).text)[0]
         rows.append(torch.tensor(ids[: min(LONGEST, model.n_ctx)], device=model.device))
         count += len(rows[-1]) - 1
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = model.pad(rows)
     row = torch.cat([torch.full((len(ids) - 1,), i) for i, ids in enumerate(rows)])
     position = torch.cat([torch.arange(1, len(ids)) for ids in rows])
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:n]
@@ -690,8 +690,7 @@ def make_prompts(
     documents = tuple(document for document, *_ in found)
     wrong = _wrong(model, documents, [ids[place] for _, ids, place in found], seed)
     found = found[:n]
-    rows = [torch.tensor(ids[: place + 1]) for _, ids, place in found]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    ids = model.pad([ids[: place + 1] for _, ids, place in found])
     answer = torch.tensor([ids[place] for _, ids, place in found], device=model.device)
     last = torch.tensor([place - 1 for *_, place in found], device=model.device)
     return Prompts(documents[:n], ids, last, answer, torch.tensor(wrong[:n], device=model.device))

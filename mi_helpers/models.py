@@ -102,8 +102,18 @@ class LanguageModel(HookedModel):
                 f"The texts have {min(lengths)} to {max(lengths)} tokens: choose texts of equal "
                 "length, so that positions line up, or pass pad=True."
             )
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return self.ids(pad_rows(rows, next(i for i in ids if i is not None)))
+        return self.ids(self.pad(rows))
+
+    def pad(self, rows: Sequence[Sequence[int] | Tensor]) -> Tensor:
+        """Rows of token ids as one batch (n, longest), int64, padded on the right.
+
+        The padding is the tokenizer's, else its end of text, else token 0. No token before it sees
+        it, as attention is causal.
+        """
+        named = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
+        value = next((i for i in named if i is not None and i < self.d_vocab), 0)
+        rows = [torch.as_tensor(row, dtype=torch.int64, device=self.device) for row in rows]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
     def str_tokens(self, text: str | list[int] | Tensor) -> list[str]:
         """Each token of one text (BOS included), or of one row of ids, as a string."""
@@ -279,16 +289,6 @@ class LanguageModel(HookedModel):
             if token.item() == self.tokenizer.eos_token_id:
                 break
         return self.tokenizer.decode(ids[0], skip_special_tokens=True)
-
-
-def pad_rows(rows: Sequence[Sequence[int] | Tensor], value: int = 0) -> Tensor:
-    """Rows of token ids as one batch (n, longest), int64, padded on the right with `value`.
-
-    Attention is causal, so no token sees the padding.
-    """
-    return nn.utils.rnn.pad_sequence(
-        [torch.as_tensor(row, dtype=torch.int64) for row in rows], True, value
-    )
 
 
 def _positions(pos, length: int):

@@ -4,10 +4,13 @@ Amounts are cividis, effects around zero are PuOr, categories are Okabe and Ito'
 with markers and dashes, so that no figure depends on colour alone.
 """
 
+from __future__ import annotations
+
 import io
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypedDict, Unpack
 
 import matplotlib
 import matplotlib.rcsetup
@@ -20,7 +23,16 @@ OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
 DPI = 100
-MOST_PRINTED = 200  # a heatmap with more cells than this prints no values unless told to
+MOST_PRINTED = 200  # a heatmap with more cells than this prints no values unless told how
+
+
+class Frame(TypedDict, total=False):
+    """What several figures take besides: the axes' labels with units, the size in inches."""
+
+    xlabel: str
+    ylabel: str
+    width: float
+    height: float
 
 
 @contextmanager
@@ -84,29 +96,34 @@ def heatmap(
     ylabels: Sequence | None = None,
     title: str = "",
     *,
-    xlabel: str = "",
-    ylabel: str = "",
     unit: str = "",
     centre_zero: bool = False,
-    annotate: bool | None = None,
-    form: str = "z.2f",
+    form: str | None = None,
     limit: float | None = None,
-    width: float | None = None,
-    height: float | None = None,
+    **frame: Unpack[Frame],
 ) -> Figure:
-    """Numbers of shape (rows, columns) as coloured cells, NaN left white.
+    """Numbers as coloured cells, NaN left white.
 
-    centre_zero  effects: a diverging map, symmetric around zero; otherwise amounts
-    annotate     print each value; by default when there are at most 200 cells
-    limit        the end of the colour scale, to keep it the same while a slider moves
-    unit         the colour bar's label
+    Args:
+        values: (rows, columns).
+        xlabels, ylabels: a name per column, and per row.
+        unit: the colour bar's label.
+        centre_zero: effects, on a diverging map symmetric around zero; otherwise amounts.
+        form: how each value is printed, such as ".1f"; "" prints none. None means "z.2f" in up to
+            200 cells, and nothing in more.
+        limit: the end of the colour scale, to keep it the same while a slider moves.
+
+    Raises:
+        ValueError: numbers of another shape, or labels of another number than the cells.
     """
     values = as_array(values)
     if values.ndim != 2:
         raise ValueError(f"A heatmap needs numbers of shape (rows, columns), not {values.shape}.")
     rows, columns = values.shape
-    annotate = values.size <= MOST_PRINTED if annotate is None else annotate
-    picture, axes = figure(width or clamp(2 + 0.7 * columns), height or clamp(1.6 + 0.45 * rows))
+    if form is None:
+        form = "z.2f" if values.size <= MOST_PRINTED else ""
+    width = frame.pop("width", clamp(2 + 0.7 * columns))
+    picture, axes = figure(width, frame.pop("height", clamp(1.6 + 0.45 * rows)))
     low, high = colour_limits(values, centre_zero, limit)
     image = axes.imshow(
         values, aspect="auto", cmap=EFFECT if centre_zero else AMOUNT, vmin=low, vmax=high
@@ -115,10 +132,10 @@ def heatmap(
         name_ticks(axis, labels, count)
     if xlabels is not None and max(len(str(label)) for label in xlabels) > 3:
         axes.tick_params(axis="x", labelrotation=90 if columns > 12 else 45)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set(title=title, **frame)
     axes.spines[:].set_visible(False)
     picture.colorbar(image, ax=axes, label=unit)
-    if annotate:
+    if form:
         print_values(axes, image, values, form)
     return picture
 
@@ -169,9 +186,13 @@ def bars(
     limits: tuple[float, float] | None = None,
     width: float = 8,
 ) -> Figure:
-    """Horizontal bars, each with its value: {name: value}, or {series: {name: value}}.
+    """Horizontal bars, each with its value printed.
 
-    reference  a dashed line, such as a chance level; limits: the axis' ends, kept under sliders
+    Args:
+        values: {name: value}, or {series: {name: value}}.
+        form: how each value is printed.
+        reference: a dashed vertical line, such as a chance level.
+        limits: the axis' ends, kept under sliders.
     """
     first = next(iter(values.values()), None)
     series = dict(values) if isinstance(first, Mapping) else {"": dict(values)}
@@ -205,18 +226,26 @@ def lines(
     series: Mapping[str, Sequence],
     title: str = "",
     *,
-    xlabel: str = "",
-    ylabel: str = "",
     reference: float | None = None,
     limits: tuple[float, float] | None = None,
     log_x: bool = False,
     log_y: bool = False,
-    width: float = 8,
-    height: float = 4.5,
+    **frame: Unpack[Frame],
 ) -> Figure:
-    """One line per entry of {label: values}, each values as long as x, with markers where few."""
+    """One line per series, with markers where there are at most 40 points.
+
+    Args:
+        x: (points,).
+        series: {label: values (points,)}.
+        reference: a dashed horizontal line, such as a chance level.
+        limits: the ends of the y axis, kept under sliders.
+        log_x, log_y: logarithmic axes.
+
+    Raises:
+        ValueError: a series that is not as long as x.
+    """
     x = as_array(x)
-    picture, axes = figure(width, height)
+    picture, axes = figure(frame.pop("width", 8), frame.pop("height", 4.5))
     for label, values in series.items():
         values = as_array(values)
         if values.shape != x.shape:
@@ -224,7 +253,7 @@ def lines(
         axes.plot(x, values, label=label, **({} if x.size <= 40 else {"marker": ""}))
     if reference is not None:
         axes.axhline(reference, color="black", linestyle="--", marker="", linewidth=1.5)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set(title=title, **frame)
     axes.set(**({} if limits is None else {"ylim": limits}))
     axes.set(**({"xscale": "log"} if log_x else {}), **({"yscale": "log"} if log_y else {}))
     if any(series):
@@ -246,7 +275,11 @@ def before_after(
 ) -> Figure:
     """One row per name: a hollow circle before, a square after, and both numbers.
 
-    limits  the axis' ends, to keep them under sliders; what lies beyond is drawn at the end
+    Args:
+        before, after: {name: value}, with the same names.
+        form: how each value is printed.
+        limits: the axis' ends, kept under sliders; what lies beyond is drawn at the end.
+        labels: what the circle and the square stand for.
     """
     names, places = list(before), np.arange(len(before))
     first, second = (as_array([values[name] for name in names]) for values in (before, after))
@@ -277,10 +310,12 @@ def before_after(
 def architecture_map(rows: Sequence, title: str = "", parallel: bool = False) -> Figure:
     """Every tensor's shape from token ids to logits, beside the stream that the blocks add to.
 
-    rows      what `models.architecture` gives; block 0 is drawn, as the others repeat it
-    parallel  attention and MLP read one and the same stream (GPT-NeoX)
-    After the picture of the residual stream in A Mathematical Framework for Transformer Circuits
-    (2021), section "High-Level Architecture".
+    Args:
+        rows: what `architecture` returns; block 0 is drawn, as the others repeat it.
+        parallel: attention and MLP read the same stream (GPT-NeoX).
+
+    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, "High-Level
+    Architecture": the picture of the residual stream.
     """
     branches = stream_branches(rows, parallel)
     lines = sum(len(steps) for _, steps, *_ in branches) + 1
@@ -313,7 +348,7 @@ def architecture_map(rows: Sequence, title: str = "", parallel: bool = False) ->
 
 
 def stream_branches(rows: Sequence, parallel: bool) -> list[tuple[str, list, bool, bool]]:
-    """Steps that hang on the stream together: (name, steps, do they read it, are they added)."""
+    """The steps between two visits to the stream: (name, steps, read it?, added to it?)."""
     block = [row for row in rows if row.name.startswith("blocks.0.")]
     first = rows.index(block[0])
     after = [row for row in rows[first:] if not row.name.startswith("blocks.")]
@@ -325,7 +360,7 @@ def stream_branches(rows: Sequence, parallel: bool) -> list[tuple[str, list, boo
 
 
 def repeats(rows: Sequence) -> str:
-    """The line for the blocks that are not drawn, and which of them see a window only."""
+    """The line that stands for the blocks not drawn, and says which of them see only a window."""
     said = [row.does.partition(" (")[2].rstrip(")") for row in rows if row.name.endswith(".attn")]
     some = [number for number, text in enumerate(said) if text]
     text = f"blocks 1 to {len(said) - 1}: the same shapes" if len(said) > 1 else "one block only"
@@ -358,29 +393,32 @@ def draw_step(axes: Axes, y: float, row, scale: float) -> None:
     axes.text(5.95 + length, y, f"{more} {shape}", va="center")
 
 
-# -- probing (lesson 02) -----------------------------------------------------------------------
-
-
 @style()
 def layer_panels(
     names: Sequence[str],
     panels: Mapping[str, Mapping[str, Sequence]],
     *,
     ylabels: Sequence[str] = (),
-    xlabel: str = "layer",
     references: Sequence[float | None] = (),
     limits: Sequence[tuple[float, float] | None] = (),
     mark: int | None = None,
-    width: float = 9.5,
-    height: float = 4.2,
+    **frame: Unpack[Frame],
 ) -> Figure:
-    """One panel per title, in each one line per label over the layers `names`, with one legend.
+    """One panel per title, and in each one line per label over the layers, with one legend.
 
-    panels      {title: {label: values}}; values (layers,), or (repeats, layers): then the line is
-                their mean and the band goes from the smallest to the largest
-    ylabels, references, limits  one entry per panel; a reference is a dashed horizontal line
-    mark        a layer to point at with a vertical line
+    Args:
+        names: what each layer is called on the x axis.
+        panels: {title: {label: values}}; values (layers,), or (repeats, layers): then the line is
+            their mean, and the band reaches from the smallest to the largest.
+        ylabels: the y axis' label, one per panel.
+        references: the height of a dashed line, or None, one per panel.
+        limits: the ends of the y axis, or None, one per panel.
+        mark: a layer to point at with a vertical line.
+
+    Raises:
+        ValueError: a series that has another number of values than there are layers.
     """
+    width, height = frame.pop("width", 9.5), frame.pop("height", 4.2)
     picture, axes = figure(width, height, columns=len(panels), squeeze=False)
     places, missing = np.arange(len(names)), [None] * len(panels)
     for index, (title, series) in enumerate(panels.items()):
@@ -398,102 +436,9 @@ def layer_panels(
         if mark is not None:
             one.axvline(mark, color="grey", linestyle=":", marker="", linewidth=1.5)
         one.set_xticks(places, names)
-        one.set(title=title, xlabel=xlabel, ylim=[*limits, *missing][index])
+        one.set(title=title, ylim=[*limits, *missing][index], **{"xlabel": "layer"} | frame)
         one.set_ylabel([*ylabels, *[""] * len(panels)][index])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if len(labels) > 1:
         picture.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
-    return picture
-
-
-@style()
-def probe_explorer(
-    names: Sequence[str],
-    scans: Mapping[str, Mapping[str, Sequence[float]]],
-    layer: int,
-    kind: str,
-    chance: Mapping[str, float] | None = None,
-) -> Figure:
-    """Left: accuracy of every property's probe at one layer, its controls beside it. Right: the
-    same series of one property over all layers.
-
-    scans   {property: {series: accuracies (layers,)}}, all with the same series
-    chance  {property: accuracy of always giving the commonest answer}, a small black bar
-    """
-    if not 0 <= layer < len(names):
-        raise ValueError(f"There is no layer {layer}: choose 0 to {len(names) - 1}.")
-    if kind not in scans:
-        raise ValueError(f"There is no property {kind!r}: choose one of {', '.join(scans)}.")
-    height = 1.7 + 0.7 * len(scans)
-    picture = Picture(figsize=(11, height), layout="none")  # fixed margins take half the time
-    picture.subplots_adjust(0.09, 1.1 / height, 0.985, 1 - 0.4 / height, wspace=0.12)
-    left, right = picture.subplots(1, 2, width_ratios=[1.25, 1])
-    series = list(scans[kind])
-    thick, rows = 0.86 / len(series), np.arange(len(scans))
-    for i, label in enumerate(series):
-        values = as_array([each[label][layer] for each in scans.values()])
-        places = rows + (i - (len(series) - 1) / 2) * thick
-        hatch = ("", "//", "..", "xx")[i % 4]
-        drawn = left.barh(places, values, thick, label=label, hatch=hatch, edgecolor="white")
-        left.bar_label(drawn, [f"{v:.2f}" for v in values], padding=2, fontsize=9)
-        right.plot(range(len(names)), as_array(scans[kind][label]))
-    for row, each in enumerate(scans if chance else ()):
-        left.plot([chance[each]] * 2, [row - 0.45, row + 0.45], "-k", marker="", linewidth=1.5)
-    if chance:
-        right.axhline(chance[kind], color="black", linestyle="-", marker="", linewidth=1.5)
-    left.set_yticks(rows, scans)
-    left.invert_yaxis()
-    left.set(xlim=(0, 1.12), xlabel="accuracy on held-out text", title=f"layer {names[layer]}")
-    right.axvline(layer, color="grey", linestyle=":", marker="", linewidth=1.5)
-    right.set_xticks(range(len(names)), names)
-    right.set(ylim=(0, 1.05), xlabel="layer", title=kind)
-    picture.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=len(series))
-    return picture
-
-
-@style()
-def on_a_circle(panels: Mapping[str, Sequence], names: Sequence[str]) -> Figure:
-    """Where each class is put, points (n, 2), and a dotted line to its true place on the unit
-    circle; one panel per title."""
-    picture, axes = figure(4.6 * len(panels), 4.7, columns=len(panels), squeeze=False)
-    turn = np.linspace(0, 2 * np.pi, 200)
-    angles = 2 * np.pi * np.arange(len(names)) / len(names)
-    places = np.stack([np.cos(angles), np.sin(angles)], 1)
-    for one, (title, points) in zip(axes[0], panels.items(), strict=True):
-        points = as_array(points)
-        if points.shape != places.shape:
-            raise ValueError(f"{len(names)} names need points of shape ({len(names)}, 2).")
-        one.plot(np.cos(turn), np.sin(turn), color="lightgrey", linestyle="-", marker="")
-        for true, got, name in zip(places, points, names, strict=True):
-            one.plot(*np.stack([true, got], 1), color="grey", linestyle=":", marker="", lw=1.5)
-            one.plot(*true, color="black", marker="|", linestyle="", markersize=8)
-            one.plot(*got, color=OKABE_ITO[0], marker="o", linestyle="")
-            one.text(*(1.2 * true), name, ha="center", va="center", fontsize=11)
-        one.set(xlim=(-1.5, 1.5), ylim=(-1.4, 1.4), aspect="equal", title=title)
-        one.set(xlabel="cosine", ylabel="sine")
-    return picture
-
-
-@style()
-def sine_regions(grid, sides: Mapping[str, Sequence], curve, *, columns: int = 3) -> Figure:
-    """Which part of the plane each probe calls 'above', in one panel per title, with the curve.
-
-    grid   (x values (w,), y values (h,)); sides: {title: booleans (h, w)}; curve: y of each x
-    """
-    x, y = (as_array(each) for each in grid)
-    rows = -(-len(sides) // columns)
-    picture, axes = figure(3.4 * columns, 2.5 * rows, rows, columns, squeeze=False, sharey=True)
-    for one, (title, above) in zip(axes.flat, sides.items(), strict=False):
-        above = as_array(above)
-        if above.shape != (len(y), len(x)):
-            raise ValueError(f"'{title}' has shape {above.shape}, expected {(len(y), len(x))}.")
-        one.contourf(x, y, above, levels=[-0.5, 0.5, 1.5], colors=["#DDDDDD", OKABE_ITO[4]])
-        one.plot(x, as_array(curve), color="black", linestyle="-", marker="", linewidth=1.5)
-        one.set(title=title)
-    for one in axes.flat[len(sides) :]:
-        one.set_axis_off()
-    for one in axes[-1]:
-        one.set_xlabel("x")
-    for one in axes[:, 0]:
-        one.set_ylabel("y")
     return picture

@@ -223,13 +223,6 @@ def some_layers(model: LanguageModel, count: int = 6) -> list[Key]:
     return [("embed", None), *(("resid_post", int(layer)) for layer in chosen)]
 
 
-def pad(model: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of token ids as one batch (n, longest), padded on the right, which no token sees."""
-    filler = model.tokenizer.pad_token_id or 0
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
-
-
 def token_at(model: LanguageModel, text: str, end: int) -> tuple[list[int], int]:
     """Token ids of a text (`<bos>` first, if there is one) and the position of the token that
     holds character end - 1."""
@@ -277,7 +270,7 @@ def collect(
     for start in range(0, len(kept), rows):
         chosen = by_length[start : start + rows]
         batch = [kept[i][2] for i in chosen]
-        _, cache = model.run_with_cache(pad(model, batch), sites, stop_at_layer=model.n_layers)
+        _, cache = model.run_with_cache(model.pad(batch), sites, stop_at_layer=model.n_layers)
         last = [len(ids) - 1 for ids in batch]
         for key in cache:
             at = cache[key][range(len(batch)), last].float().cpu().numpy()  # (batch, d_model)
@@ -604,7 +597,7 @@ class NumberTask:
             rows.append(ids[: position + 1])
         if not rows:
             raise ValueError("There are no agreement sentences: give at least one.")
-        self.model, self.documents, self.ids = model, list(documents), pad(model, rows)
+        self.model, self.documents, self.ids = model, list(documents), model.pad(rows)
         self.places = {place: torch.tensor(at) for place, at in where.items()}
         self.plural = {place: np.array(is_it) for place, is_it in plural.items()}
         self.forms = {

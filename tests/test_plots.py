@@ -36,7 +36,7 @@ def test_heatmap_prints_values_and_centres_zero():
 
 def test_a_large_heatmap_prints_nothing_unless_told():
     assert texts(plots.heatmap(np.zeros((20, 20)))) == []
-    assert len(texts(plots.heatmap(np.zeros((20, 20)), annotate=True))) == 400
+    assert len(texts(plots.heatmap(np.zeros((20, 20)), form=".0f"))) == 400
 
 
 def test_a_heatmap_of_nothing_finite_still_draws():
@@ -59,6 +59,8 @@ def test_lines_differ_by_more_than_colour():
 def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="3 labels were given for 2 cells"):
         plots.heatmap(np.zeros((2, 2)), ["a", "b", "c"])
+    with pytest.raises(AttributeError, match="unexpected keyword argument 'colour'"):
+        plots.heatmap(np.zeros((2, 2)), colour="red")
     with pytest.raises(ValueError, match="shape"):
         plots.heatmap(np.zeros(3))
     with pytest.raises(ValueError, match="'y' has 2 values for 3 places"):

@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from mi_helpers import plots, probes
+from mi_helpers.lessons.lesson_02 import figures
 from mi_helpers.lessons.lesson_02.claims import number_tasks
 from mi_helpers.models import LanguageModel
 from mi_helpers.probes import KINDS, Mark
@@ -559,15 +560,15 @@ SCANS = {kind: {s: [0.1, 0.5, 1.0] for s in probes.SERIES} for kind in ("number"
 def test_the_explorer_draws_in_every_corner():
     for values in corners(layer=(0, 2), kind=list(SCANS)):
         plots.render(
-            plots.probe_explorer(NAMES, SCANS, **values, chance={"number": 0.5, "voice": 0})
+            figures.probe_explorer(NAMES, SCANS, **values, chance={"number": 0.5, "voice": 0})
         )
 
 
 def test_the_explorer_refuses_in_one_sentence():
     with pytest.raises(ValueError, match="no layer 3: choose 0 to 2"):
-        plots.probe_explorer(NAMES, SCANS, 3, "number")
+        figures.probe_explorer(NAMES, SCANS, 3, "number")
     with pytest.raises(ValueError, match="no property 'mood'"):
-        plots.probe_explorer(NAMES, SCANS, 0, "mood")
+        figures.probe_explorer(NAMES, SCANS, 0, "mood")
 
 
 def test_the_other_figures_draw():
@@ -576,19 +577,19 @@ def test_the_other_figures_draw():
     picture = plots.layer_panels(NAMES, panels, references=[None, 0.5], ylabels=["u", "v"], mark=1)
     assert [axes.get_title(loc="left") for axes in picture.axes] == ["a", "b"]
     plots.render(picture)
-    plots.render(plots.on_a_circle({"a": probes.on_circle(range(7), 7)}, "ABCDEFG"))
+    plots.render(figures.on_a_circle({"a": probes.on_circle(range(7), 7)}, "ABCDEFG"))
     grid = np.linspace(-1, 1, 5), np.linspace(-1, 1, 4)
     sides = {str(i): np.zeros((4, 5), bool) for i in range(4)}
-    plots.render(plots.sine_regions(grid, sides, np.sin(grid[0])))
+    plots.render(figures.sine_regions(grid, sides, np.sin(grid[0])))
 
 
 def test_figures_say_what_does_not_fit():
     with pytest.raises(ValueError, match="'x' has 2 values for 3 layers"):
         plots.layer_panels(NAMES, {"a": {"x": [1, 2]}})
     with pytest.raises(ValueError, match="3 names need points"):
-        plots.on_a_circle({"a": np.zeros((2, 2))}, NAMES)
+        figures.on_a_circle({"a": np.zeros((2, 2))}, NAMES)
     with pytest.raises(ValueError, match="expected"):
-        plots.sine_regions(([0, 1], [0, 1]), {"a": np.zeros((3, 2), bool)}, [0, 0])
+        figures.sine_regions(([0, 1], [0, 1]), {"a": np.zeros((3, 2), bool)}, [0, 0])
 
 
 # -- rows of the ledger ----------------------------------------------------------------------

@@ -20,7 +20,6 @@ from mi_helpers.saes.report import (
     report,
     spliced,
     spliced_losses,
-    token_losses,
 )
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.training import Recipe, split, train
@@ -57,7 +56,7 @@ def identity(d):
 
 def loss_under(model, ids, hooks):
     with model.hooks(hooks):
-        return token_losses(model, torch.tensor([[2, *ids]])).sum().item()
+        return model.loss(torch.tensor([[2, *ids]])).sum().item()
 
 
 def test_a_perfect_coder_recovers_the_whole_loss(model, held):
@@ -101,19 +100,19 @@ def test_a_transcoder_predicts_from_its_source(model, site):
         return after(mlp(source))
 
     ids = torch.tensor([[2, 5, 9, 11, 7]])
-    clean = token_losses(model, ids)
+    clean = model.loss(ids)
     with spliced(model, (site, 1), ("mlp_out", 1), run, lead=0):
-        assert torch.allclose(token_losses(model, ids), clean, atol=1e-5)
+        assert torch.allclose(model.loss(ids), clean, atol=1e-5)
     with spliced(model, (site, 1), ("mlp_out", 1), lambda s, t: torch.zeros_like(t), lead=0):
-        assert not torch.allclose(token_losses(model, ids), clean, atol=1e-3)
+        assert not torch.allclose(model.loss(ids), clean, atol=1e-3)
 
 
 def test_heads_are_put_back_as_heads(model):
     ids = torch.tensor([[2, 5, 9, 11, 7]])
     with spliced(model, ("z", 1), None, lambda s, t: 0 * t, lead=0):
-        got = token_losses(model, ids)
+        got = model.loss(ids)
     with model.hooks({("z", 1): lambda z: z * 0}):
-        assert torch.allclose(token_losses(model, ids), got)
+        assert torch.allclose(model.loss(ids), got)
 
 
 def test_what_a_harvest_leaves_out_is_not_replaced(model):

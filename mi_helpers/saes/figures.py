@@ -182,9 +182,8 @@ def firing_map(model: LanguageModel, coder, site: Key, text: str, n: int = 12) -
         [f"latent {int(latent)}" for latent in chosen],
         f"latents that fire most at {site_name(site)}",
         unit="value",
-        form=".1f",
+        form=".1f" if len(tokens) <= 16 else "",
         width=max(6.0, min(14.0, 3 + 0.55 * len(tokens))),
-        annotate=len(tokens) <= 16,
     )
 
 

@@ -179,9 +179,8 @@ class Harvester:
         out = [torch.empty(first[-1], w, dtype=torch.bfloat16) for w in widths]
         lead = len(self.bos)
         for batch in batches([n + lead for n in lengths], self.plan["batch_tokens"]):
-            longest = max(lengths[i] for i in batch)
-            rows = [self.bos + taken[i].ids + [0] * (longest - lengths[i]) for i in batch]
-            found = read_sites(self.model, torch.tensor(rows), self.sites)
+            ids = self.model.pad([self.bos + taken[i].ids for i in batch])
+            found = read_sites(self.model, ids, self.sites)
             for held, values in zip(out, found, strict=True):
                 values = values.to(torch.bfloat16).cpu()
                 for row, i in enumerate(batch):

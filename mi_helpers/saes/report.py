@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mi_helpers import plots
@@ -137,15 +136,14 @@ def spliced_losses(
         longest = max(lengths[i] for i in batch)
         if longest < 2:
             continue
-        rows = [lead + texts[i] + [0] * (longest - lengths[i]) for i in batch]
-        ids = torch.tensor(rows, device=model.device)
+        ids = model.pad([lead + texts[i] for i in batch])
         inside = torch.arange(1, longest) < torch.tensor([lengths[i] for i in batch])[:, None]
         for name, replace in ways.items():
             if replace is None:
-                loss = token_losses(model, ids)
+                loss = model.loss(ids)
             else:
                 with spliced(model, held.source, held.target, replace, len(lead), limit):
-                    loss = token_losses(model, ids)
+                    loss = model.loss(ids)
             sums[name][batch] = (loss.cpu().double() * inside).sum(1)
     return Losses(**sums, tokens=tokens)
 
@@ -155,12 +153,6 @@ def predict(coder: SparseCoder, x: Tensor) -> Tensor:
     rows = x.flatten(0, 1).to(coder.device, torch.float32)
     found = coder.decode_sparse(*coder.encode_sparse(rows), rows)
     return found.unflatten(0, x.shape[:2]).to(x.device)
-
-
-def token_losses(model: LanguageModel, ids: Tensor) -> Tensor:
-    """-log p(next token), (batch, pos - 1)."""
-    logits = model.forward(ids)[:, :-1].float()
-    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 def held_out_texts(held: Activations, n_train: int, tokens: int) -> list[list[int]]:

@@ -30,7 +30,7 @@ from mi_helpers.patching import (
     normalised_logit_diff,
     path_patch,
 )
-from mi_helpers.probes import mean_difference, midpoint, pad, project_out
+from mi_helpers.probes import mean_difference, midpoint, project_out
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.copying import vocabulary
 from mi_helpers.tinyworld.world import World
@@ -333,7 +333,7 @@ def log_odds(model: LanguageModel, texts: Sequence[str], hooks: Mapping | None =
     """The model's log p(she) - log p(he) after each text, (texts,), under `hooks`."""
     ids = [model.tokens(text)[0].tolist() for text in texts]
     with model.hooks(hooks or {}):
-        _, kept = model.run_with_cache(pad(model, ids), "resid_final", stop_at_layer=model.n_layers)
+        _, kept = model.run_with_cache(model.pad(ids), "resid_final", stop_at_layer=model.n_layers)
     last = kept["resid_final"][range(len(ids)), [len(row) - 1 for row in ids]]
     logits = model.unembed(last).float()
     she, he = (model.to_single_token(word) for word in (" she", " he"))
@@ -445,7 +445,7 @@ def skew_direction(
     streams, labels = [], []
     for seed in seeds:
         rows = [model.tokens(text)[0].tolist() for text in pronoun_texts(seed, [*she, *he])]
-        _, kept = model.run_with_cache(pad(model, rows), [key], stop_at_layer=model.n_layers)
+        _, kept = model.run_with_cache(model.pad(rows), [key], stop_at_layer=model.n_layers)
         at = [len(row) - 1 for row in rows]
         streams.append(kept[key][range(len(rows)), at].float().cpu().numpy())
         labels += [True] * len(she) + [False] * len(he)

@@ -39,7 +39,7 @@ from mi_helpers.saes.features import Features, collect, fires
 from mi_helpers.saes.harvest import harvest
 from mi_helpers.saes.labels import token_labels
 from mi_helpers.saes.products import Products
-from mi_helpers.saes.report import held_out_texts, predict, spliced, spliced_losses, token_losses
+from mi_helpers.saes.report import held_out_texts, predict, spliced, spliced_losses
 from mi_helpers.saes.scores import Best, Firings, score_units
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.step import SparseStep
@@ -596,11 +596,11 @@ def loss_with(
     site, as `report.spliced_losses`, for one replacement."""
     longest, total = max(len(ids) for ids in texts), 0.0
     bos = model.tokenizer.bos_token_id
-    ids = torch.tensor([[bos, *row, *[0] * (longest - len(row))] for row in texts])
+    ids = model.pad([[bos, *row] for row in texts])
     inside = torch.arange(longest) < torch.tensor([len(row) for row in texts])[:, None]
     with spliced(model, held.source, held.target, replace):
         for part, mask in zip(ids.split(16), inside.split(16), strict=True):
-            total += float((token_losses(model, part) * mask).sum())
+            total += float((model.loss(part).cpu() * mask).sum())
     return total / float(inside.sum())
 
 

@@ -114,7 +114,7 @@ def read_ids(
     found: list[list[Tensor]] = [[] for _ in sites]
     for batch in batches([len(row) for row in ids], 4_096):
         longest = max(len(ids[i]) for i in batch)
-        padded = torch.tensor([list(ids[i]) + [0] * (longest - len(ids[i])) for i in batch])
+        padded = model.pad([ids[i] for i in batch])
         inside = torch.arange(longest) < torch.tensor([len(ids[i]) for i in batch])[:, None]
         inside[:, 0] = False
         for held, values in zip(found, read_sites(model, padded, sites), strict=True):

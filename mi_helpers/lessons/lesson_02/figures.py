@@ -1,0 +1,101 @@
+"""Lesson 02's figures: data in, Figure out. Nothing is computed here."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mi_helpers.plots import OKABE_ITO, Picture, as_array, figure, style
+
+
+@style()
+def probe_explorer(
+    names: Sequence[str],
+    scans: Mapping[str, Mapping[str, Sequence[float]]],
+    layer: int,
+    kind: str,
+    chance: Mapping[str, float] | None = None,
+) -> Figure:
+    """Left: accuracy of every property's probe at one layer, its controls beside it. Right: the
+    same series of one property over all layers.
+
+    scans   {property: {series: accuracies (layers,)}}, all with the same series
+    chance  {property: accuracy of always giving the commonest answer}, a small black bar
+    """
+    if not 0 <= layer < len(names):
+        raise ValueError(f"There is no layer {layer}: choose 0 to {len(names) - 1}.")
+    if kind not in scans:
+        raise ValueError(f"There is no property {kind!r}: choose one of {', '.join(scans)}.")
+    height = 1.7 + 0.7 * len(scans)
+    picture = Picture(figsize=(11, height), layout="none")  # fixed margins take half the time
+    picture.subplots_adjust(0.09, 1.1 / height, 0.985, 1 - 0.4 / height, wspace=0.12)
+    left, right = picture.subplots(1, 2, width_ratios=[1.25, 1])
+    series = list(scans[kind])
+    thick, rows = 0.86 / len(series), np.arange(len(scans))
+    for i, label in enumerate(series):
+        values = as_array([each[label][layer] for each in scans.values()])
+        places = rows + (i - (len(series) - 1) / 2) * thick
+        hatch = ("", "//", "..", "xx")[i % 4]
+        drawn = left.barh(places, values, thick, label=label, hatch=hatch, edgecolor="white")
+        left.bar_label(drawn, [f"{v:.2f}" for v in values], padding=2, fontsize=9)
+        right.plot(range(len(names)), as_array(scans[kind][label]))
+    for row, each in enumerate(scans if chance else ()):
+        left.plot([chance[each]] * 2, [row - 0.45, row + 0.45], "-k", marker="", linewidth=1.5)
+    if chance:
+        right.axhline(chance[kind], color="black", linestyle="-", marker="", linewidth=1.5)
+    left.set_yticks(rows, scans)
+    left.invert_yaxis()
+    left.set(xlim=(0, 1.12), xlabel="accuracy on held-out text", title=f"layer {names[layer]}")
+    right.axvline(layer, color="grey", linestyle=":", marker="", linewidth=1.5)
+    right.set_xticks(range(len(names)), names)
+    right.set(ylim=(0, 1.05), xlabel="layer", title=kind)
+    picture.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=len(series))
+    return picture
+
+
+@style()
+def on_a_circle(panels: Mapping[str, Sequence], names: Sequence[str]) -> Figure:
+    """Where each class is put, points (n, 2), and a dotted line to its true place on the unit
+    circle; one panel per title."""
+    picture, axes = figure(4.6 * len(panels), 4.7, columns=len(panels), squeeze=False)
+    turn = np.linspace(0, 2 * np.pi, 200)
+    angles = 2 * np.pi * np.arange(len(names)) / len(names)
+    places = np.stack([np.cos(angles), np.sin(angles)], 1)
+    for one, (title, points) in zip(axes[0], panels.items(), strict=True):
+        points = as_array(points)
+        if points.shape != places.shape:
+            raise ValueError(f"{len(names)} names need points of shape ({len(names)}, 2).")
+        one.plot(np.cos(turn), np.sin(turn), color="lightgrey", linestyle="-", marker="")
+        for true, got, name in zip(places, points, names, strict=True):
+            one.plot(*np.stack([true, got], 1), color="grey", linestyle=":", marker="", lw=1.5)
+            one.plot(*true, color="black", marker="|", linestyle="", markersize=8)
+            one.plot(*got, color=OKABE_ITO[0], marker="o", linestyle="")
+            one.text(*(1.2 * true), name, ha="center", va="center", fontsize=11)
+        one.set(xlim=(-1.5, 1.5), ylim=(-1.4, 1.4), aspect="equal", title=title)
+        one.set(xlabel="cosine", ylabel="sine")
+    return picture
+
+
+@style()
+def sine_regions(grid, sides: Mapping[str, Sequence], curve, *, columns: int = 3) -> Figure:
+    """Which part of the plane each probe calls 'above', in one panel per title, with the curve.
+
+    grid   (x values (w,), y values (h,)); sides: {title: booleans (h, w)}; curve: y of each x
+    """
+    x, y = (as_array(each) for each in grid)
+    rows = -(-len(sides) // columns)
+    picture, axes = figure(3.4 * columns, 2.5 * rows, rows, columns, squeeze=False, sharey=True)
+    for one, (title, above) in zip(axes.flat, sides.items(), strict=False):
+        above = as_array(above)
+        if above.shape != (len(y), len(x)):
+            raise ValueError(f"'{title}' has shape {above.shape}, expected {(len(y), len(x))}.")
+        one.contourf(x, y, above, levels=[-0.5, 0.5, 1.5], colors=["#DDDDDD", OKABE_ITO[4]])
+        one.plot(x, as_array(curve), color="black", linestyle="-", marker="", linewidth=1.5)
+        one.set(title=title)
+    for one in axes.flat[len(sides) :]:
+        one.set_axis_off()
+    for one in axes[-1]:
+        one.set_xlabel("x")
+    for one in axes[:, 0]:
+        one.set_ylabel("y")
+    return picture
