@@ -276,8 +276,8 @@ class HookedModel:
 
     def use_attention(self, implementation: str) -> str:
         """Switch to a function of transformers' `AttentionInterface`; returns the former's name."""
-        former = self.config._attn_implementation  # noqa: SLF001
-        self.config._attn_implementation = implementation  # noqa: SLF001
+        former = self.config._attn_implementation
+        self.config._attn_implementation = implementation
         return former
 
     # ---- sites
