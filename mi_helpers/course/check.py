@@ -1,6 +1,7 @@
 """The mechanism of the exercises: an `Exercise`, the verdict on an answer, and what is displayed.
 
-A lesson module `lesson_NN.py` declares `EXERCISES = [Exercise(...), ...]`; `prove.py` proves them.
+`exercises.py` of a lesson's room has `@exercise("5.2", ...)` above each function that checks an
+answer, and that is how they are found; `prove.py` proves them.
 """
 
 import difflib
@@ -14,11 +15,14 @@ import textwrap
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from IPython.display import display
 
 from mi_helpers.course import record
+
+if TYPE_CHECKING:
+    import torch
 
 RIGHT, WRONG, NOT_ATTEMPTED = "right", "wrong", "not attempted yet"
 ICONS = {RIGHT: "✅", WRONG: "❌", NOT_ATTEMPTED: "⬜"}
@@ -36,9 +40,9 @@ class Exercise:
     difficulty  1 to 5, and so is importance; `minutes` is the most it should take
     stub        the text of the cell that the learner completes; it defines one function
     reference   a right answer; `solution(id)` shows its source
-    check       called with an answer; returns None when it is right, else raises `Wrong`
     hints       shown one at a time
     wrong       at least three pairs (plausible wrong answer, fragment of the message it must get)
+    check       called with an answer; returns None when it is right, else raises `Wrong`
     """
 
     id: str
@@ -48,9 +52,9 @@ class Exercise:
     minutes: int
     stub: str
     reference: Callable
-    check: Callable[[Callable], None]
     hints: list[str]
     wrong: list[tuple[Callable, str]]
+    check: Callable[[Callable], None]
 
     def stub_function(self) -> Callable:
         """The function that the stub defines, with the lesson module's names in reach."""
@@ -65,6 +69,21 @@ class Exercise:
         if len(made) != 1:
             raise ValueError(f"The stub of {self.id} must define one function, not {len(made)}.")
         return made[0]
+
+
+def exercise(id: str, **card) -> Callable[[Callable], Callable]:
+    """Declare an exercise, above the function that checks an answer to it.
+
+    Args:
+        id: "LESSON.NUMBER".
+        card: the other fields of `Exercise` but `check`.
+    """
+
+    def declare(check: Callable[[Callable], None]) -> Callable[[Callable], None]:
+        check.exercise = Exercise(id, check=check, **card)
+        return check
+
+    return declare
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,28 @@ def expect_close(got, want, message: str, tolerance: float = 1e-5) -> None:
         f"The result has shape {numbers.shape}, expected {want.shape}.",
     )
     expect(bool(np.allclose(numbers, want, rtol=0, atol=tolerance)), message)
+
+
+def same(got, other) -> bool:
+    """Whether an answer equals a foreseen mistake, in shape and in numbers."""
+    try:
+        got, other = as_numbers(got), as_numbers(other)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return got.shape == other.shape and np.allclose(got, other, atol=1e-6, equal_nan=True)
+
+
+def expect_none_of(got, *mistakes: tuple[object, str]) -> None:
+    """Raise `Wrong(message)` for the first pair (mistake, message) that the answer equals."""
+    for mistake, message in mistakes:
+        expect(not same(got, mistake), message)
+
+
+def draw(*shape: int, seed: int = 0) -> "torch.Tensor":
+    """Standard normal numbers, the same for the same seed."""
+    import torch
+
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def as_numbers(value) -> np.ndarray:
@@ -231,7 +272,8 @@ def lessons() -> dict[int, list[Exercise]]:
 
 def exercises_of(lesson: int) -> list[Exercise]:
     """The exercises of one lesson; ModuleNotFoundError where there is none."""
-    return importlib.import_module(f"mi_helpers.lessons.lesson_{lesson:02d}.exercises").EXERCISES
+    room = importlib.import_module(f"mi_helpers.lessons.lesson_{lesson:02d}.exercises")
+    return [each.exercise for each in vars(room).values() if hasattr(each, "exercise")]
 
 
 def find(exercise_id: str) -> Exercise:
@@ -264,6 +306,13 @@ class Note:
         return self.text.replace("**", "")
 
 
+def display(text: str) -> None:
+    """Show Markdown where there is a notebook, the text elsewhere."""
+    from IPython.display import display as show
+
+    show(Note(text))
+
+
 def code(text: str) -> str:
     """Markdown code of one line, whatever backticks the text holds."""
     text = " ".join(text.split())
@@ -280,9 +329,9 @@ def with_exercise(show: Callable) -> Callable:
         try:
             exercise = find(exercise_id)
         except LookupError as error:
-            display(Note(f"⚠️ {error.args[0]}"))
+            display(f"⚠️ {error.args[0]}")
             return
-        display(Note(show(exercise, *args)))
+        display(show(exercise, *args))
 
     return by_id
 
@@ -323,4 +372,4 @@ def progress() -> None:
         marks = [exercise.id in done for exercise in exercises]
         drawing = "".join("■" if mark else "□" for mark in marks)
         rows.append(f"| {lesson:02d} | {sum(marks)} of {len(marks)} | {drawing} |")
-    display(Note("\n".join(rows)))
+    display("\n".join(rows))

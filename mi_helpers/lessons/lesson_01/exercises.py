@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from mi_helpers.course.check import Exercise, Wrong, expect, expect_close, expect_shape
+from mi_helpers.course.check import Wrong, exercise, expect, expect_close, expect_shape
 from mi_helpers.lessons.lesson_01 import experiments as superposition
 from mi_helpers.lessons.lesson_01 import packing
 
@@ -25,6 +25,26 @@ def reconstruct(x, W, b):
     return torch.relu(x @ W @ W.T + b)
 
 
+@exercise(
+    "1.1",
+    title="The toy model",
+    difficulty=1,
+    importance=5,
+    minutes=5,
+    stub=STUB_11,
+    reference=reconstruct,
+    hints=[
+        "Each row of `x` is one example, so `x @ W` has the hidden vectors, (batch, n_hidden).",
+        "The same W reads out again: its transpose maps hidden vectors back to features.",
+    ],
+    wrong=[
+        (lambda x, W, b: x @ W @ W.T + b, "Negative numbers"),
+        (lambda x, W, b: torch.relu(x @ W @ W.T), "bias is missing"),
+        (lambda x, W, b: torch.relu(x @ W @ W.T) + b, "before the ReLU"),
+        (lambda x, W, b: torch.relu(torch.relu(x @ W) @ W.T + b), "one ReLU only"),
+        (lambda x, W, b: torch.relu(x @ W), "shape (6, 2)"),
+    ],
+)
 def check_11(answer) -> None:
     x = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
     W = torch.tensor([[1.0, 0.0], [-1.0, 0.2], [0.0, 1.0], [0.3, -1.0]])
@@ -58,6 +78,32 @@ def weighted_loss(x, x_hat, importance):
     return (importance * (x - x_hat) ** 2).sum(-1).mean()
 
 
+@exercise(
+    "1.2",
+    title="The weighted loss",
+    difficulty=1,
+    importance=4,
+    minutes=5,
+    stub=STUB_12,
+    reference=weighted_loss,
+    hints=[
+        "`importance` has one number per feature, and broadcasts over the batch.",
+        "Square the error, weight it, sum over the last axis, then average over the first.",
+    ],
+    wrong=[
+        (lambda x, x_hat, importance: ((x - x_hat) ** 2).sum(-1).mean(), "count the same"),
+        (lambda x, x_hat, importance: (importance * (x - x_hat) ** 2).mean(), "*sums* over"),
+        (lambda x, x_hat, importance: (importance * (x - x_hat) ** 2).sum(), "Average over"),
+        (
+            lambda x, x_hat, importance: ((importance * (x - x_hat)) ** 2).sum(-1).mean(),
+            "importance is squared",
+        ),
+        (
+            lambda x, x_hat, importance: (importance * (x - x_hat).abs()).sum(-1).mean(),
+            "absolute errors",
+        ),
+    ],
+)
 def check_12(answer) -> None:
     x = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.8, 0.0]])
     x_hat = torch.tensor([[0.6, 0.1, 0.5], [0.0, 0.2, 0.3]])
@@ -93,6 +139,39 @@ def dimensionality(W):
     return W.square().sum(1) / ((W / length) @ W.T).square().sum(1)
 
 
+def hat(W):
+    """The rows at length 1."""
+    return W / W.norm(dim=1, keepdim=True)
+
+
+@exercise(
+    "1.3",
+    title="The share of a dimension",
+    difficulty=2,
+    importance=4,
+    minutes=10,
+    stub=STUB_13,
+    reference=dimensionality,
+    hints=[
+        "`W.norm(dim=1, keepdim=True)` has the lengths of the rows, ready to divide by.",
+        "`hat @ W.T` has Ŵ_i · W_j at row i, column j.",
+        "Sum the squares along each row, and divide the squared length by it.",
+    ],
+    wrong=[
+        (lambda W: 1 / (hat(W) @ hat(W).T).square().sum(1), "Normalise Ŵ_i only"),
+        (lambda W: W.square().sum(1) / (W @ W.T).square().sum(1), "divided by its length"),
+        (lambda W: W.square().sum(1) / (hat(W) @ W.T).sum(1), "signs must not cancel"),
+        (lambda W: W.square().sum(1) / (hat(W) @ W.T).abs().sum(1), "not their sizes"),
+        (lambda W: W.norm(dim=1) / (hat(W) @ W.T).square().sum(1), "*squared* length"),
+        (
+            lambda W: (
+                W.square().sum(1)
+                / ((hat(W) @ W.T).square().sum(1) - W.square().sum(1)).clamp(min=1e-9)
+            ),
+            "includes j = i",
+        ),
+    ],
+)
 def check_13(answer) -> None:
     square = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     uneven = torch.tensor([[2.0, 0.0], [-1.0, 1.0], [0.0, 0.5]])
@@ -133,6 +212,27 @@ def expected_interference(n, m, p):
     return p * (n - 1) / m
 
 
+@exercise(
+    "1.4",
+    title="Interference between random directions",
+    difficulty=2,
+    importance=4,
+    minutes=10,
+    stub=STUB_14,
+    reference=expected_interference,
+    hints=[
+        "The m squared components of a unit vector sum to 1. What is one of them on average?",
+        "Turn the space until the vector that reads is the first axis: its dot product with "
+        "another vector is that vector's first component.",
+    ],
+    wrong=[
+        (lambda n, m, p: p * n / m, "n - 1 others"),
+        (lambda n, m, p: (n - 1) / m, "use p"),
+        (lambda n, m, p: p**2 * (n - 1) / m, "not p²"),
+        (lambda n, m, p: p * (n - 1) / math.sqrt(m), "its square is 1/m"),
+        (lambda n, m, p: p * (n - 1), "use m"),
+    ],
+)
 def check_14(answer) -> None:
     n, m, p = 101, 25, 0.1
     got = float(answer(n, m, p))
@@ -173,6 +273,44 @@ def phase_transition(importance, densities):
     return (length.amin(1) > 0.5 * length.amax(1)).tolist()
 
 
+def thresholded(importance, densities):
+    """A wrong 1.5: any length above zero counts."""
+    toys = superposition.train(
+        2, 1, [1 - d for d in densities], importance=[1, importance], restarts=4, steps=200, lr=0.05
+    )
+    return (toys.W.norm(dim=-1).amin(1) > 0).tolist()
+
+
+def confused(importance, densities):
+    """A wrong 1.5: the density is given for the sparsity."""
+    return phase_transition(importance, [1 - density for density in densities])
+
+
+@exercise(
+    "1.5",
+    title="An experiment: the phase transition",
+    difficulty=3,
+    importance=4,
+    minutes=15,
+    stub=STUB_15,
+    reference=phase_transition,
+    hints=[
+        "`superposition.train(2, 1, [S, …], importance=[1, r], restarts=8)` trains them all.",
+        "`toys.W` has shape (instances, 2, 1). Which of the two lengths tells?",
+        "A feature that was given up has a small length, not exactly zero: compare it with the "
+        "other one.",
+    ],
+    wrong=[
+        (thresholded, "a tiny length is noise"),
+        (confused, "wrong way round"),
+        (lambda importance, densities: [False for _ in densities], "No density"),
+        (lambda importance, densities: 0.34, "one True or False per density"),
+        (
+            lambda importance, densities: phase_transition(importance, sorted(densities)),
+            "keep the order",
+        ),
+    ],
+)
 def check_15(answer) -> None:
     densities = [0.9, 0.06, 0.7, 0.02, 0.1]
     got = answer(0.3, densities)
@@ -218,6 +356,31 @@ def at_least(m, epsilon, too_close):
     return max(m, 1 / too_close(m, epsilon))
 
 
+@exercise(
+    "1.6",
+    title="Packing: a lower bound",
+    difficulty=3,
+    importance=3,
+    minutes=15,
+    stub=STUB_16,
+    reference=at_least,
+    hints=[
+        "Around each direction lies a forbidden region of share P. What share do n of them "
+        "cover at most?",
+        "As long as they cover less than everything, one more direction fits.",
+        "In few dimensions P is large and the argument is weak: then the basis is better.",
+    ],
+    wrong=[
+        (lambda m, epsilon, too_close: too_close(m, epsilon), "chance P itself"),
+        (lambda m, epsilon, too_close: 1 / too_close(m, epsilon), "take the larger"),
+        (lambda m, epsilon, too_close: m / too_close(m, epsilon), "do not multiply"),
+        (
+            lambda m, epsilon, too_close: max(m, math.sqrt(2 / too_close(m, epsilon))),
+            "birthday bound",
+        ),
+        (lambda m, epsilon, too_close: m, "1/P is"),
+    ],
+)
 def check_16(answer) -> None:
     too_close = packing.chance_too_close
     small, wide = (float(answer(m, 0.1, too_close)) for m in (50, 4000))
@@ -259,6 +422,48 @@ def quadratic_phases(p):
     return torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(p)
 
 
+def linear_phases(p):
+    """A wrong 1.7: t stands where t² should."""
+    t = torch.arange(p)
+    a, b = torch.cartesian_prod(t, t).T[..., None]
+    angle = 2 * math.pi * ((a + b) * t % p) / p
+    return torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(p)
+
+
+def one_parameter(p):
+    """A wrong 1.7: only b varies."""
+    t = torch.arange(p)
+    angle = 2 * math.pi * (t[:, None] * t**2 % p) / p
+    return torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(p)
+
+
+def random_rows(n, m):
+    """n random unit vectors, the same every time."""
+    V = torch.randn(n, m, generator=torch.Generator().manual_seed(0))
+    return V / V.norm(dim=1, keepdim=True)
+
+
+@exercise(
+    "1.7",
+    title="Packing: a construction",
+    difficulty=4,
+    importance=2,
+    minutes=20,
+    stub=STUB_17,
+    reference=quadratic_phases,
+    hints=[
+        "`torch.cartesian_prod(t, t)` lists all pairs (a, b), with t = torch.arange(p).",
+        "The angle of vector (a, b) at place t is 2π (a t + b t²) / p.",
+        "The real part is the cosine of the angle, the imaginary part its sine.",
+    ],
+    wrong=[
+        (one_parameter, "There are p vectors"),
+        (linear_phases, "Two vectors are the same"),
+        (lambda p: quadratic_phases(p) * math.sqrt(p), "Divide by √p"),
+        (lambda p: quadratic_phases(p)[:, :p], "imaginary parts are missing"),
+        (lambda p: random_rows(p * p, 2 * p), "more than 1/√11"),
+    ],
+)
 def check_17(answer) -> None:
     p = 11
     V = answer(p)
@@ -314,6 +519,46 @@ def search(n, m, epsilon):
 
 
 @superposition.on_one_core
+def softly(n, m, epsilon):
+    """A wrong 1.8: pushes all pairs apart alike, and so never gets the worst ones below."""
+    torch.manual_seed(0)
+    V = torch.randn(n, m, requires_grad=True)
+    for _ in range(200):
+        unit = V / V.norm(dim=1, keepdim=True)
+        (gradient,) = torch.autograd.grad((unit @ unit.T).square().sum(), V)
+        V = (V - 0.1 * gradient).detach().requires_grad_()
+    return V.detach() / V.detach().norm(dim=1, keepdim=True)
+
+
+def repelled_by_sign(n, m, epsilon):
+    """A wrong 1.8: half of the vectors are the others' opposites."""
+    half = torch.randn(n // 2, m, generator=torch.Generator().manual_seed(0))
+    V = torch.cat([half, -half])
+    return V / V.norm(dim=1, keepdim=True)
+
+
+@exercise(
+    "1.8",
+    title="Packing: a search",
+    difficulty=4,
+    importance=3,
+    minutes=20,
+    stub=STUB_18,
+    reference=search,
+    hints=[
+        "Normalise the rows inside the loop, so that the optimizer is free to change lengths.",
+        "A loss for pairs that are too close: the sum of (|cos| - ε)² where that is positive.",
+        "Adam with a learning rate of 0.02 needs some hundred steps for 52 vectors in 40 "
+        "dimensions; stop when the largest |cos| is small enough.",
+    ],
+    wrong=[
+        (lambda n, m, epsilon: random_rows(n, m), "as in random directions"),
+        (lambda n, m, epsilon: 0.1 * search(n, m, epsilon), "should have length 1"),
+        (lambda n, m, epsilon: torch.eye(m)[torch.arange(n) % m], "the same vector"),
+        (repelled_by_sign, "Two rows are opposite"),
+        (softly, "take more steps"),
+    ],
+)
 def check_18(answer) -> None:
     n, m, epsilon = 52, 40, 0.1
     V = answer(n, m, epsilon)
@@ -343,263 +588,3 @@ def check_18(answer) -> None:
         f"The largest |cos| is {apart:.3f}, which is close: take more steps, and let the push grow "
         "with the excess over epsilon, so that the worst pairs move most.",
     )
-
-
-# --------------------------------------------------------------------------------------------
-
-
-def thresholded(importance, densities):
-    """A wrong 1.5: any length above zero counts."""
-    toys = superposition.train(
-        2, 1, [1 - d for d in densities], importance=[1, importance], restarts=4, steps=200, lr=0.05
-    )
-    return (toys.W.norm(dim=-1).amin(1) > 0).tolist()
-
-
-def confused(importance, densities):
-    """A wrong 1.5: the density is given for the sparsity."""
-    return phase_transition(importance, [1 - density for density in densities])
-
-
-def softly(n, m, epsilon):
-    """A wrong 1.8: pushes all pairs apart alike, and so never gets the worst ones below."""
-    torch.manual_seed(0)
-    V = torch.randn(n, m, requires_grad=True)
-    for _ in range(200):
-        unit = V / V.norm(dim=1, keepdim=True)
-        (gradient,) = torch.autograd.grad((unit @ unit.T).square().sum(), V)
-        V = (V - 0.1 * gradient).detach().requires_grad_()
-    return V.detach() / V.detach().norm(dim=1, keepdim=True)
-
-
-def repelled_by_sign(n, m, epsilon):
-    """A wrong 1.8: half of the vectors are the others' opposites."""
-    half = torch.randn(n // 2, m, generator=torch.Generator().manual_seed(0))
-    V = torch.cat([half, -half])
-    return V / V.norm(dim=1, keepdim=True)
-
-
-def linear_phases(p):
-    """A wrong 1.7: t stands where t² should."""
-    t = torch.arange(p)
-    a, b = torch.cartesian_prod(t, t).T[..., None]
-    angle = 2 * math.pi * ((a + b) * t % p) / p
-    return torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(p)
-
-
-def one_parameter(p):
-    """A wrong 1.7: only b varies."""
-    t = torch.arange(p)
-    angle = 2 * math.pi * (t[:, None] * t**2 % p) / p
-    return torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(p)
-
-
-def random_rows(n, m):
-    """n random unit vectors, the same every time."""
-    V = torch.randn(n, m, generator=torch.Generator().manual_seed(0))
-    return V / V.norm(dim=1, keepdim=True)
-
-
-def hat(W):
-    """The rows at length 1."""
-    return W / W.norm(dim=1, keepdim=True)
-
-
-EXERCISES = [
-    Exercise(
-        id="1.1",
-        title="The toy model",
-        difficulty=1,
-        importance=5,
-        minutes=5,
-        stub=STUB_11,
-        reference=reconstruct,
-        check=check_11,
-        hints=[
-            "Each row of `x` is one example, so `x @ W` has the hidden vectors, (batch, n_hidden).",
-            "The same W reads out again: its transpose maps hidden vectors back to features.",
-        ],
-        wrong=[
-            (lambda x, W, b: x @ W @ W.T + b, "Negative numbers"),
-            (lambda x, W, b: torch.relu(x @ W @ W.T), "bias is missing"),
-            (lambda x, W, b: torch.relu(x @ W @ W.T) + b, "before the ReLU"),
-            (lambda x, W, b: torch.relu(torch.relu(x @ W) @ W.T + b), "one ReLU only"),
-            (lambda x, W, b: torch.relu(x @ W), "shape (6, 2)"),
-        ],
-    ),
-    Exercise(
-        id="1.2",
-        title="The weighted loss",
-        difficulty=1,
-        importance=4,
-        minutes=5,
-        stub=STUB_12,
-        reference=weighted_loss,
-        check=check_12,
-        hints=[
-            "`importance` has one number per feature, and broadcasts over the batch.",
-            "Square the error, weight it, sum over the last axis, then average over the first.",
-        ],
-        wrong=[
-            (lambda x, x_hat, importance: ((x - x_hat) ** 2).sum(-1).mean(), "count the same"),
-            (lambda x, x_hat, importance: (importance * (x - x_hat) ** 2).mean(), "*sums* over"),
-            (lambda x, x_hat, importance: (importance * (x - x_hat) ** 2).sum(), "Average over"),
-            (
-                lambda x, x_hat, importance: ((importance * (x - x_hat)) ** 2).sum(-1).mean(),
-                "importance is squared",
-            ),
-            (
-                lambda x, x_hat, importance: (importance * (x - x_hat).abs()).sum(-1).mean(),
-                "absolute errors",
-            ),
-        ],
-    ),
-    Exercise(
-        id="1.3",
-        title="The share of a dimension",
-        difficulty=2,
-        importance=4,
-        minutes=10,
-        stub=STUB_13,
-        reference=dimensionality,
-        check=check_13,
-        hints=[
-            "`W.norm(dim=1, keepdim=True)` has the lengths of the rows, ready to divide by.",
-            "`hat @ W.T` has Ŵ_i · W_j at row i, column j.",
-            "Sum the squares along each row, and divide the squared length by it.",
-        ],
-        wrong=[
-            (lambda W: 1 / (hat(W) @ hat(W).T).square().sum(1), "Normalise Ŵ_i only"),
-            (lambda W: W.square().sum(1) / (W @ W.T).square().sum(1), "divided by its length"),
-            (lambda W: W.square().sum(1) / (hat(W) @ W.T).sum(1), "signs must not cancel"),
-            (lambda W: W.square().sum(1) / (hat(W) @ W.T).abs().sum(1), "not their sizes"),
-            (lambda W: W.norm(dim=1) / (hat(W) @ W.T).square().sum(1), "*squared* length"),
-            (
-                lambda W: (
-                    W.square().sum(1)
-                    / ((hat(W) @ W.T).square().sum(1) - W.square().sum(1)).clamp(min=1e-9)
-                ),
-                "includes j = i",
-            ),
-        ],
-    ),
-    Exercise(
-        id="1.4",
-        title="Interference between random directions",
-        difficulty=2,
-        importance=4,
-        minutes=10,
-        stub=STUB_14,
-        reference=expected_interference,
-        check=check_14,
-        hints=[
-            "The m squared components of a unit vector sum to 1. What is one of them on average?",
-            "Turn the space until the vector that reads is the first axis: its dot product with "
-            "another vector is that vector's first component.",
-        ],
-        wrong=[
-            (lambda n, m, p: p * n / m, "n - 1 others"),
-            (lambda n, m, p: (n - 1) / m, "use p"),
-            (lambda n, m, p: p**2 * (n - 1) / m, "not p²"),
-            (lambda n, m, p: p * (n - 1) / math.sqrt(m), "its square is 1/m"),
-            (lambda n, m, p: p * (n - 1), "use m"),
-        ],
-    ),
-    Exercise(
-        id="1.5",
-        title="An experiment: the phase transition",
-        difficulty=3,
-        importance=4,
-        minutes=15,
-        stub=STUB_15,
-        reference=phase_transition,
-        check=check_15,
-        hints=[
-            "`superposition.train(2, 1, [S, …], importance=[1, r], restarts=8)` trains them all.",
-            "`toys.W` has shape (instances, 2, 1). Which of the two lengths tells?",
-            "A feature that was given up has a small length, not exactly zero: compare it with the "
-            "other one.",
-        ],
-        wrong=[
-            (thresholded, "a tiny length is noise"),
-            (confused, "wrong way round"),
-            (lambda importance, densities: [False for _ in densities], "No density"),
-            (lambda importance, densities: 0.34, "one True or False per density"),
-            (
-                lambda importance, densities: phase_transition(importance, sorted(densities)),
-                "keep the order",
-            ),
-        ],
-    ),
-    Exercise(
-        id="1.6",
-        title="Packing: a lower bound",
-        difficulty=3,
-        importance=3,
-        minutes=15,
-        stub=STUB_16,
-        reference=at_least,
-        check=check_16,
-        hints=[
-            "Around each direction lies a forbidden region of share P. What share do n of them "
-            "cover at most?",
-            "As long as they cover less than everything, one more direction fits.",
-            "In few dimensions P is large and the argument is weak: then the basis is better.",
-        ],
-        wrong=[
-            (lambda m, epsilon, too_close: too_close(m, epsilon), "chance P itself"),
-            (lambda m, epsilon, too_close: 1 / too_close(m, epsilon), "take the larger"),
-            (lambda m, epsilon, too_close: m / too_close(m, epsilon), "do not multiply"),
-            (
-                lambda m, epsilon, too_close: max(m, math.sqrt(2 / too_close(m, epsilon))),
-                "birthday bound",
-            ),
-            (lambda m, epsilon, too_close: m, "1/P is"),
-        ],
-    ),
-    Exercise(
-        id="1.7",
-        title="Packing: a construction",
-        difficulty=4,
-        importance=2,
-        minutes=20,
-        stub=STUB_17,
-        reference=quadratic_phases,
-        check=check_17,
-        hints=[
-            "`torch.cartesian_prod(t, t)` lists all pairs (a, b), with t = torch.arange(p).",
-            "The angle of vector (a, b) at place t is 2π (a t + b t²) / p.",
-            "The real part is the cosine of the angle, the imaginary part its sine.",
-        ],
-        wrong=[
-            (one_parameter, "There are p vectors"),
-            (linear_phases, "Two vectors are the same"),
-            (lambda p: quadratic_phases(p) * math.sqrt(p), "Divide by √p"),
-            (lambda p: quadratic_phases(p)[:, :p], "imaginary parts are missing"),
-            (lambda p: random_rows(p * p, 2 * p), "more than 1/√11"),
-        ],
-    ),
-    Exercise(
-        id="1.8",
-        title="Packing: a search",
-        difficulty=4,
-        importance=3,
-        minutes=20,
-        stub=STUB_18,
-        reference=search,
-        check=check_18,
-        hints=[
-            "Normalise the rows inside the loop, so that the optimizer is free to change lengths.",
-            "A loss for pairs that are too close: the sum of (|cos| - ε)² where that is positive.",
-            "Adam with a learning rate of 0.02 needs some hundred steps for 52 vectors in 40 "
-            "dimensions; stop when the largest |cos| is small enough.",
-        ],
-        wrong=[
-            (lambda n, m, epsilon: random_rows(n, m), "as in random directions"),
-            (lambda n, m, epsilon: 0.1 * search(n, m, epsilon), "should have length 1"),
-            (lambda n, m, epsilon: torch.eye(m)[torch.arange(n) % m], "the same vector"),
-            (repelled_by_sign, "Two rows are opposite"),
-            (softly, "take more steps"),
-        ],
-    ),
-]

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from mi_helpers.course.check import Exercise, Wrong, as_numbers, expect, expect_close
+from mi_helpers.course.check import Wrong, exercise, expect, expect_close, expect_none_of, same
 
 # -- 2.1 -------------------------------------------------------------------------------------
 
@@ -24,20 +24,37 @@ def two_token_features(previous, current, n_vocab):
     return np.concatenate([rows[previous], rows[current]], axis=1)
 
 
-def same(got, other) -> bool:
-    """Whether an answer equals a foreseen mistake, in shape and in numbers."""
-    try:
-        got = as_numbers(got)
-    except (TypeError, ValueError):
-        return False
-    return got.shape == np.shape(other) and np.allclose(got, other, atol=1e-6)
-
-
+@exercise(
+    "2.1",
+    title="What two tokens can say",
+    difficulty=2,
+    importance=3,
+    minutes=5,
+    stub=STUB_21,
+    reference=two_token_features,
+    hints=[
+        "`np.eye(n_vocab)[ids]` turns ids (n,) into one-hot rows (n, n_vocab).",
+        "Put two such blocks side by side with `np.concatenate(..., axis=1)`.",
+    ],
+    wrong=[
+        (lambda previous, current, n_vocab: np.eye(n_vocab)[current], "current token alone"),
+        (
+            lambda previous, current, n_vocab: np.eye(n_vocab)[previous] + np.eye(n_vocab)[current],
+            "own half",
+        ),
+        (
+            lambda previous, current, n_vocab: two_token_features(current, previous, n_vocab),
+            "swapped",
+        ),
+        (lambda previous, current, n_vocab: np.stack([previous, current], 1), "ids themselves"),
+    ],
+)
 def check_21(answer) -> None:
     previous, current, n = np.array([0, 2, 1]), np.array([1, 2, 0]), 4
     want, one = two_token_features(previous, current, n), np.eye(n)
     got = answer(previous, current, n)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (one[current], "This is the current token alone: put the previous one beside it."),
         (
             one[previous] + one[current],
@@ -53,8 +70,7 @@ def check_21(answer) -> None:
             "These are the ids themselves, as if token 7 were more than token 6: a linear probe "
             "needs one column per token.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Row 0 should have its ones in columns 0 and 4 + 1.")
 
 
@@ -77,6 +93,47 @@ def control_task(words, labels, seed):
     return {word: rng.choice(list(labels)) for word in sorted(set(words))}
 
 
+@exercise(
+    "2.2",
+    title="A control task",
+    difficulty=2,
+    importance=5,
+    minutes=10,
+    stub=STUB_22,
+    reference=control_task,
+    hints=[
+        "`set(words)` has each word type once; sort it, so that the seed decides alone.",
+        "`random.Random(seed).choice(labels)` draws a label as often as it is in the list.",
+    ],
+    wrong=[
+        (
+            lambda words, labels, seed: dict(zip(words, labels, strict=True)),
+            "These are the true labels",
+        ),
+        (
+            lambda words, labels, seed: {
+                w: random.Random(seed).choice(labels) for w in sorted(set(words))
+            },
+            "same label",
+        ),
+        (
+            lambda words, labels, seed: {
+                w: random.Random(f"{seed} {w}").choice(sorted(set(labels))) for w in set(words)
+            },
+            "not from the set of classes",
+        ),
+        (
+            lambda words, labels, seed: {
+                i: random.Random(seed + i).choice(labels) for i in range(len(words))
+            },
+            "one per type",
+        ),
+        (
+            lambda words, labels, seed: {w: random.choice(labels) for w in set(words)},
+            "that the seed sets",
+        ),
+    ],
+)
 def check_22(answer) -> None:
     types = [f"w{i}" for i in range(400)]
     words = [word for word in types for _ in range(3)]
@@ -135,6 +192,43 @@ def most_selective(probe, control):
     return int(selectivity.argmax()), float(selectivity.max())
 
 
+@exercise(
+    "2.3",
+    title="The most selective layer",
+    difficulty=1,
+    importance=4,
+    minutes=5,
+    stub=STUB_23,
+    reference=most_selective,
+    hints=[
+        "Turn both lists into arrays and subtract.",
+        "`argmax` gives the index of the largest entry, `max` the entry itself.",
+    ],
+    wrong=[
+        (
+            lambda probe, control: (
+                int(np.argmax(probe)),
+                max(probe) - control[np.argmax(probe)],
+            ),
+            "Subtract before",
+        ),
+        (
+            lambda probe, control: (
+                int(np.argmax(np.array(control) - probe)),
+                float(np.max(np.array(control) - probe)),
+            ),
+            "task minus control",
+        ),
+        (
+            lambda probe, control: (
+                int(np.argmax(np.divide(probe, control))),
+                float(np.max(np.divide(probe, control))),
+            ),
+            "ratio",
+        ),
+        (lambda probe, control: most_selective(probe, control)[0], "Return two things"),
+    ],
+)
 def check_23(answer) -> None:
     probe, control = [0.50, 0.98, 0.97, 0.70], [0.50, 0.95, 0.60, 0.36]
     got = answer(list(probe), list(control))
@@ -179,6 +273,37 @@ def split_by_group(groups, share, seed):
     return np.array([group in chosen for group in groups])
 
 
+@exercise(
+    "2.4",
+    title="A split that cannot leak",
+    difficulty=2,
+    importance=5,
+    minutes=10,
+    stub=STUB_24,
+    reference=split_by_group,
+    hints=[
+        "First list the groups, each once; then draw from that list.",
+        "`random.Random(seed).sample(names, k)`, then ask of each example: is its group in it?",
+    ],
+    wrong=[
+        (
+            lambda groups, share, seed: np.random.default_rng(seed).random(len(groups)) < share,
+            "on both sides",
+        ),
+        (
+            lambda groups, share, seed: np.isin(
+                groups, sorted(set(groups))[: round(share * len(set(groups)))]
+            ),
+            "draw at random",
+        ),
+        (lambda groups, share, seed: ~split_by_group(groups, share, seed), "upside down"),
+        (lambda groups, share, seed: split_by_group(groups, share, 3), "Another seed"),
+        (
+            lambda groups, share, seed: np.flatnonzero(split_by_group(groups, share, seed)),
+            "one boolean per example",
+        ),
+    ],
+)
 def check_24(answer) -> None:
     groups = [f"g{i % 20:02d}" for i in range(400)]
     mask = np.asarray(answer(list(groups), 0.3, 0))
@@ -229,6 +354,31 @@ def mean_difference_probe(x, y, fresh):
     return (fresh - (one + other) / 2) @ (one - other) > 0
 
 
+@exercise(
+    "2.5",
+    title="A probe without training",
+    difficulty=2,
+    importance=4,
+    minutes=10,
+    stub=STUB_25,
+    reference=mean_difference_probe,
+    hints=[
+        "`x[y].mean(0)` is the mean of the true class.",
+        "Project `fresh` minus the midpoint onto the difference of the means: the sign says.",
+    ],
+    wrong=[
+        (
+            lambda x, y, fresh: fresh @ (x[y].mean(0) - x[~y].mean(0)) > 0,
+            "cut is at zero",
+        ),
+        (
+            lambda x, y, fresh: (fresh - x.mean(0)) @ (x[y].mean(0) - x[~y].mean(0)) > 0,
+            "larger class",
+        ),
+        (lambda x, y, fresh: ~mean_difference_probe(x, y, fresh), "swapped"),
+        (lambda x, y, fresh: fresh @ (x[y].mean(0) - x[~y].mean(0)), "one boolean"),
+    ],
+)
 def check_25(answer) -> None:
     rng = np.random.default_rng(0)
     y = np.arange(200) < 160  # four in five are true
@@ -241,7 +391,8 @@ def check_25(answer) -> None:
         got.shape == (101,) and got.dtype == bool,
         "Return one boolean per fresh row: is it beyond the midpoint?",
     )
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             fresh @ v > 0,
             "The cut is at zero: the data's own centre is elsewhere. Subtract the midpoint.",
@@ -255,8 +406,7 @@ def check_25(answer) -> None:
             ~want,
             "True and false are swapped: take the mean of the true minus the mean of the false.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect(bool((got == want).all()), "The cut is elsewhere than half way between the means.")
 
 
@@ -278,6 +428,29 @@ def project_out(x, v, centre):
     return x - ((x - centre) @ u)[:, None] * u
 
 
+@exercise(
+    "2.6",
+    title="Taking a direction out",
+    difficulty=3,
+    importance=5,
+    minutes=10,
+    stub=STUB_26,
+    reference=project_out,
+    hints=[
+        "Divide v by its length first: `np.linalg.norm(v)`.",
+        "How far is each row from the centre along v? `(x - centre) @ u`, one number per row.",
+    ],
+    wrong=[
+        (lambda x, v, centre: x - ((x - centre) @ v)[:, None] * v, "25 times too much"),
+        (lambda x, v, centre: project_out(x, v, 0 * centre), "where the centre is"),
+        (lambda x, v, centre: x - project_out(x, v, centre), "nothing else"),
+        (lambda x, v, centre: x - v, "own part along v"),
+        (
+            lambda x, v, centre: x - ((x - centre) @ v / np.linalg.norm(v))[:, None] * v,
+            "measured with",
+        ),
+    ],
+)
 def check_26(answer) -> None:
     rng = np.random.default_rng(0)
     x, v, centre = rng.normal(size=(5, 4)) + 3, np.array([0.0, 3.0, 0.0, 4.0]), np.full(4, 2.0)
@@ -287,7 +460,8 @@ def check_26(answer) -> None:
         np.array_equal(x, before), "Your function changes the x that it was given: work on a copy."
     )
     along = ((x - centre) @ u)[:, None]
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             x - ((x - centre) @ v)[:, None] * v,
             "v is used as it comes: its length is 5, so 25 times too much is taken away. Divide it "
@@ -307,8 +481,7 @@ def check_26(answer) -> None:
             np.broadcast_to(centre, x.shape),
             "Everything is set to the centre: across v, x should stay.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Afterwards (x - centre) · v should be 0, and x unchanged across v.")
 
 
@@ -330,6 +503,31 @@ def excess(probe_p, ideal_p):
     return float((ideal_p * (np.log(ideal_p) - np.log(probe_p))).sum(1).mean())
 
 
+@exercise(
+    "2.7",
+    title="Above the floor",
+    difficulty=3,
+    importance=4,
+    minutes=10,
+    stub=STUB_27,
+    reference=excess,
+    hints=[
+        "For one example: Σ p log p - Σ p log q, with p the ideal reader's and q the probe's.",
+        "Sum over the classes (`axis=1`), then take the mean over the examples.",
+    ],
+    wrong=[
+        (lambda probe_p, ideal_p: excess(ideal_p, probe_p), "swapped"),
+        (lambda probe_p, ideal_p: excess(probe_p, ideal_p) / np.log(2), "in bits"),
+        (
+            lambda probe_p, ideal_p: -(ideal_p * np.log(probe_p)).sum(1).mean(),
+            "cross-entropy alone",
+        ),
+        (
+            lambda probe_p, ideal_p: (ideal_p * np.log(ideal_p / probe_p)).mean(),
+            "Sum over the classes",
+        ),
+    ],
+)
 def check_27(answer) -> None:
     rng = np.random.default_rng(0)
     probe_p, ideal_p = rng.dirichlet([2.0] * 3, 40), rng.dirichlet([2.0] * 3, 40)
@@ -337,7 +535,8 @@ def check_27(answer) -> None:
     got = answer(probe_p.copy(), ideal_p.copy())
     right = ideal_p.argmax(1)
     rows = (ideal_p * (log(ideal_p) - log(probe_p))).sum(1)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             excess(ideal_p, probe_p),
             "Probe and ideal reader are swapped: the ideal reader's p are the weights.",
@@ -357,8 +556,7 @@ def check_27(answer) -> None:
             (ideal_p * (log(ideal_p) - log(probe_p))).mean(),
             "Sum over the classes, then take the mean.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Compare with Σ p (log p - log q), averaged over the examples.")
 
 
@@ -381,6 +579,39 @@ def angle_error(predicted, true_index, n):
     return np.degrees(np.abs((turn + np.pi) % (2 * np.pi) - np.pi))
 
 
+@exercise(
+    "2.8",
+    title="How far off, on a circle",
+    difficulty=3,
+    importance=3,
+    minutes=10,
+    stub=STUB_28,
+    reference=angle_error,
+    hints=[
+        "`np.arctan2(sine, cosine)` is the angle of a prediction, whatever its length.",
+        "Wrap the difference: `(turn + pi) % (2 * pi) - pi` lies between -pi and pi.",
+    ],
+    wrong=[
+        (
+            lambda predicted, true_index, n: np.degrees(
+                np.abs(np.arctan2(predicted[:, 1], predicted[:, 0]) - 2 * np.pi * true_index / n)
+            ),
+            "shorter way",
+        ),
+        (
+            lambda predicted, true_index, n: np.radians(angle_error(predicted, true_index, n)),
+            "in radians",
+        ),
+        (
+            lambda predicted, true_index, n: angle_error(predicted[:, ::-1], true_index, n),
+            "sine first",
+        ),
+        (
+            lambda predicted, true_index, n: angle_error(predicted, true_index, n).mean(),
+            "not their mean",
+        ),
+    ],
+)
 def check_28(answer) -> None:
     n, true_index = 12, np.array([0, 1, 6, 11, 0, 3])
     given = np.radians([350.0, 40.0, 170.0, 15.0, 180.0, 90.0])
@@ -394,7 +625,8 @@ def check_28(answer) -> None:
     def wrapped(turn):
         return np.degrees(np.abs((turn + np.pi) % (2 * np.pi) - np.pi))
 
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             np.degrees(np.abs(angle - truth)),
             "An error above 180 degrees: from December to January is one step, not eleven. Go "
@@ -411,264 +643,7 @@ def check_28(answer) -> None:
             np.degrees((angle - truth + np.pi) % (2 * np.pi) - np.pi),
             "An error has no sign: from 0 to 180.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     if same(np.mean(want), got):
         raise Wrong("Return one angle per prediction, not their mean.")
     expect_close(got, want, "The errors of the example are 10, 10, 10, 45, 180 and 0.", 1e-4)
-
-
-EXERCISES = [
-    Exercise(
-        id="2.1",
-        title="What two tokens can say",
-        difficulty=2,
-        importance=3,
-        minutes=5,
-        stub=STUB_21,
-        reference=two_token_features,
-        check=check_21,
-        hints=[
-            "`np.eye(n_vocab)[ids]` turns ids (n,) into one-hot rows (n, n_vocab).",
-            "Put two such blocks side by side with `np.concatenate(..., axis=1)`.",
-        ],
-        wrong=[
-            (lambda previous, current, n_vocab: np.eye(n_vocab)[current], "current token alone"),
-            (
-                lambda previous, current, n_vocab: (
-                    np.eye(n_vocab)[previous] + np.eye(n_vocab)[current]
-                ),
-                "own half",
-            ),
-            (
-                lambda previous, current, n_vocab: two_token_features(current, previous, n_vocab),
-                "swapped",
-            ),
-            (lambda previous, current, n_vocab: np.stack([previous, current], 1), "ids themselves"),
-        ],
-    ),
-    Exercise(
-        id="2.2",
-        title="A control task",
-        difficulty=2,
-        importance=5,
-        minutes=10,
-        stub=STUB_22,
-        reference=control_task,
-        check=check_22,
-        hints=[
-            "`set(words)` has each word type once; sort it, so that the seed decides alone.",
-            "`random.Random(seed).choice(labels)` draws a label as often as it is in the list.",
-        ],
-        wrong=[
-            (
-                lambda words, labels, seed: dict(zip(words, labels, strict=True)),
-                "These are the true labels",
-            ),
-            (
-                lambda words, labels, seed: {
-                    w: random.Random(seed).choice(labels) for w in sorted(set(words))
-                },
-                "same label",
-            ),
-            (
-                lambda words, labels, seed: {
-                    w: random.Random(f"{seed} {w}").choice(sorted(set(labels))) for w in set(words)
-                },
-                "not from the set of classes",
-            ),
-            (
-                lambda words, labels, seed: {
-                    i: random.Random(seed + i).choice(labels) for i in range(len(words))
-                },
-                "one per type",
-            ),
-            (
-                lambda words, labels, seed: {w: random.choice(labels) for w in set(words)},
-                "that the seed sets",
-            ),
-        ],
-    ),
-    Exercise(
-        id="2.3",
-        title="The most selective layer",
-        difficulty=1,
-        importance=4,
-        minutes=5,
-        stub=STUB_23,
-        reference=most_selective,
-        check=check_23,
-        hints=[
-            "Turn both lists into arrays and subtract.",
-            "`argmax` gives the index of the largest entry, `max` the entry itself.",
-        ],
-        wrong=[
-            (
-                lambda probe, control: (
-                    int(np.argmax(probe)),
-                    max(probe) - control[np.argmax(probe)],
-                ),
-                "Subtract before",
-            ),
-            (
-                lambda probe, control: (
-                    int(np.argmax(np.array(control) - probe)),
-                    float(np.max(np.array(control) - probe)),
-                ),
-                "task minus control",
-            ),
-            (
-                lambda probe, control: (
-                    int(np.argmax(np.divide(probe, control))),
-                    float(np.max(np.divide(probe, control))),
-                ),
-                "ratio",
-            ),
-            (lambda probe, control: most_selective(probe, control)[0], "Return two things"),
-        ],
-    ),
-    Exercise(
-        id="2.4",
-        title="A split that cannot leak",
-        difficulty=2,
-        importance=5,
-        minutes=10,
-        stub=STUB_24,
-        reference=split_by_group,
-        check=check_24,
-        hints=[
-            "First list the groups, each once; then draw from that list.",
-            "`random.Random(seed).sample(names, k)`, then ask of each example: is its group in it?",
-        ],
-        wrong=[
-            (
-                lambda groups, share, seed: np.random.default_rng(seed).random(len(groups)) < share,
-                "on both sides",
-            ),
-            (
-                lambda groups, share, seed: np.isin(
-                    groups, sorted(set(groups))[: round(share * len(set(groups)))]
-                ),
-                "draw at random",
-            ),
-            (lambda groups, share, seed: ~split_by_group(groups, share, seed), "upside down"),
-            (lambda groups, share, seed: split_by_group(groups, share, 3), "Another seed"),
-            (
-                lambda groups, share, seed: np.flatnonzero(split_by_group(groups, share, seed)),
-                "one boolean per example",
-            ),
-        ],
-    ),
-    Exercise(
-        id="2.5",
-        title="A probe without training",
-        difficulty=2,
-        importance=4,
-        minutes=10,
-        stub=STUB_25,
-        reference=mean_difference_probe,
-        check=check_25,
-        hints=[
-            "`x[y].mean(0)` is the mean of the true class.",
-            "Project `fresh` minus the midpoint onto the difference of the means: the sign says.",
-        ],
-        wrong=[
-            (
-                lambda x, y, fresh: fresh @ (x[y].mean(0) - x[~y].mean(0)) > 0,
-                "cut is at zero",
-            ),
-            (
-                lambda x, y, fresh: (fresh - x.mean(0)) @ (x[y].mean(0) - x[~y].mean(0)) > 0,
-                "larger class",
-            ),
-            (lambda x, y, fresh: ~mean_difference_probe(x, y, fresh), "swapped"),
-            (lambda x, y, fresh: fresh @ (x[y].mean(0) - x[~y].mean(0)), "one boolean"),
-        ],
-    ),
-    Exercise(
-        id="2.6",
-        title="Taking a direction out",
-        difficulty=3,
-        importance=5,
-        minutes=10,
-        stub=STUB_26,
-        reference=project_out,
-        check=check_26,
-        hints=[
-            "Divide v by its length first: `np.linalg.norm(v)`.",
-            "How far is each row from the centre along v? `(x - centre) @ u`, one number per row.",
-        ],
-        wrong=[
-            (lambda x, v, centre: x - ((x - centre) @ v)[:, None] * v, "25 times too much"),
-            (lambda x, v, centre: project_out(x, v, 0 * centre), "where the centre is"),
-            (lambda x, v, centre: x - project_out(x, v, centre), "nothing else"),
-            (lambda x, v, centre: x - v, "own part along v"),
-            (
-                lambda x, v, centre: x - ((x - centre) @ v / np.linalg.norm(v))[:, None] * v,
-                "measured with",
-            ),
-        ],
-    ),
-    Exercise(
-        id="2.7",
-        title="Above the floor",
-        difficulty=3,
-        importance=4,
-        minutes=10,
-        stub=STUB_27,
-        reference=excess,
-        check=check_27,
-        hints=[
-            "For one example: Σ p log p - Σ p log q, with p the ideal reader's and q the probe's.",
-            "Sum over the classes (`axis=1`), then take the mean over the examples.",
-        ],
-        wrong=[
-            (lambda probe_p, ideal_p: excess(ideal_p, probe_p), "swapped"),
-            (lambda probe_p, ideal_p: excess(probe_p, ideal_p) / np.log(2), "in bits"),
-            (
-                lambda probe_p, ideal_p: -(ideal_p * np.log(probe_p)).sum(1).mean(),
-                "cross-entropy alone",
-            ),
-            (
-                lambda probe_p, ideal_p: (ideal_p * np.log(ideal_p / probe_p)).mean(),
-                "Sum over the classes",
-            ),
-        ],
-    ),
-    Exercise(
-        id="2.8",
-        title="How far off, on a circle",
-        difficulty=3,
-        importance=3,
-        minutes=10,
-        stub=STUB_28,
-        reference=angle_error,
-        check=check_28,
-        hints=[
-            "`np.arctan2(sine, cosine)` is the angle of a prediction, whatever its length.",
-            "Wrap the difference: `(turn + pi) % (2 * pi) - pi` lies between -pi and pi.",
-        ],
-        wrong=[
-            (
-                lambda predicted, true_index, n: np.degrees(
-                    np.abs(
-                        np.arctan2(predicted[:, 1], predicted[:, 0]) - 2 * np.pi * true_index / n
-                    )
-                ),
-                "shorter way",
-            ),
-            (
-                lambda predicted, true_index, n: np.radians(angle_error(predicted, true_index, n)),
-                "in radians",
-            ),
-            (
-                lambda predicted, true_index, n: angle_error(predicted[:, ::-1], true_index, n),
-                "sine first",
-            ),
-            (
-                lambda predicted, true_index, n: angle_error(predicted, true_index, n).mean(),
-                "not their mean",
-            ),
-        ],
-    ),
-]

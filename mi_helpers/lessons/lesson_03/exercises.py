@@ -2,22 +2,15 @@
 
 import torch
 
-from mi_helpers.course.check import Exercise, as_numbers, expect, expect_close, expect_shape
-
-
-def same(got, other) -> bool:
-    """Whether an answer equals a foreseen mistake, in shape and in numbers."""
-    try:
-        got, other = as_numbers(got), as_numbers(other)
-    except (TypeError, ValueError):
-        return False
-    return got.shape == other.shape and bool(abs(got - other).max(initial=0.0) < 1e-5)
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Random numbers, the same for the same seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
+from mi_helpers.course.check import (
+    draw,
+    exercise,
+    expect,
+    expect_close,
+    expect_none_of,
+    expect_shape,
+    same,
+)
 
 # -- 3.1 -------------------------------------------------------------------------------------
 
@@ -36,11 +29,34 @@ def normalised(value, clean, corrupted):
     return (value - corrupted) / (clean - corrupted)
 
 
+@exercise(
+    "3.1",
+    title="From 0 to 1",
+    difficulty=1,
+    importance=5,
+    minutes=5,
+    stub=STUB_31,
+    reference=normalised,
+    hints=[
+        "Two steps: shift so that the corrupted run is 0, scale so that the clean run is 1.",
+        "After the shift the clean run stands at `clean - corrupted`: divide by that.",
+    ],
+    wrong=[
+        (lambda value, clean, corrupted: (value - clean) / (corrupted - clean), "swapped"),
+        (lambda value, clean, corrupted: value / clean, "clean run alone"),
+        (lambda value, clean, corrupted: (value - corrupted) / clean, "the gap between"),
+        (
+            lambda value, clean, corrupted: normalised(value, clean, corrupted).clamp(0, 1),
+            "Nothing is cut off",
+        ),
+    ],
+)
 def check_31(answer) -> None:
     clean, corrupted = 3.0, -1.0
     values = torch.tensor([-1.0, 3.0, 1.0, 5.0, -2.0])
     got = answer(values, clean, corrupted)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             (values - clean) / (corrupted - clean),
             "The ends are swapped: the corrupted run should be 0, the clean run 1.",
@@ -59,8 +75,7 @@ def check_31(answer) -> None:
             "Nothing is cut off: a patch may take the answer beyond 1, or below 0, and hiding that "
             "hides a finding.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, normalised(values, clean, corrupted), "With -1 as 0 and 3 as 1, 1 is 0.5.")
 
 
@@ -84,12 +99,52 @@ def logit_difference(logits, answer, wrong):
     return (last[rows, answer] - last[rows, wrong]).mean()
 
 
+@exercise(
+    "3.2",
+    title="The logit difference",
+    difficulty=2,
+    importance=5,
+    minutes=10,
+    stub=STUB_32,
+    reference=logit_difference,
+    hints=[
+        "`logits[:, -1]` are the logits at the last position, (batch, d_vocab).",
+        "`last[torch.arange(len(last)), answer]` takes one entry per row.",
+    ],
+    wrong=[
+        (lambda logits, answer, wrong: logit_difference(logits, wrong, answer), "turned round"),
+        (
+            lambda logits, answer, wrong: (
+                logits[torch.arange(len(logits)), :, answer]
+                - logits[torch.arange(len(logits)), :, wrong]
+            ).mean(),
+            "over all positions",
+        ),
+        (
+            lambda logits, answer, wrong: (
+                logits[:, -1][:, answer] - logits[:, -1][:, wrong]
+            ).mean(),
+            "pair the rows",
+        ),
+        (
+            lambda logits, answer, wrong: logit_difference(logits.softmax(-1), answer, wrong),
+            "probabilities",
+        ),
+        (
+            lambda logits, answer, wrong: (
+                logits[:, -1].gather(1, answer[:, None]) - logits[:, -1].gather(1, wrong[:, None])
+            )[:, 0],
+            "One number",
+        ),
+    ],
+)
 def check_32(answer) -> None:
     logits, right, wrong = draw(3, 4, 7), torch.tensor([1, 5, 2]), torch.tensor([0, 3, 6])
     rows, last = torch.arange(3), logits[:, -1]
     got = answer(logits, right, wrong)
     log_p = logits.softmax(-1)[:, -1]
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             -logit_difference(logits, right, wrong),
             "The sign is turned round: positive means that the right answer is ahead.",
@@ -116,8 +171,7 @@ def check_32(answer) -> None:
             last[rows, right].mean(),
             "Subtract the wrong answer's logit: all logits may rise at once.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, logit_difference(logits, right, wrong), "The mean difference is another one.")
 
 
@@ -140,6 +194,44 @@ def patch_head(z, other, head, position):
     return patched
 
 
+def _patched_everywhere(z, other, head, position):
+    z[:, position, head] = other[:, position, head]
+    return z
+
+
+@exercise(
+    "3.3",
+    title="Patch one head",
+    difficulty=2,
+    importance=5,
+    minutes=10,
+    stub=STUB_33,
+    reference=patch_head,
+    hints=[
+        "`z.clone()` first, then assign to one slice of the clone.",
+        "One position and one head, in all prompts: `[:, position, head]`.",
+    ],
+    wrong=[
+        (_patched_everywhere, "work on a `clone()`"),
+        (
+            lambda z, other, head, position: torch.stack(
+                [other[:, :, h] if h == head else z[:, :, h] for h in range(z.shape[2])], 2
+            ),
+            "every position",
+        ),
+        (
+            lambda z, other, head, position: torch.stack(
+                [other[:, p] if p == position else z[:, p] for p in range(z.shape[1])], 1
+            ),
+            "All heads",
+        ),
+        (
+            lambda z, other, head, position: patch_head(z, other, position, head),
+            "wrong way round",
+        ),
+        (lambda z, other, head, position: other.clone(), "other run as a whole"),
+    ],
+)
 def check_33(answer) -> None:
     z, other = draw(2, 5, 4, 3), draw(2, 5, 4, 3, seed=1)
     kept, kept_other = z.clone(), other.clone()
@@ -155,7 +247,8 @@ def check_33(answer) -> None:
         patched[where] = other[where]
         return patched
 
-    for mistake, message in (
+    expect_none_of(
+        got,
         (put((slice(None), slice(None), 2)), "The head is replaced at every position, not at one."),
         (put((slice(None), 3)), "All heads of that position are replaced, not one."),
         (
@@ -168,8 +261,7 @@ def check_33(answer) -> None:
             "This is the other run as a whole: only one head at one position is taken from it.",
         ),
         (z, "Nothing has changed: the patched tensor has to be returned."),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, patch_head(z, other, 2, 3), "Another entry than the one asked for differs.")
 
 
@@ -197,6 +289,56 @@ def both_ways(run, clean, corrupted):
     return denoise, noise
 
 
+def _both_ways_without_clones(run, clean, corrupted):
+    denoise, noise = torch.zeros(len(clean)), torch.zeros(len(clean))
+    clean, corrupted = clean.clone(), corrupted.clone()
+    start, end = clean.clone(), corrupted.clone()
+    for i in range(len(clean)):
+        corrupted[i], clean[i] = start[i], end[i]
+        denoise[i], noise[i] = run(corrupted), 1 - run(clean)
+    return denoise, noise
+
+
+def _both_ways_in_place(run, clean, corrupted):
+    denoise, noise = torch.zeros(len(clean)), torch.zeros(len(clean))
+    for i in range(len(clean)):
+        clean[i], corrupted[i] = corrupted[i].item(), clean[i].item()
+        denoise[i], noise[i] = run(corrupted), 1 - run(clean)
+    return denoise, noise
+
+
+@exercise(
+    "3.4",
+    title="Both ways",
+    difficulty=3,
+    importance=5,
+    minutes=15,
+    stub=STUB_34,
+    reference=both_ways,
+    hints=[
+        "For wire i: a copy of the corrupted wires with the clean value at i, and the reverse.",
+        "Denoising reads the output; noising reads 1 - output, what is lost.",
+    ],
+    wrong=[
+        (
+            lambda run, clean, corrupted: (
+                both_ways(run, clean, corrupted)[0],
+                1 - both_ways(run, clean, corrupted)[1],
+            ),
+            "not what is lost",
+        ),
+        (
+            lambda run, clean, corrupted: both_ways(run, clean, corrupted)[::-1],
+            "other direction",
+        ),
+        (_both_ways_in_place, "starts from a run that"),
+        (_both_ways_without_clones, "put back"),
+        (
+            lambda run, clean, corrupted: both_ways(run, clean, corrupted)[0],
+            "Return two things",
+        ),
+    ],
+)
 def check_34(answer) -> None:
     clean, corrupted = torch.ones(3), torch.zeros(3)
 
@@ -258,6 +400,44 @@ def mean_ablation(x, reference, position):
     return changed
 
 
+def _filled(x, value, position):
+    changed = x.clone()
+    changed[:, position] = value
+    return changed
+
+
+@exercise(
+    "3.5",
+    title="The mean ablation, position by position",
+    difficulty=2,
+    importance=4,
+    minutes=10,
+    stub=STUB_35,
+    reference=mean_ablation,
+    hints=[
+        "`reference[:, position]` is (prompts, d_model): average over the prompts.",
+        "Clone x, then assign the mean vector to one position of all prompts.",
+    ],
+    wrong=[
+        (lambda x, reference, position: _filled(x, 0.0, position), "zero ablation"),
+        (
+            lambda x, reference, position: _filled(x, reference.mean((0, 1)), position),
+            "over all positions",
+        ),
+        (
+            lambda x, reference, position: _filled(x, reference[:, position].mean(), position),
+            "one number instead of a vector",
+        ),
+        (
+            lambda x, reference, position: _filled(x, x[:, position].mean(0), position),
+            "the reference was asked for",
+        ),
+        (
+            lambda x, reference, position: reference.mean(0).expand_as(x).clone(),
+            "Every position",
+        ),
+    ],
+)
 def check_35(answer) -> None:
     x, reference, kept = draw(2, 4, 3), draw(5, 4, 3, seed=1) + 1, draw(2, 4, 3)
     got = answer(x, reference, 2)
@@ -269,7 +449,8 @@ def check_35(answer) -> None:
         changed[:, at] = value
         return changed
 
-    for mistake, message in (
+    expect_none_of(
+        got,
         (put(0.0), "This is a zero ablation: the mean vector of the reference belongs there."),
         (
             put(reference.mean((0, 1))),
@@ -284,8 +465,7 @@ def check_35(answer) -> None:
             put(reference.mean(0), slice(None)),
             "Every position is replaced, and only one should be.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, mean_ablation(x, reference, 2), "Another vector was expected there.")
 
 
@@ -307,11 +487,35 @@ def attribution(base, other, gradient):
     return ((other - base) * gradient).sum(-1)
 
 
+@exercise(
+    "3.6",
+    title="Attribution patching",
+    difficulty=2,
+    importance=5,
+    minutes=10,
+    stub=STUB_36,
+    reference=attribution,
+    hints=[
+        "To first order, f(x + dx) - f(x) is dx times the gradient, summed. What is dx?",
+        "`(other - base) * gradient`, summed over the last axis.",
+    ],
+    wrong=[
+        (lambda base, other, gradient: attribution(other, base, gradient), "turned round"),
+        (lambda base, other, gradient: (other * gradient).sum(-1), "removes base as well"),
+        (lambda base, other, gradient: ((other - base) * gradient).sum(), "One number per"),
+        (lambda base, other, gradient: ((other - base) * gradient).mean(-1), "do not average"),
+        (
+            lambda base, other, gradient: (other - base).norm(dim=-1) * gradient.norm(dim=-1),
+            "forget the angle",
+        ),
+    ],
+)
 def check_36(answer) -> None:
     base, other, gradient = (draw(4, 6, seed=seed) for seed in range(3))
     got = answer(base, other, gradient)
     want = attribution(base, other, gradient)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (-want, "The sign is turned round: the patch goes *from* base *to* other."),
         ((other * gradient).sum(-1), "The patch removes base as well: the change is other - base."),
         ((base * gradient).sum(-1), "This is base times gradient: the change is other - base."),
@@ -325,8 +529,7 @@ def check_36(answer) -> None:
             (other - base).norm(dim=-1) * gradient.norm(dim=-1),
             "The lengths alone forget the angle: a large change across the gradient does nothing.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Per position: the dot product of the change and the gradient.")
 
 
@@ -352,13 +555,44 @@ def rank_correlation(true, guess):
     return torch.corrcoef(torch.stack([ranks(true), ranks(guess)]))[0, 1]
 
 
+@exercise(
+    "3.7",
+    title="Is the order right?",
+    difficulty=3,
+    importance=3,
+    minutes=10,
+    stub=STUB_37,
+    reference=rank_correlation,
+    hints=[
+        "First turn each list into ranks: 0 for the smallest, n - 1 for the largest.",
+        "`argsort()` of `argsort()` gives ranks; `torch.corrcoef` then gives the correlation.",
+    ],
+    wrong=[
+        (
+            lambda true, guess: torch.corrcoef(torch.stack([true, guess]))[0, 1],
+            "Pearson's correlation",
+        ),
+        (
+            lambda true, guess: torch.corrcoef(
+                torch.stack([true.argsort().double(), guess.argsort().double()])
+            )[0, 1],
+            "apply it twice",
+        ),
+        (lambda true, guess: rank_correlation(true, -guess), "upside down"),
+        (
+            lambda true, guess: (ranks(true) == ranks(guess)).double().mean(),
+            "counts equal ranks",
+        ),
+    ],
+)
 def check_37(answer) -> None:
     true = torch.tensor([0.1, 0.9, 0.3, 0.2, 5.0, -0.4])
     guess = torch.tensor([0.6, 0.3, 0.0, 0.25, 0.4, -9.0])
     want = rank_correlation(true, guess)
     got = answer(true, guess)
     order = torch.corrcoef(torch.stack([true.argsort().double(), guess.argsort().double()]))[0, 1]
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             torch.corrcoef(torch.stack([true, guess]))[0, 1],
             "This is Pearson's correlation of the values: outliers decide it. Take ranks first.",
@@ -369,8 +603,7 @@ def check_37(answer) -> None:
         ),
         (-want, "One of the two rankings is upside down."),
         ((ranks(true) == ranks(guess)).double().mean(), "This counts equal ranks: correlate them."),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, f"For the example {float(want):.3f} was expected.", 1e-4)
 
 
@@ -402,6 +635,45 @@ def head_change(z, other, head, W_O, post_norm):
     return post_norm(heads_out(patched, W_O)) - post_norm(heads_out(z, W_O))
 
 
+@exercise(
+    "3.8",
+    title="A head behind a post-norm",
+    difficulty=4,
+    importance=4,
+    minutes=15,
+    stub=STUB_38,
+    reference=head_change,
+    hints=[
+        '`torch.einsum("phd,hdm->pm", z, W_O)` is what all heads write, before the norm.',
+        "Compute that twice, with and without the patch, and subtract *after* the norm.",
+    ],
+    wrong=[
+        (
+            lambda z, other, head, W_O, post_norm: (other - z)[:, head] @ W_O[head],
+            "left out",
+        ),
+        (
+            lambda z, other, head, W_O, post_norm: post_norm((other - z)[:, head] @ W_O[head]),
+            "norm of the difference",
+        ),
+        (
+            lambda z, other, head, W_O, post_norm: (
+                post_norm(other[:, head] @ W_O[head]) - post_norm(z[:, head] @ W_O[head])
+            ),
+            "this head alone",
+        ),
+        (
+            lambda z, other, head, W_O, post_norm: (
+                post_norm(heads_out(other, W_O)) - post_norm(heads_out(z, W_O))
+            ),
+            "All heads are taken",
+        ),
+        (
+            lambda z, other, head, W_O, post_norm: -head_change(z, other, head, W_O, post_norm),
+            "turned round",
+        ),
+    ],
+)
 def check_38(answer) -> None:
     z, other, W_O = draw(3, 2, 4), 3 * draw(3, 2, 4, seed=1), draw(2, 4, 5, seed=2)
     kept = z.clone()
@@ -414,7 +686,8 @@ def check_38(answer) -> None:
     want = head_change(z, other, 1, W_O, norm)
     one = (other - z)[:, 1] @ W_O[1]
     alone = norm(other[:, 1] @ W_O[1]) - norm(z[:, 1] @ W_O[1])
-    for mistake, message in (
+    expect_none_of(
+        got,
         (one, "The post-norm is left out: its scale belongs to what reaches the stream."),
         (
             norm(one),
@@ -434,298 +707,5 @@ def check_38(answer) -> None:
             norm(heads_out(z, W_O) + one),
             "This is the patched output itself: subtract what attention added before.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "post_norm(all heads, one patched) - post_norm(all heads).", 1e-4)
-
-
-def _patched_everywhere(z, other, head, position):
-    z[:, position, head] = other[:, position, head]
-    return z
-
-
-def _both_ways_without_clones(run, clean, corrupted):
-    denoise, noise = torch.zeros(len(clean)), torch.zeros(len(clean))
-    clean, corrupted = clean.clone(), corrupted.clone()
-    start, end = clean.clone(), corrupted.clone()
-    for i in range(len(clean)):
-        corrupted[i], clean[i] = start[i], end[i]
-        denoise[i], noise[i] = run(corrupted), 1 - run(clean)
-    return denoise, noise
-
-
-def _both_ways_in_place(run, clean, corrupted):
-    denoise, noise = torch.zeros(len(clean)), torch.zeros(len(clean))
-    for i in range(len(clean)):
-        clean[i], corrupted[i] = corrupted[i].item(), clean[i].item()
-        denoise[i], noise[i] = run(corrupted), 1 - run(clean)
-    return denoise, noise
-
-
-def _filled(x, value, position):
-    changed = x.clone()
-    changed[:, position] = value
-    return changed
-
-
-EXERCISES = [
-    Exercise(
-        id="3.1",
-        title="From 0 to 1",
-        difficulty=1,
-        importance=5,
-        minutes=5,
-        stub=STUB_31,
-        reference=normalised,
-        check=check_31,
-        hints=[
-            "Two steps: shift so that the corrupted run is 0, scale so that the clean run is 1.",
-            "After the shift the clean run stands at `clean - corrupted`: divide by that.",
-        ],
-        wrong=[
-            (lambda value, clean, corrupted: (value - clean) / (corrupted - clean), "swapped"),
-            (lambda value, clean, corrupted: value / clean, "clean run alone"),
-            (lambda value, clean, corrupted: (value - corrupted) / clean, "the gap between"),
-            (
-                lambda value, clean, corrupted: normalised(value, clean, corrupted).clamp(0, 1),
-                "Nothing is cut off",
-            ),
-        ],
-    ),
-    Exercise(
-        id="3.2",
-        title="The logit difference",
-        difficulty=2,
-        importance=5,
-        minutes=10,
-        stub=STUB_32,
-        reference=logit_difference,
-        check=check_32,
-        hints=[
-            "`logits[:, -1]` are the logits at the last position, (batch, d_vocab).",
-            "`last[torch.arange(len(last)), answer]` takes one entry per row.",
-        ],
-        wrong=[
-            (lambda logits, answer, wrong: logit_difference(logits, wrong, answer), "turned round"),
-            (
-                lambda logits, answer, wrong: (
-                    logits[torch.arange(len(logits)), :, answer]
-                    - logits[torch.arange(len(logits)), :, wrong]
-                ).mean(),
-                "over all positions",
-            ),
-            (
-                lambda logits, answer, wrong: (
-                    logits[:, -1][:, answer] - logits[:, -1][:, wrong]
-                ).mean(),
-                "pair the rows",
-            ),
-            (
-                lambda logits, answer, wrong: logit_difference(logits.softmax(-1), answer, wrong),
-                "probabilities",
-            ),
-            (
-                lambda logits, answer, wrong: (
-                    logits[:, -1].gather(1, answer[:, None])
-                    - logits[:, -1].gather(1, wrong[:, None])
-                )[:, 0],
-                "One number",
-            ),
-        ],
-    ),
-    Exercise(
-        id="3.3",
-        title="Patch one head",
-        difficulty=2,
-        importance=5,
-        minutes=10,
-        stub=STUB_33,
-        reference=patch_head,
-        check=check_33,
-        hints=[
-            "`z.clone()` first, then assign to one slice of the clone.",
-            "One position and one head, in all prompts: `[:, position, head]`.",
-        ],
-        wrong=[
-            (_patched_everywhere, "work on a `clone()`"),
-            (
-                lambda z, other, head, position: torch.stack(
-                    [other[:, :, h] if h == head else z[:, :, h] for h in range(z.shape[2])], 2
-                ),
-                "every position",
-            ),
-            (
-                lambda z, other, head, position: torch.stack(
-                    [other[:, p] if p == position else z[:, p] for p in range(z.shape[1])], 1
-                ),
-                "All heads",
-            ),
-            (
-                lambda z, other, head, position: patch_head(z, other, position, head),
-                "wrong way round",
-            ),
-            (lambda z, other, head, position: other.clone(), "other run as a whole"),
-        ],
-    ),
-    Exercise(
-        id="3.4",
-        title="Both ways",
-        difficulty=3,
-        importance=5,
-        minutes=15,
-        stub=STUB_34,
-        reference=both_ways,
-        check=check_34,
-        hints=[
-            "For wire i: a copy of the corrupted wires with the clean value at i, and the reverse.",
-            "Denoising reads the output; noising reads 1 - output, what is lost.",
-        ],
-        wrong=[
-            (
-                lambda run, clean, corrupted: (
-                    both_ways(run, clean, corrupted)[0],
-                    1 - both_ways(run, clean, corrupted)[1],
-                ),
-                "not what is lost",
-            ),
-            (
-                lambda run, clean, corrupted: both_ways(run, clean, corrupted)[::-1],
-                "other direction",
-            ),
-            (_both_ways_in_place, "starts from a run that"),
-            (_both_ways_without_clones, "put back"),
-            (
-                lambda run, clean, corrupted: both_ways(run, clean, corrupted)[0],
-                "Return two things",
-            ),
-        ],
-    ),
-    Exercise(
-        id="3.5",
-        title="The mean ablation, position by position",
-        difficulty=2,
-        importance=4,
-        minutes=10,
-        stub=STUB_35,
-        reference=mean_ablation,
-        check=check_35,
-        hints=[
-            "`reference[:, position]` is (prompts, d_model): average over the prompts.",
-            "Clone x, then assign the mean vector to one position of all prompts.",
-        ],
-        wrong=[
-            (lambda x, reference, position: _filled(x, 0.0, position), "zero ablation"),
-            (
-                lambda x, reference, position: _filled(x, reference.mean((0, 1)), position),
-                "over all positions",
-            ),
-            (
-                lambda x, reference, position: _filled(x, reference[:, position].mean(), position),
-                "one number instead of a vector",
-            ),
-            (
-                lambda x, reference, position: _filled(x, x[:, position].mean(0), position),
-                "the reference was asked for",
-            ),
-            (
-                lambda x, reference, position: reference.mean(0).expand_as(x).clone(),
-                "Every position",
-            ),
-        ],
-    ),
-    Exercise(
-        id="3.6",
-        title="Attribution patching",
-        difficulty=2,
-        importance=5,
-        minutes=10,
-        stub=STUB_36,
-        reference=attribution,
-        check=check_36,
-        hints=[
-            "To first order, f(x + dx) - f(x) is dx times the gradient, summed. What is dx?",
-            "`(other - base) * gradient`, summed over the last axis.",
-        ],
-        wrong=[
-            (lambda base, other, gradient: attribution(other, base, gradient), "turned round"),
-            (lambda base, other, gradient: (other * gradient).sum(-1), "removes base as well"),
-            (lambda base, other, gradient: ((other - base) * gradient).sum(), "One number per"),
-            (lambda base, other, gradient: ((other - base) * gradient).mean(-1), "do not average"),
-            (
-                lambda base, other, gradient: (other - base).norm(dim=-1) * gradient.norm(dim=-1),
-                "forget the angle",
-            ),
-        ],
-    ),
-    Exercise(
-        id="3.7",
-        title="Is the order right?",
-        difficulty=3,
-        importance=3,
-        minutes=10,
-        stub=STUB_37,
-        reference=rank_correlation,
-        check=check_37,
-        hints=[
-            "First turn each list into ranks: 0 for the smallest, n - 1 for the largest.",
-            "`argsort()` of `argsort()` gives ranks; `torch.corrcoef` then gives the correlation.",
-        ],
-        wrong=[
-            (
-                lambda true, guess: torch.corrcoef(torch.stack([true, guess]))[0, 1],
-                "Pearson's correlation",
-            ),
-            (
-                lambda true, guess: torch.corrcoef(
-                    torch.stack([true.argsort().double(), guess.argsort().double()])
-                )[0, 1],
-                "apply it twice",
-            ),
-            (lambda true, guess: rank_correlation(true, -guess), "upside down"),
-            (
-                lambda true, guess: (ranks(true) == ranks(guess)).double().mean(),
-                "counts equal ranks",
-            ),
-        ],
-    ),
-    Exercise(
-        id="3.8",
-        title="A head behind a post-norm",
-        difficulty=4,
-        importance=4,
-        minutes=15,
-        stub=STUB_38,
-        reference=head_change,
-        check=check_38,
-        hints=[
-            '`torch.einsum("phd,hdm->pm", z, W_O)` is what all heads write, before the norm.',
-            "Compute that twice, with and without the patch, and subtract *after* the norm.",
-        ],
-        wrong=[
-            (
-                lambda z, other, head, W_O, post_norm: (other - z)[:, head] @ W_O[head],
-                "left out",
-            ),
-            (
-                lambda z, other, head, W_O, post_norm: post_norm((other - z)[:, head] @ W_O[head]),
-                "norm of the difference",
-            ),
-            (
-                lambda z, other, head, W_O, post_norm: (
-                    post_norm(other[:, head] @ W_O[head]) - post_norm(z[:, head] @ W_O[head])
-                ),
-                "this head alone",
-            ),
-            (
-                lambda z, other, head, W_O, post_norm: (
-                    post_norm(heads_out(other, W_O)) - post_norm(heads_out(z, W_O))
-                ),
-                "All heads are taken",
-            ),
-            (
-                lambda z, other, head, W_O, post_norm: -head_change(z, other, head, W_O, post_norm),
-                "turned round",
-            ),
-        ],
-    ),
-]

@@ -2,8 +2,7 @@
 
 import torch
 
-from mi_helpers.course.check import Exercise, as_numbers, expect, expect_close
-from mi_helpers.lessons.lesson_02.exercises import same
+from mi_helpers.course.check import as_numbers, exercise, expect, expect_close, expect_none_of, same
 
 # -- 4.1 -------------------------------------------------------------------------------------
 
@@ -51,12 +50,34 @@ def random(*shape, seed=0, shift=0.0):
     return torch.randn(*shape, generator=generator, dtype=torch.float64) + shift
 
 
+@exercise(
+    "4.1",
+    title="The lens, for Gemma 2",
+    difficulty=2,
+    importance=5,
+    minutes=10,
+    stub=STUB_41,
+    reference=lens,
+    hints=[
+        "`h.pow(2).mean(-1, keepdim=True)` is the mean square of each token, with the axis "
+        "kept, so that it divides h.",
+        "The soft-cap comes last: `cap * torch.tanh(logits / cap)`.",
+    ],
+    wrong=[
+        (no_norm, "not normalised"),
+        (gain_is_w, "1 + w"),
+        (no_cap, "soft-cap is missing"),
+        (centred, "as LayerNorm does"),
+        (whole_rms, "last axis"),
+    ],
+)
 def check_41(answer) -> None:
     h, w, W_U = 3 * random(2, 5, 8, shift=0.3), random(8, seed=1), 2 * random(8, 11, seed=2)
     h[0, 0] *= 5
     given = (h, w, W_U, 6.0)
     got = answer(*(x.clone() if hasattr(x, "clone") else x for x in given))
-    for mistake, message in (
+    expect_none_of(
+        got,
         (no_norm(*given), "The stream is not normalised: divide it by its root mean square first."),
         (gain_is_w(*given), "Gemma stores w and multiplies by 1 + w: with w = 0 nothing changes."),
         (
@@ -69,8 +90,7 @@ def check_41(answer) -> None:
             whole_rms(*given),
             "All tokens share one root mean square: take the mean over the last axis only.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, lens(*given), "Three steps: norm with gain, times W_U, cap tanh(x / cap).")
 
 
@@ -91,11 +111,33 @@ def rank_of(logits, target):
     return (logits > logits[:, [target]]).sum(-1) + 1
 
 
+@exercise(
+    "4.2",
+    title="The rank of a token",
+    difficulty=1,
+    importance=4,
+    minutes=5,
+    stub=STUB_42,
+    reference=rank_of,
+    hints=[
+        "A rank is a count: how many tokens are above?",
+        "`logits[:, [target]]` keeps the axis, so that it can be compared with all logits.",
+    ],
+    wrong=[
+        (lambda logits, target: rank_of(logits, target) - 1, "not 0"),
+        (lambda logits, target: rank_of(-logits, target), "turned round"),
+        (
+            lambda logits, target: logits.argsort(-1, descending=True)[:, target] + 1,
+            "other way round",
+        ),
+    ],
+)
 def check_42(answer) -> None:
     logits, target = random(6, 40, seed=3), 7
     want = rank_of(logits, target)
     got = answer(logits.clone(), target)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (want - 1, "The best token has rank 1, not 0."),
         (41 - want, "The order is turned round: the highest logit has rank 1."),
         (
@@ -104,8 +146,7 @@ def check_42(answer) -> None:
             "the other way round: at which rank is the token?",
         ),
         (logits.argsort(-1, descending=True)[:, target], "`argsort` says which token, not where."),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Count, at each depth, the tokens whose logit is higher.")
 
 
@@ -129,6 +170,28 @@ def settled(ranks):
     return depth if depth < len(ranks) else None
 
 
+@exercise(
+    "4.3",
+    title="Where the answer settles",
+    difficulty=2,
+    importance=3,
+    minutes=5,
+    stub=STUB_43,
+    reference=settled,
+    hints=[
+        "Go through the list from its end.",
+        "Stop at the last depth whose rank is not 1: the answer is the depth after it.",
+    ],
+    wrong=[
+        (lambda ranks: ranks.index(1), "lost again"),
+        (lambda ranks: max(i for i, r in enumerate(ranks) if r == 1), "last run"),
+        (lambda ranks: max(0, settled(ranks) - 1), "One too early"),
+        (
+            lambda ranks: 1 + max((i for i, r in enumerate(ranks) if r != 1), default=-1),
+            "return None",
+        ),
+    ],
+)
 def check_43(answer) -> None:
     got = answer([50, 1, 9, 1, 1, 1])
     expect(
@@ -166,13 +229,47 @@ def lens_loss(final_logits, lens_logits):
     return (final.exp() * (final - lens)).sum(-1).mean()
 
 
+@exercise(
+    "4.4",
+    title="What a lens is trained on",
+    difficulty=2,
+    importance=4,
+    minutes=10,
+    stub=STUB_44,
+    reference=lens_loss,
+    hints=[
+        "`logits.log_softmax(-1)` gives log-probabilities; `.exp()` of it the probabilities.",
+        "The weights are the final distribution's probabilities.",
+    ],
+    wrong=[
+        (lambda final_logits, lens_logits: lens_loss(lens_logits, final_logits), "swapped"),
+        (lambda final_logits, lens_logits: 9 * lens_loss(final_logits, lens_logits), "the sum"),
+        (
+            lambda final_logits, lens_logits: lens_loss(final_logits, lens_logits) / 30,
+            "Sum over the vocabulary",
+        ),
+        (
+            lambda final_logits, lens_logits: (
+                -(final_logits.softmax(-1) * lens_logits.log_softmax(-1)).sum(-1).mean()
+            ),
+            "cross-entropy",
+        ),
+        (
+            lambda final_logits, lens_logits: (
+                (final_logits.softmax(-1) * (final_logits - lens_logits)).sum(-1).mean()
+            ),
+            "log_softmax",
+        ),
+    ],
+)
 def check_44(answer) -> None:
     final, early = 2 * random(9, 30, seed=4), random(9, 30, seed=5)
     want = lens_loss(final, early)
     got = answer(final.clone(), early.clone())
     log_p, log_q = final.log_softmax(-1), early.log_softmax(-1)
     raw = (final.softmax(-1) * (final - early)).sum(-1).mean()
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             lens_loss(early, final),
             "Lens and final are swapped: the final distribution's p are the weights.",
@@ -190,8 +287,7 @@ def check_44(answer) -> None:
             "Logits are used where log-probabilities should be: they differ by the log of the "
             "normaliser. Use `log_softmax`.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Σ p (log p - log q) over the vocabulary, then the mean.")
 
 
@@ -238,6 +334,26 @@ def mean_only(early, final):
     return torch.eye(early.shape[1], dtype=early.dtype), (final - early).mean(0)
 
 
+@exercise(
+    "4.5",
+    title="A short cut by least squares",
+    difficulty=3,
+    importance=3,
+    minutes=15,
+    stub=STUB_45,
+    reference=shortcut,
+    hints=[
+        "`torch.linalg.lstsq(A, B).solution` is the X for which A @ X is closest to B.",
+        "Put a column of ones beside `early`: the last row of the solution is then b.",
+    ],
+    wrong=[
+        (transposed, "transposed"),
+        (no_offset, "column of ones"),
+        (backwards, "swap them"),
+        (change_only, "the change"),
+        (mean_only, "Only the mean"),
+    ],
+)
 def check_45(answer) -> None:
     early = random(60, 5, seed=6, shift=1.0)
     final = early @ (2 * random(5, 5, seed=7)).T + 3 * random(5, seed=8) + random(60, 5, seed=9)
@@ -305,12 +421,34 @@ def equal_shares(parts, w, u, eps=1e-6):
     return terms.sum() / len(terms) * torch.ones_like(terms)
 
 
+@exercise(
+    "4.6",
+    title="Splitting a logit",
+    difficulty=3,
+    importance=5,
+    minutes=10,
+    stub=STUB_46,
+    reference=split_logit,
+    hints=[
+        "With the scale frozen, the norm is a multiplication, and a dot product can be taken "
+        "part by part.",
+        "The root mean square is that of `parts.sum(0)`.",
+    ],
+    wrong=[
+        (own_norms, "by itself"),
+        (no_scale, "root mean square is missing"),
+        (no_gain, "gain 1 + w is missing"),
+        (lambda parts, w, u, eps=1e-6: split_logit(parts, w - 1, u, eps), "not w"),
+        (equal_shares, "equally"),
+    ],
+)
 def check_46(answer) -> None:
     parts, w, u = random(7, 12, seed=10), random(12, seed=11), random(12, seed=12)
     parts[2] *= 4
     given = (parts, w, u)
     got = answer(*(x.clone() for x in given))
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             own_norms(*given),
             "Each part is normalised by itself, so a part ten times as long counts the same: "
@@ -324,8 +462,7 @@ def check_46(answer) -> None:
         ),
         (split_logit(*given).sum(), "This is the whole logit: return one term per part."),
         (equal_shares(*given), "The sum is right, but it is shared out equally."),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, split_logit(*given), "The terms should be parts @ (gain * u) / rms.")
 
 
@@ -368,6 +505,25 @@ def post_gain_only(z, W_O, w_post, v, eps=1e-6):
     return torch.einsum("hi,hid->hd", z, W_O) * (1 + w_post) @ v
 
 
+@exercise(
+    "4.7",
+    title="A head, through the post-norm",
+    difficulty=4,
+    importance=4,
+    minutes=15,
+    stub=STUB_47,
+    reference=head_terms,
+    hints=[
+        '`torch.einsum("hi,hid->hd", z, W_O)` gives each head\'s vector, (n_heads, d_model).',
+        "There is one root mean square: that of the sum over the heads.",
+    ],
+    wrong=[
+        (no_post_norm, "common tools"),
+        (each_head_normed, "one norm"),
+        (post_scale_only, "gain 1 + w_post"),
+        (post_gain_only, "division"),
+    ],
+)
 def check_47(answer) -> None:
     z, W_O, w_post, v = (
         random(4, 3, seed=13),
@@ -441,6 +597,27 @@ def unbiased(parts, gain, bias, u, eps=1e-5):
     return (parts - parts.mean(-1, keepdim=True)) @ (gain * u) * scale, bias @ u
 
 
+@exercise(
+    "4.8",
+    title="The same for GPT-2",
+    difficulty=4,
+    importance=3,
+    minutes=15,
+    stub=STUB_48,
+    reference=split_logit_layernorm,
+    hints=[
+        "The mean of a sum is the sum of the means, so each part can be centred by itself.",
+        "`parts.sum(0).var(correction=0)` is the variance that LayerNorm uses.",
+    ],
+    wrong=[
+        (not_centred, "not taken away"),
+        (rms_scale, "standard deviation"),
+        (bias_shared, "none of them wrote it"),
+        (bias_each, "comes once"),
+        (unbiased, "d_model - 1"),
+        (lambda *given: split_logit_layernorm(*given)[0], "Return two things"),
+    ],
+)
 def check_48(answer) -> None:
     parts, gain, bias, u = (
         random(6, 9, seed=17, shift=0.5),
@@ -470,193 +647,3 @@ def check_48(answer) -> None:
     terms, constant = split_logit_layernorm(*given)
     expect_close(got[1], constant, "The term of the bias is bias @ u.")
     expect_close(got[0], terms, "Centre each part, then parts @ (gain * u) / standard deviation.")
-
-
-EXERCISES = [
-    Exercise(
-        id="4.1",
-        title="The lens, for Gemma 2",
-        difficulty=2,
-        importance=5,
-        minutes=10,
-        stub=STUB_41,
-        reference=lens,
-        check=check_41,
-        hints=[
-            "`h.pow(2).mean(-1, keepdim=True)` is the mean square of each token, with the axis "
-            "kept, so that it divides h.",
-            "The soft-cap comes last: `cap * torch.tanh(logits / cap)`.",
-        ],
-        wrong=[
-            (no_norm, "not normalised"),
-            (gain_is_w, "1 + w"),
-            (no_cap, "soft-cap is missing"),
-            (centred, "as LayerNorm does"),
-            (whole_rms, "last axis"),
-        ],
-    ),
-    Exercise(
-        id="4.2",
-        title="The rank of a token",
-        difficulty=1,
-        importance=4,
-        minutes=5,
-        stub=STUB_42,
-        reference=rank_of,
-        check=check_42,
-        hints=[
-            "A rank is a count: how many tokens are above?",
-            "`logits[:, [target]]` keeps the axis, so that it can be compared with all logits.",
-        ],
-        wrong=[
-            (lambda logits, target: rank_of(logits, target) - 1, "not 0"),
-            (lambda logits, target: rank_of(-logits, target), "turned round"),
-            (
-                lambda logits, target: logits.argsort(-1, descending=True)[:, target] + 1,
-                "other way round",
-            ),
-        ],
-    ),
-    Exercise(
-        id="4.3",
-        title="Where the answer settles",
-        difficulty=2,
-        importance=3,
-        minutes=5,
-        stub=STUB_43,
-        reference=settled,
-        check=check_43,
-        hints=[
-            "Go through the list from its end.",
-            "Stop at the last depth whose rank is not 1: the answer is the depth after it.",
-        ],
-        wrong=[
-            (lambda ranks: ranks.index(1), "lost again"),
-            (lambda ranks: max(i for i, r in enumerate(ranks) if r == 1), "last run"),
-            (lambda ranks: max(0, settled(ranks) - 1), "One too early"),
-            (
-                lambda ranks: 1 + max((i for i, r in enumerate(ranks) if r != 1), default=-1),
-                "return None",
-            ),
-        ],
-    ),
-    Exercise(
-        id="4.4",
-        title="What a lens is trained on",
-        difficulty=2,
-        importance=4,
-        minutes=10,
-        stub=STUB_44,
-        reference=lens_loss,
-        check=check_44,
-        hints=[
-            "`logits.log_softmax(-1)` gives log-probabilities; `.exp()` of it the probabilities.",
-            "The weights are the final distribution's probabilities.",
-        ],
-        wrong=[
-            (lambda final_logits, lens_logits: lens_loss(lens_logits, final_logits), "swapped"),
-            (lambda final_logits, lens_logits: 9 * lens_loss(final_logits, lens_logits), "the sum"),
-            (
-                lambda final_logits, lens_logits: lens_loss(final_logits, lens_logits) / 30,
-                "Sum over the vocabulary",
-            ),
-            (
-                lambda final_logits, lens_logits: (
-                    -(final_logits.softmax(-1) * lens_logits.log_softmax(-1)).sum(-1).mean()
-                ),
-                "cross-entropy",
-            ),
-            (
-                lambda final_logits, lens_logits: (
-                    (final_logits.softmax(-1) * (final_logits - lens_logits)).sum(-1).mean()
-                ),
-                "log_softmax",
-            ),
-        ],
-    ),
-    Exercise(
-        id="4.5",
-        title="A short cut by least squares",
-        difficulty=3,
-        importance=3,
-        minutes=15,
-        stub=STUB_45,
-        reference=shortcut,
-        check=check_45,
-        hints=[
-            "`torch.linalg.lstsq(A, B).solution` is the X for which A @ X is closest to B.",
-            "Put a column of ones beside `early`: the last row of the solution is then b.",
-        ],
-        wrong=[
-            (transposed, "transposed"),
-            (no_offset, "column of ones"),
-            (backwards, "swap them"),
-            (change_only, "the change"),
-            (mean_only, "Only the mean"),
-        ],
-    ),
-    Exercise(
-        id="4.6",
-        title="Splitting a logit",
-        difficulty=3,
-        importance=5,
-        minutes=10,
-        stub=STUB_46,
-        reference=split_logit,
-        check=check_46,
-        hints=[
-            "With the scale frozen, the norm is a multiplication, and a dot product can be taken "
-            "part by part.",
-            "The root mean square is that of `parts.sum(0)`.",
-        ],
-        wrong=[
-            (own_norms, "by itself"),
-            (no_scale, "root mean square is missing"),
-            (no_gain, "gain 1 + w is missing"),
-            (lambda parts, w, u, eps=1e-6: split_logit(parts, w - 1, u, eps), "not w"),
-            (equal_shares, "equally"),
-        ],
-    ),
-    Exercise(
-        id="4.7",
-        title="A head, through the post-norm",
-        difficulty=4,
-        importance=4,
-        minutes=15,
-        stub=STUB_47,
-        reference=head_terms,
-        check=check_47,
-        hints=[
-            '`torch.einsum("hi,hid->hd", z, W_O)` gives each head\'s vector, (n_heads, d_model).',
-            "There is one root mean square: that of the sum over the heads.",
-        ],
-        wrong=[
-            (no_post_norm, "common tools"),
-            (each_head_normed, "one norm"),
-            (post_scale_only, "gain 1 + w_post"),
-            (post_gain_only, "division"),
-        ],
-    ),
-    Exercise(
-        id="4.8",
-        title="The same for GPT-2",
-        difficulty=4,
-        importance=3,
-        minutes=15,
-        stub=STUB_48,
-        reference=split_logit_layernorm,
-        check=check_48,
-        hints=[
-            "The mean of a sum is the sum of the means, so each part can be centred by itself.",
-            "`parts.sum(0).var(correction=0)` is the variance that LayerNorm uses.",
-        ],
-        wrong=[
-            (not_centred, "not taken away"),
-            (rms_scale, "standard deviation"),
-            (bias_shared, "none of them wrote it"),
-            (bias_each, "comes once"),
-            (unbiased, "d_model - 1"),
-            (lambda *given: split_logit_layernorm(*given)[0], "Return two things"),
-        ],
-    ),
-]

@@ -3,28 +3,23 @@
 import numpy as np
 import torch
 
-from mi_helpers.course.check import Exercise, describe, expect, expect_close, expect_shape
-
-
-def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Fixed random numbers."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from mi_helpers.course.check import (
+    describe,
+    draw,
+    exercise,
+    expect,
+    expect_close,
+    expect_none_of,
+    expect_shape,
+    same,
+)
 
 
 def random_pattern(*shape: int, seed: int = 0) -> torch.Tensor:
     """Causal attention, each row summing to 1, (..., pos, pos)."""
     size = shape[-1]
-    scores = 2 * numbers(*shape, seed=seed)
+    scores = 2 * draw(*shape, seed=seed)
     return scores.masked_fill(~torch.ones(size, size).tril().bool(), -torch.inf).softmax(-1)
-
-
-def same(got, want) -> bool:
-    """Whether an answer is this very mistake."""
-    try:
-        got, want = torch.as_tensor(got).double(), torch.as_tensor(want).double()
-        return got.shape == want.shape and bool(torch.allclose(got, want, atol=1e-6))
-    except (RuntimeError, TypeError, ValueError):
-        return False
 
 
 # -- 5.1 -------------------------------------------------------------------------------------
@@ -46,6 +41,43 @@ def induction_targets(tokens):
     return [[0 < j < i and tokens[j - 1] == tokens[i] for j in range(n)] for i in range(n)]
 
 
+@exercise(
+    "5.1",
+    title="Where an induction head looks",
+    difficulty=2,
+    importance=5,
+    minutes=10,
+    stub=STUB_51,
+    reference=induction_targets,
+    hints=[
+        "For `[7, 3, 7]`: the last 7 looks at the 3, at position 1: a 7 stands before it.",
+        "`tokens[j - 1] == tokens[i]`, for j from 1 to i - 1.",
+    ],
+    wrong=[
+        (
+            lambda t: [[j < i and t[j] == t[i] for j in range(len(t))] for i in range(len(t))],
+            "duplicate-token",
+        ),
+        (
+            lambda t: [[j > 0 and t[j - 1] == t[i] for j in range(len(t))] for i in range(len(t))],
+            "looks ahead",
+        ),
+        (
+            lambda t: [
+                [0 < j <= i and t[j - 1] == t[i] for j in range(len(t))] for i in range(len(t))
+            ],
+            "look at itself",
+        ),
+        (lambda t: np.array(induction_targets(t)).T, "swapped"),
+        (
+            lambda t: [
+                [j < i and j + 1 < len(t) and t[j + 1] == t[i] for j in range(len(t))]
+                for i in range(len(t))
+            ],
+            "one place too early",
+        ),
+    ],
+)
 def check_51(answer) -> None:
     tokens = [7, 3, 9, 3, 7, 7, 3, 9]
     n, want = len(tokens), np.array(induction_targets(tokens))
@@ -104,11 +136,30 @@ def previous_token_score(pattern):
     return pattern.diagonal(-1)[1:].mean()
 
 
+@exercise(
+    "5.2",
+    title="A score for a head",
+    difficulty=1,
+    importance=4,
+    minutes=5,
+    stub=STUB_52,
+    reference=previous_token_score,
+    hints=[
+        "`pattern.diagonal(-1)` holds pattern[1, 0], pattern[2, 1], pattern[3, 2], …",
+    ],
+    wrong=[
+        (lambda pattern: pattern.diagonal(-1).mean(), "Position 1 is in the mean"),
+        (lambda pattern: pattern.diagonal(1).mean(), "above the main one"),
+        (lambda pattern: pattern.diagonal()[2:].mean(), "to itself"),
+        (lambda pattern: pattern.diagonal(-1)[1:].sum(), "the sum"),
+    ],
+)
 def check_52(answer) -> None:
     pattern = random_pattern(9, 9)
     below = pattern.diagonal(-1)
     got = answer(pattern.clone())
-    for mistake, message in (
+    expect_none_of(
+        got,
         (below.mean(), "Position 1 is in the mean: its attention to position 0 should not count."),
         (
             pattern.diagonal(1).mean(),
@@ -124,8 +175,7 @@ def check_52(answer) -> None:
         (below[1:].sum(), "This is the sum: take the mean."),
         (below[:-1].mean(), "The last token is left out, and position 1 is still in."),
         (below[1:].sum() / len(pattern), "Divide by the number of tokens that count, not by all."),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, previous_token_score(pattern), "Take pattern[i, i - 1] for i = 2, 3, …")
 
 
@@ -162,13 +212,34 @@ def ablate_in_place(z, reference, heads):
     return z
 
 
+@exercise(
+    "5.3",
+    title="Silence a set of heads",
+    difficulty=3,
+    importance=5,
+    minutes=10,
+    stub=STUB_53,
+    reference=mean_ablate,
+    hints=[
+        "`reference.mean(0)` has shape (pos, n_heads, d_head).",
+        "Clone z, then assign to `z[:, :, heads]`; the mean broadcasts over the batch.",
+    ],
+    wrong=[
+        (ablate_in_place, "clone it first"),
+        (lambda z, r, heads: mean_ablate_with(z, heads, r.mean((0, 1))), "over the positions"),
+        (lambda z, r, heads: mean_ablate_with(z, heads, torch.zeros(1)), "zero ablation"),
+        (lambda z, r, heads: mean_ablate_with(z, range(4), r.mean(0)), "All heads"),
+        (lambda z, r, heads: mean_ablate_with(z, heads, z.mean(0)), "of z itself"),
+    ],
+)
 def check_53(answer) -> None:
-    z, reference, heads = numbers(2, 5, 4, 3), numbers(6, 5, 4, 3, seed=1) + 1, [0, 2]
+    z, reference, heads = draw(2, 5, 4, 3), draw(6, 5, 4, 3, seed=1) + 1, [0, 2]
     want, given = mean_ablate(z, reference, heads), z.clone()
     got = answer(given, reference.clone(), list(heads))
     expect(torch.equal(given, z), "The z that was given has changed: clone it first.")
     expect_shape(got, (2, 5, 4, 3), "The new z")
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             mean_ablate_with(z, heads, reference.mean((0, 1))),
             "The mean runs over the positions, too: keep one mean for each position.",
@@ -181,8 +252,7 @@ def check_53(answer) -> None:
         ),
         (mean_ablate_with(z, [1, 3], reference.mean(0)), "The other heads are replaced."),
         (mean_ablate_with(z, heads, reference[0]), "This is one reference text, not their mean."),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(
         got, want, "Put `reference.mean(0)` in at these heads, for every text and position."
     )
@@ -207,17 +277,46 @@ def copying_share(E, W_V, W_O, W_U):
     return (logits.argmax(1) == torch.arange(len(E))).float().mean()
 
 
+@exercise(
+    "5.4",
+    title="Does the OV circuit copy?",
+    difficulty=3,
+    importance=4,
+    minutes=10,
+    stub=STUB_54,
+    reference=copying_share,
+    hints=[
+        "`E @ W_V @ W_O @ W_U` is square: rows are the token attended to, columns the logits.",
+        "Compare `logits.argmax(1)` with `torch.arange(len(E))`.",
+    ],
+    wrong=[
+        (
+            lambda E, V, W, U: ((E @ V @ W @ U).argmax(0) == torch.arange(len(E))).float().mean(),
+            "wrong axis",
+        ),
+        (
+            lambda E, V, W, U: ((E @ V @ W @ U).diagonal() > 0).float().mean(),
+            "not yet the most",
+        ),
+        (
+            lambda E, V, W, U: ((E @ U).argmax(1) == torch.arange(len(E))).float().mean(),
+            "head is missing",
+        ),
+        (lambda E, V, W, U: len(E) * copying_share(E, V, W, U), "give the share"),
+    ],
+)
 def check_54(answer) -> None:
     n = 40
-    E, W_U = numbers(n, 16), numbers(16, n, seed=1)
+    E, W_U = draw(n, 16), draw(16, n, seed=1)
     W_U[:, :25] += 1.2 * E[:25].T  # some tokens are copied
     W_U[:, 0] *= 3  # and one is favoured by all
-    W_V = numbers(16, 5, seed=2)
+    W_V = draw(16, 5, seed=2)
     W_O = torch.linalg.pinv(W_V)
     logits = E @ W_V @ W_O @ W_U
     rows = torch.arange(n)
     got = answer(*(x.clone() for x in (E, W_V, W_O, W_U)))
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             (logits.argmax(0) == rows).float().mean(),
             "The best is looked for over the wrong axis: for each token *attended to*, ask which "
@@ -237,8 +336,7 @@ def check_54(answer) -> None:
             (logits.argmin(1) == rows).float().mean(),
             "This counts tokens that the head *suppresses*.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, copying_share(E, W_V, W_O, W_U), "Row a of E W_V W_O W_U should peak at a.")
 
 
@@ -262,15 +360,39 @@ def k_composition(W_V, W_O, W_Q, W_K):
     return (moved @ matched).norm() / (moved.norm() * matched.norm())
 
 
+@exercise(
+    "5.5",
+    title="K-composition",
+    difficulty=4,
+    importance=3,
+    minutes=10,
+    stub=STUB_55,
+    reference=k_composition,
+    hints=[
+        "What the writer moves: `W_V @ W_O`. What the reader matches: `W_K @ W_Q.T`.",
+        "`.norm()` of a matrix is its Frobenius norm.",
+    ],
+    wrong=[
+        (lambda V, W, Q, K: k_composition(V, W, K, Q), "Q-composition"),
+        (lambda V, W, Q, K: (V @ W @ K @ Q.T).norm(), "large weights win"),
+        (lambda V, W, Q, K: k_composition(V, W, Q, K) ** 2, "squared norms"),
+        (lambda V, W, Q, K: (W @ K).norm() / (W.norm() * K.norm()), "W_V and W_Q are missing"),
+        (
+            lambda V, W, Q, K: (K @ Q.T @ V @ W).norm() / ((V @ W).norm() * (K @ Q.T).norm()),
+            "order is turned round",
+        ),
+    ],
+)
 def check_55(answer) -> None:
     W_V, W_O, W_Q, W_K = (
-        numbers(*shape, seed=i) for i, shape in enumerate(((10, 4), (4, 10), (10, 4), (10, 4)))
+        draw(*shape, seed=i) for i, shape in enumerate(((10, 4), (4, 10), (10, 4), (10, 4)))
     )
     W_K = W_K + W_O.T  # the keys read what is written
     want, moved, matched = k_composition(W_V, W_O, W_Q, W_K), W_V @ W_O, W_K @ W_Q.T
     got = answer(*(x.clone() for x in (W_V, W_O, W_Q, W_K)))
     norm = torch.linalg.matrix_norm
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             k_composition(W_V, W_O, W_K, W_Q),
             "This is Q-composition: what is written goes into the keys, so W_K comes first.",
@@ -289,8 +411,7 @@ def check_55(answer) -> None:
             "W_V and W_Q are missing: compose the whole matrices W_V W_O and W_K W_Qᵀ.",
         ),
         (want**2, "These are squared norms."),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Compare with ‖W_V W_O W_K W_Qᵀ‖ / (‖W_V W_O‖ ‖W_K W_Qᵀ‖).")
 
 
@@ -316,12 +437,37 @@ def half_way(steps, values):
     return float(steps[i - 1] + part * (steps[i] - steps[i - 1]))
 
 
+@exercise(
+    "5.6",
+    title="When did it form?",
+    difficulty=3,
+    importance=3,
+    minutes=10,
+    stub=STUB_56,
+    reference=half_way,
+    hints=[
+        "The middle is `(values[0] + values.max()) / 2`.",
+        "`np.argmax(values >= middle)` is the first checkpoint above it; the crossing lies "
+        "between that one and the one before.",
+    ],
+    wrong=[
+        (lambda s, v: s[np.argmax(v >= (v[0] + v.max()) / 2)], "first checkpoint above"),
+        (lambda s, v: s[np.argmax(v >= (v[0] + v.max()) / 2) - 1], "last checkpoint below"),
+        (lambda s, v: half_way(s, np.append(0.0, v[1:])), "which is not 0"),
+        (lambda s, v: s[-1] / 2, "middle of the *steps*"),
+        (
+            lambda s, v: np.interp((v[0] + v[-1]) / 2, np.maximum.accumulate(v)[:5], s[:5]),
+            "take the highest",
+        ),
+    ],
+)
 def check_56(answer) -> None:
     steps = np.array([0.0, 100, 200, 400, 500, 1000])
     values = np.array([0.2, 0.22, 0.4, 0.9, 1.0, 0.95])
     got = answer(steps.copy(), values.copy())
     crossing = half_way(steps, values)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             400.0,
             "This is the first checkpoint above the middle: interpolate between it and the one "
@@ -343,8 +489,7 @@ def check_56(answer) -> None:
             float(np.interp((0.2 + 0.95) / 2, values[:5], steps[:5])),
             "The curve's last value is not its highest: take the highest.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, crossing, "The middle is 0.6: it lies between the steps 200 and 400.")
     plain = answer(np.array([0.0, 10]), np.array([0.0, 1.0]))
     expect_close(plain, 5.0, "On a straight line from 0 to 1 the middle is at half the steps.")
@@ -369,6 +514,25 @@ def minimality(F, circuit):
     return {node: abs(whole - F(circuit - {node})) for node in circuit}
 
 
+@exercise(
+    "5.7",
+    title="Is every node needed?",
+    difficulty=3,
+    importance=4,
+    minutes=10,
+    stub=STUB_57,
+    reference=minimality,
+    hints=[
+        "`circuit - {node}` is the circuit without one node.",
+        "`abs` of the difference to F(circuit), for each node.",
+    ],
+    wrong=[
+        (lambda F, C: {v: abs(F({v})) for v in C}, "by itself"),
+        (lambda F, C: {v: F(C) - F(C - {v}) for v in C}, "works against"),
+        (lambda F, C: {v: abs(F({"a", "b", "c", "d"}) - F(C - {v})) for v in C}, "all nodes"),
+        (lambda F, C: {v: F(C - {v}) for v in C}, "what is left"),
+    ],
+)
 def check_57(answer) -> None:
     worth = {"a": 3.0, "b": 2.0, "c": -1.0, "d": 0.5}
 
@@ -427,6 +591,29 @@ def repaired_share(before, after, direct):
     return (after - (before - direct)) / direct
 
 
+@exercise(
+    "5.8",
+    title="Self-repair",
+    difficulty=3,
+    importance=4,
+    minutes=10,
+    stub=STUB_58,
+    reference=repaired_share,
+    hints=[
+        "If nothing else changed, `before - direct` would be left.",
+        "What is left beyond that was made up for; divide it by `direct`.",
+    ],
+    wrong=[
+        (lambda before, after, direct: (before - after) / direct, "that is *lost*"),
+        (lambda before, after, direct: after - (before - direct), "in logits"),
+        (lambda before, after, direct: after / before, "what is left of"),
+        (lambda before, after, direct: (after - before + direct) / before, "not of the whole"),
+        (
+            lambda before, after, direct: max(0, repaired_share(before, after, direct)),
+            "be negative",
+        ),
+    ],
+)
 def check_58(answer) -> None:
     before, direct = 3.0, 2.0
     for after, want in ((1.0, 0.0), (3.0, 1.0), (2.2, 0.6), (0.5, -0.25)):
@@ -452,211 +639,3 @@ def check_58(answer) -> None:
             want,
             f"With {before}, {after} and {direct}, without repair {before - direct} would be left.",
         )
-
-
-EXERCISES = [
-    Exercise(
-        id="5.1",
-        title="Where an induction head looks",
-        difficulty=2,
-        importance=5,
-        minutes=10,
-        stub=STUB_51,
-        reference=induction_targets,
-        check=check_51,
-        hints=[
-            "For `[7, 3, 7]`: the last 7 looks at the 3, at position 1: a 7 stands before it.",
-            "`tokens[j - 1] == tokens[i]`, for j from 1 to i - 1.",
-        ],
-        wrong=[
-            (
-                lambda t: [[j < i and t[j] == t[i] for j in range(len(t))] for i in range(len(t))],
-                "duplicate-token",
-            ),
-            (
-                lambda t: [
-                    [j > 0 and t[j - 1] == t[i] for j in range(len(t))] for i in range(len(t))
-                ],
-                "looks ahead",
-            ),
-            (
-                lambda t: [
-                    [0 < j <= i and t[j - 1] == t[i] for j in range(len(t))] for i in range(len(t))
-                ],
-                "look at itself",
-            ),
-            (lambda t: np.array(induction_targets(t)).T, "swapped"),
-            (
-                lambda t: [
-                    [j < i and j + 1 < len(t) and t[j + 1] == t[i] for j in range(len(t))]
-                    for i in range(len(t))
-                ],
-                "one place too early",
-            ),
-        ],
-    ),
-    Exercise(
-        id="5.2",
-        title="A score for a head",
-        difficulty=1,
-        importance=4,
-        minutes=5,
-        stub=STUB_52,
-        reference=previous_token_score,
-        check=check_52,
-        hints=[
-            "`pattern.diagonal(-1)` holds pattern[1, 0], pattern[2, 1], pattern[3, 2], …",
-        ],
-        wrong=[
-            (lambda pattern: pattern.diagonal(-1).mean(), "Position 1 is in the mean"),
-            (lambda pattern: pattern.diagonal(1).mean(), "above the main one"),
-            (lambda pattern: pattern.diagonal()[2:].mean(), "to itself"),
-            (lambda pattern: pattern.diagonal(-1)[1:].sum(), "the sum"),
-        ],
-    ),
-    Exercise(
-        id="5.3",
-        title="Silence a set of heads",
-        difficulty=3,
-        importance=5,
-        minutes=10,
-        stub=STUB_53,
-        reference=mean_ablate,
-        check=check_53,
-        hints=[
-            "`reference.mean(0)` has shape (pos, n_heads, d_head).",
-            "Clone z, then assign to `z[:, :, heads]`; the mean broadcasts over the batch.",
-        ],
-        wrong=[
-            (ablate_in_place, "clone it first"),
-            (lambda z, r, heads: mean_ablate_with(z, heads, r.mean((0, 1))), "over the positions"),
-            (lambda z, r, heads: mean_ablate_with(z, heads, torch.zeros(1)), "zero ablation"),
-            (lambda z, r, heads: mean_ablate_with(z, range(4), r.mean(0)), "All heads"),
-            (lambda z, r, heads: mean_ablate_with(z, heads, z.mean(0)), "of z itself"),
-        ],
-    ),
-    Exercise(
-        id="5.4",
-        title="Does the OV circuit copy?",
-        difficulty=3,
-        importance=4,
-        minutes=10,
-        stub=STUB_54,
-        reference=copying_share,
-        check=check_54,
-        hints=[
-            "`E @ W_V @ W_O @ W_U` is square: rows are the token attended to, columns the logits.",
-            "Compare `logits.argmax(1)` with `torch.arange(len(E))`.",
-        ],
-        wrong=[
-            (
-                lambda E, V, W, U: (
-                    ((E @ V @ W @ U).argmax(0) == torch.arange(len(E))).float().mean()
-                ),
-                "wrong axis",
-            ),
-            (
-                lambda E, V, W, U: ((E @ V @ W @ U).diagonal() > 0).float().mean(),
-                "not yet the most",
-            ),
-            (
-                lambda E, V, W, U: ((E @ U).argmax(1) == torch.arange(len(E))).float().mean(),
-                "head is missing",
-            ),
-            (lambda E, V, W, U: len(E) * copying_share(E, V, W, U), "give the share"),
-        ],
-    ),
-    Exercise(
-        id="5.5",
-        title="K-composition",
-        difficulty=4,
-        importance=3,
-        minutes=10,
-        stub=STUB_55,
-        reference=k_composition,
-        check=check_55,
-        hints=[
-            "What the writer moves: `W_V @ W_O`. What the reader matches: `W_K @ W_Q.T`.",
-            "`.norm()` of a matrix is its Frobenius norm.",
-        ],
-        wrong=[
-            (lambda V, W, Q, K: k_composition(V, W, K, Q), "Q-composition"),
-            (lambda V, W, Q, K: (V @ W @ K @ Q.T).norm(), "large weights win"),
-            (lambda V, W, Q, K: k_composition(V, W, Q, K) ** 2, "squared norms"),
-            (lambda V, W, Q, K: (W @ K).norm() / (W.norm() * K.norm()), "W_V and W_Q are missing"),
-            (
-                lambda V, W, Q, K: (K @ Q.T @ V @ W).norm() / ((V @ W).norm() * (K @ Q.T).norm()),
-                "order is turned round",
-            ),
-        ],
-    ),
-    Exercise(
-        id="5.6",
-        title="When did it form?",
-        difficulty=3,
-        importance=3,
-        minutes=10,
-        stub=STUB_56,
-        reference=half_way,
-        check=check_56,
-        hints=[
-            "The middle is `(values[0] + values.max()) / 2`.",
-            "`np.argmax(values >= middle)` is the first checkpoint above it; the crossing lies "
-            "between that one and the one before.",
-        ],
-        wrong=[
-            (lambda s, v: s[np.argmax(v >= (v[0] + v.max()) / 2)], "first checkpoint above"),
-            (lambda s, v: s[np.argmax(v >= (v[0] + v.max()) / 2) - 1], "last checkpoint below"),
-            (lambda s, v: half_way(s, np.append(0.0, v[1:])), "which is not 0"),
-            (lambda s, v: s[-1] / 2, "middle of the *steps*"),
-            (
-                lambda s, v: np.interp((v[0] + v[-1]) / 2, np.maximum.accumulate(v)[:5], s[:5]),
-                "take the highest",
-            ),
-        ],
-    ),
-    Exercise(
-        id="5.7",
-        title="Is every node needed?",
-        difficulty=3,
-        importance=4,
-        minutes=10,
-        stub=STUB_57,
-        reference=minimality,
-        check=check_57,
-        hints=[
-            "`circuit - {node}` is the circuit without one node.",
-            "`abs` of the difference to F(circuit), for each node.",
-        ],
-        wrong=[
-            (lambda F, C: {v: abs(F({v})) for v in C}, "by itself"),
-            (lambda F, C: {v: F(C) - F(C - {v}) for v in C}, "works against"),
-            (lambda F, C: {v: abs(F({"a", "b", "c", "d"}) - F(C - {v})) for v in C}, "all nodes"),
-            (lambda F, C: {v: F(C - {v}) for v in C}, "what is left"),
-        ],
-    ),
-    Exercise(
-        id="5.8",
-        title="Self-repair",
-        difficulty=3,
-        importance=4,
-        minutes=10,
-        stub=STUB_58,
-        reference=repaired_share,
-        check=check_58,
-        hints=[
-            "If nothing else changed, `before - direct` would be left.",
-            "What is left beyond that was made up for; divide it by `direct`.",
-        ],
-        wrong=[
-            (lambda before, after, direct: (before - after) / direct, "that is *lost*"),
-            (lambda before, after, direct: after - (before - direct), "in logits"),
-            (lambda before, after, direct: after / before, "what is left of"),
-            (lambda before, after, direct: (after - before + direct) / before, "not of the whole"),
-            (
-                lambda before, after, direct: max(0, repaired_share(before, after, direct)),
-                "be negative",
-            ),
-        ],
-    ),
-]

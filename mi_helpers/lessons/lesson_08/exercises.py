@@ -2,17 +2,7 @@
 
 import numpy as np
 
-from mi_helpers.course.check import Exercise, as_numbers, expect, expect_close
-
-
-def same(got, other) -> bool:
-    """Whether an answer equals a foreseen mistake, in shape and in numbers."""
-    try:
-        got = as_numbers(got)
-    except (TypeError, ValueError):
-        return False
-    return got.shape == np.shape(other) and np.allclose(got, other, atol=1e-6, equal_nan=True)
-
+from mi_helpers.course.check import exercise, expect, expect_close, expect_none_of
 
 # -- 8.1 -------------------------------------------------------------------------------------
 
@@ -35,12 +25,39 @@ def edge(write, x, gain, encoder):
     return float((write / np.sqrt((x**2).mean()) * gain) @ encoder)
 
 
+@exercise(
+    "8.1",
+    title="One edge",
+    difficulty=2,
+    importance=5,
+    minutes=10,
+    stub=STUB_81,
+    reference=edge,
+    hints=[
+        "The norm divides by the root mean square of x, whatever the source is.",
+        "`write / np.sqrt((x**2).mean()) * gain`, then the scalar product with the encoder.",
+    ],
+    wrong=[
+        (lambda write, x, gain, encoder: edge(write, write, gain, encoder), "own size"),
+        (lambda write, x, gain, encoder: edge(write, x, 1.0, encoder), "gain is missing"),
+        (lambda write, x, gain, encoder: (write * gain) @ encoder, "Nothing is divided"),
+        (
+            lambda write, x, gain, encoder: write / np.linalg.norm(x) * gain @ encoder,
+            "length of x",
+        ),
+        (
+            lambda write, x, gain, encoder: edge(x + write, x, gain, encoder),
+            "the source's part alone",
+        ),
+    ],
+)
 def check_81(answer) -> None:
     write, x = np.array([1.0, -2.0, 0.5]), np.array([3.0, 1.0, -4.0])
     gain, encoder = np.array([1.0, 2.0, 0.5]), np.array([2.0, -1.0, 4.0])
     got = answer(write.copy(), x.copy(), gain.copy(), encoder.copy())
     rms = np.sqrt((x**2).mean())
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             (write / np.sqrt((write**2).mean()) * gain) @ encoder,
             "This divides by the source's own size: the denominator is frozen at that of the whole "
@@ -56,8 +73,7 @@ def check_81(answer) -> None:
             ((x + write) / rms * gain) @ encoder,
             "This is what the feature reads in all: an edge is the source's part alone.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, edge(write, x, gain, encoder), "Divide, multiply by the gain, read.")
 
 
@@ -80,13 +96,33 @@ def error_node(mlp_out, activations, W_dec, b_dec):
     return mlp_out - (activations @ W_dec + b_dec)
 
 
+@exercise(
+    "8.2",
+    title="What is left over",
+    difficulty=1,
+    importance=5,
+    minutes=5,
+    stub=STUB_82,
+    reference=error_node,
+    hints=[
+        "The transcoder writes `activations @ W_dec + b_dec`.",
+        "Transcoder plus error has to be exactly what the MLP writes.",
+    ],
+    wrong=[
+        (lambda out, f, W, b: out - f @ W, "b_dec is missing"),
+        (lambda out, f, W, b: f @ W + b - out, "sign"),
+        (lambda out, f, W, b: out - ((f > 0) @ W + b), "multiply by activations"),
+        (lambda out, f, W, b: (error_node(out, f, W, b) ** 2).sum(1), "writes a vector"),
+    ],
+)
 def check_82(answer) -> None:
     rng = np.random.default_rng(0)
     out, W, b = rng.normal(size=(3, 4)), rng.normal(size=(5, 4)), rng.normal(size=4)
     f = np.maximum(rng.normal(size=(3, 5)), 0) * 2
     got = answer(out.copy(), f.copy(), W.copy(), b.copy())
     want = error_node(out, f, W, b)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (out - f @ W, "b_dec is missing: the transcoder writes it at every position."),
         (-want, "The sign is turned round: transcoder plus error has to be what the MLP writes."),
         (
@@ -94,8 +130,7 @@ def check_82(answer) -> None:
             "Each decoder row counts as often as its feature is active: multiply by activations.",
         ),
         ((want**2).sum(1), "This is the size of the error: the node writes a vector."),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Transcoder plus error has to give mlp_out, at every position.")
 
 
@@ -119,6 +154,34 @@ def normalise(edges):
     return size / np.where(total > 0, total, 1.0)
 
 
+@exercise(
+    "8.3",
+    title="Shares of the input",
+    difficulty=2,
+    importance=4,
+    minutes=10,
+    stub=STUB_83,
+    reference=normalise,
+    hints=[
+        "First amounts, `np.abs`, then the sum of each row.",
+        "`np.where(total > 0, total, 1)` keeps an empty row from dividing by zero.",
+    ],
+    wrong=[
+        (
+            lambda e: e / np.where(e.sum(1) == 0, 1, e.sum(1))[:, None],
+            "cancel in the sum",
+        ),
+        (
+            lambda e: e / np.where(np.abs(e).sum(1) == 0, 1, np.abs(e).sum(1))[:, None],
+            "kept their signs",
+        ),
+        (
+            lambda e: np.abs(e) / np.where(np.abs(e).sum(0) == 0, 1, np.abs(e).sum(0)),
+            "Rows are targets",
+        ),
+        (lambda e: np.abs(e) / np.abs(e).sum(), "each row should"),
+    ],
+)
 def check_83(answer) -> None:
     edges = np.array([[0.0, 0, 0, 0], [2, 0, 0, 0], [3, -1, 0, 0], [-2, 1, 5, 0]])
     before = edges.copy()
@@ -145,8 +208,7 @@ def check_83(answer) -> None:
             ),
             (size / size.sum(), "All edges together sum to 1: each row should."),
         )
-    for mistake, message in mistakes:
-        expect(not same(got, mistake), message)
+    expect_none_of(got, *mistakes)
     expect_close(got, normalise(before), "Each row's amounts should sum to 1, or be all zero.")
 
 
@@ -171,13 +233,36 @@ def influence(A, weights):
     return total
 
 
+@exercise(
+    "8.4",
+    title="All paths at once",
+    difficulty=3,
+    importance=5,
+    minutes=15,
+    stub=STUB_84,
+    reference=influence,
+    hints=[
+        "`weights @ A` is what comes by one edge, `weights @ A @ A` by two.",
+        "Sum until no path is left, or use (I - A)⁻¹ - I.",
+    ],
+    wrong=[
+        (lambda A, w: w @ A, "direct edges alone"),
+        (lambda A, w: w @ np.linalg.inv(np.eye(len(A)) - A), "influences itself"),
+        (
+            lambda A, w: np.linalg.inv(np.eye(len(A)) - A) @ w - w,
+            "weights stand on the left",
+        ),
+        (lambda A, w: w @ A + w @ A @ A, "length 3"),
+    ],
+)
 def check_84(answer) -> None:
     A = np.array([[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0.25, 0, 0.75, 0, 0],
                   [0, 0.2, 0.3, 0.5, 0]], dtype=float)  # fmt: skip
     w = np.array([0, 0, 0, 0, 1.0])
     got, want = answer(A.copy(), w.copy()), influence(A, w)
     eye = np.eye(5)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (w @ A, "These are direct edges alone: follow the paths further, A², A³ and so on."),
         (
             w @ np.linalg.inv(eye - A),
@@ -189,8 +274,7 @@ def check_84(answer) -> None:
         ),
         (w @ A @ A, "These are the paths of length 2 alone: sum over all lengths."),
         (w @ A + w @ A @ A, "Paths of length 3 are missing: go on until nothing is left."),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Node 0 gets 0.25 · 0.5 + 0.3 + 0.75 · 0.5, one term per path.")
 
 
@@ -215,6 +299,35 @@ def fewest(influence, threshold):
     return keep
 
 
+@exercise(
+    "8.5",
+    title="The fewest that are enough",
+    difficulty=2,
+    importance=4,
+    minutes=10,
+    stub=STUB_85,
+    reference=fewest,
+    hints=[
+        "Sort from the largest down, and sum as you go: `np.cumsum`.",
+        "Count the sums that are still below the threshold; one node more is enough.",
+    ],
+    wrong=[
+        (
+            lambda x, t: np.isin(
+                np.arange(len(x)),
+                np.argsort(-x)[: int((np.cumsum(np.sort(x)[::-1]) / x.sum() < t).sum())],
+            ),
+            "too early",
+        ),
+        (lambda x, t: x / x.sum() >= t, "by itself"),
+        (
+            lambda x, t: np.isin(np.arange(len(x)), np.argsort(-x)[: round(t * len(x))]),
+            "of the *nodes*",
+        ),
+        (lambda x, t: np.cumsum(x) / x.sum() <= t, "sort by influence"),
+        (lambda x, t: np.flatnonzero(fewest(x, t)), "one boolean"),
+    ],
+)
 def check_85(answer) -> None:
     values = np.array([1.0, 8, 2, 5, 4])  # of 20 in all: 8, 13, 17, 19, 20
     got = np.asarray(answer(values.copy(), 0.8))
@@ -223,7 +336,8 @@ def check_85(answer) -> None:
         "Return one boolean per node: is it kept?",
     )
     order = np.argsort(-values)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             np.isin(np.arange(5), order[:2]),
             "You stop one node too early: 13 of 20 is less than 0.8, so the next one is needed.",
@@ -240,8 +354,7 @@ def check_85(answer) -> None:
             np.cumsum(values) / values.sum() <= 0.8,
             "The nodes are summed in the order in which they come: sort by influence first.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect(bool((got == fewest(values, 0.8)).all()), "8 + 5 + 4 is the first sum above 16.")
     full = np.asarray(answer(values.copy(), 1.0))
     expect(bool(full.all()), "With a threshold of 1 every node should stay.")
@@ -273,11 +386,37 @@ def completeness(A, weights, is_error):
     return float((w * (1 - A[:, is_error].sum(1))).sum() / w.sum())
 
 
+@exercise(
+    "8.6",
+    title="How complete is the graph?",
+    difficulty=3,
+    importance=4,
+    minutes=10,
+    stub=STUB_86,
+    reference=completeness,
+    hints=[
+        "`A[:, is_error].sum(1)` is the share of each node's inputs that errors provide.",
+        "Set the weight of a node without inputs to 0, then take the weighted mean.",
+    ],
+    wrong=[
+        (lambda A, w, e: 1 - completeness(A, w, e), "take it from 1"),
+        (
+            lambda A, w, e: (w * (1 - A[:, e].sum(1))).sum() / w.sum(),
+            "Leave them out",
+        ),
+        (
+            lambda A, w, e: (1 - A[A.sum(1) > 0][:, e].sum(1)).mean(),
+            "weigh them",
+        ),
+        (lambda A, w, e: w[~e].sum() / w.sum(), "where the *inputs*"),
+    ],
+)
 def check_86(answer) -> None:
     A = np.array([[0, 0, 0, 0], [0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.2, 0.6, 0.2, 0]])
     w, error = np.array([0.4, 0.3, 0.5, 1.0]), np.array([False, True, False, False])
     got, want = answer(A.copy(), w.copy(), error.copy()), completeness(A, w, error)
-    for mistake, message in (
+    expect_none_of(
+        got,
         (1 - want, "This is the share that errors *do* explain: take it from 1."),
         (
             (w * (1 - A[:, error].sum(1))).sum() / w.sum(),
@@ -292,8 +431,7 @@ def check_86(answer) -> None:
             w[~error].sum() / w.sum(),
             "This asks which nodes are errors: ask where the *inputs* of the others come from.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Here: (0.5 · 0.9 + 1 · 0.4) / 1.5.")
 
 
@@ -321,6 +459,32 @@ def predicted_change(edges, values, switched_off):
     return float(change)
 
 
+@exercise(
+    "8.7",
+    title="Predict an intervention",
+    difficulty=4,
+    importance=5,
+    minutes=15,
+    stub=STUB_87,
+    reference=predicted_change,
+    hints=[
+        "Go through the nodes in order, and keep for each the share by which it changes.",
+        "A node's change is `edges[i] @ share`; its share is that over its value, but -1 for "
+        "the one that is switched off.",
+    ],
+    wrong=[
+        (lambda edges, values, j: -edges[-1, j], "direct edge alone"),
+        (lambda edges, values, j: -predicted_change(edges, values, j), "*lost*"),
+        (
+            lambda edges, values, j: predicted_change(edges, np.ones(len(values)), j),
+            "divide by the value",
+        ),
+        (
+            lambda edges, values, j: values[-1] + predicted_change(edges, values, j),
+            "value afterwards",
+        ),
+    ],
+)
 def check_87(answer) -> None:
     edges = np.zeros((5, 5))
     edges[1, 0], edges[2, 0], edges[2, 1], edges[3, 2], edges[3, 1] = 2, 1, 3, 2, -1
@@ -331,7 +495,8 @@ def check_87(answer) -> None:
     unshared[1] = -1.0
     for i in (2, 3):
         unshared[i] = edges[i] @ unshared
-    for mistake, message in (
+    expect_none_of(
+        got,
         (
             -edges[4, 1],
             "This is the direct edge alone: the features downstream change, too, and pass it on.",
@@ -346,192 +511,5 @@ def check_87(answer) -> None:
             6 + want,
             "This is the value afterwards: return by how much it changes.",
         ),
-    ):
-        expect(not same(got, mistake), message)
+    )
     expect_close(got, want, "Node 2 loses 3 of its 4; node 3 loses 2 · 3/4 and gains 1.")
-
-
-EXERCISES = [
-    Exercise(
-        id="8.1",
-        title="One edge",
-        difficulty=2,
-        importance=5,
-        minutes=10,
-        stub=STUB_81,
-        reference=edge,
-        check=check_81,
-        hints=[
-            "The norm divides by the root mean square of x, whatever the source is.",
-            "`write / np.sqrt((x**2).mean()) * gain`, then the scalar product with the encoder.",
-        ],
-        wrong=[
-            (lambda write, x, gain, encoder: edge(write, write, gain, encoder), "own size"),
-            (lambda write, x, gain, encoder: edge(write, x, 1.0, encoder), "gain is missing"),
-            (lambda write, x, gain, encoder: (write * gain) @ encoder, "Nothing is divided"),
-            (
-                lambda write, x, gain, encoder: write / np.linalg.norm(x) * gain @ encoder,
-                "length of x",
-            ),
-            (
-                lambda write, x, gain, encoder: edge(x + write, x, gain, encoder),
-                "the source's part alone",
-            ),
-        ],
-    ),
-    Exercise(
-        id="8.2",
-        title="What is left over",
-        difficulty=1,
-        importance=5,
-        minutes=5,
-        stub=STUB_82,
-        reference=error_node,
-        check=check_82,
-        hints=[
-            "The transcoder writes `activations @ W_dec + b_dec`.",
-            "Transcoder plus error has to be exactly what the MLP writes.",
-        ],
-        wrong=[
-            (lambda out, f, W, b: out - f @ W, "b_dec is missing"),
-            (lambda out, f, W, b: f @ W + b - out, "sign"),
-            (lambda out, f, W, b: out - ((f > 0) @ W + b), "multiply by activations"),
-            (lambda out, f, W, b: (error_node(out, f, W, b) ** 2).sum(1), "writes a vector"),
-        ],
-    ),
-    Exercise(
-        id="8.3",
-        title="Shares of the input",
-        difficulty=2,
-        importance=4,
-        minutes=10,
-        stub=STUB_83,
-        reference=normalise,
-        check=check_83,
-        hints=[
-            "First amounts, `np.abs`, then the sum of each row.",
-            "`np.where(total > 0, total, 1)` keeps an empty row from dividing by zero.",
-        ],
-        wrong=[
-            (
-                lambda e: e / np.where(e.sum(1) == 0, 1, e.sum(1))[:, None],
-                "cancel in the sum",
-            ),
-            (
-                lambda e: e / np.where(np.abs(e).sum(1) == 0, 1, np.abs(e).sum(1))[:, None],
-                "kept their signs",
-            ),
-            (
-                lambda e: np.abs(e) / np.where(np.abs(e).sum(0) == 0, 1, np.abs(e).sum(0)),
-                "Rows are targets",
-            ),
-            (lambda e: np.abs(e) / np.abs(e).sum(), "each row should"),
-        ],
-    ),
-    Exercise(
-        id="8.4",
-        title="All paths at once",
-        difficulty=3,
-        importance=5,
-        minutes=15,
-        stub=STUB_84,
-        reference=influence,
-        check=check_84,
-        hints=[
-            "`weights @ A` is what comes by one edge, `weights @ A @ A` by two.",
-            "Sum until no path is left, or use (I - A)⁻¹ - I.",
-        ],
-        wrong=[
-            (lambda A, w: w @ A, "direct edges alone"),
-            (lambda A, w: w @ np.linalg.inv(np.eye(len(A)) - A), "influences itself"),
-            (
-                lambda A, w: np.linalg.inv(np.eye(len(A)) - A) @ w - w,
-                "weights stand on the left",
-            ),
-            (lambda A, w: w @ A + w @ A @ A, "length 3"),
-        ],
-    ),
-    Exercise(
-        id="8.5",
-        title="The fewest that are enough",
-        difficulty=2,
-        importance=4,
-        minutes=10,
-        stub=STUB_85,
-        reference=fewest,
-        check=check_85,
-        hints=[
-            "Sort from the largest down, and sum as you go: `np.cumsum`.",
-            "Count the sums that are still below the threshold; one node more is enough.",
-        ],
-        wrong=[
-            (
-                lambda x, t: np.isin(
-                    np.arange(len(x)),
-                    np.argsort(-x)[: int((np.cumsum(np.sort(x)[::-1]) / x.sum() < t).sum())],
-                ),
-                "too early",
-            ),
-            (lambda x, t: x / x.sum() >= t, "by itself"),
-            (
-                lambda x, t: np.isin(np.arange(len(x)), np.argsort(-x)[: round(t * len(x))]),
-                "of the *nodes*",
-            ),
-            (lambda x, t: np.cumsum(x) / x.sum() <= t, "sort by influence"),
-            (lambda x, t: np.flatnonzero(fewest(x, t)), "one boolean"),
-        ],
-    ),
-    Exercise(
-        id="8.6",
-        title="How complete is the graph?",
-        difficulty=3,
-        importance=4,
-        minutes=10,
-        stub=STUB_86,
-        reference=completeness,
-        check=check_86,
-        hints=[
-            "`A[:, is_error].sum(1)` is the share of each node's inputs that errors provide.",
-            "Set the weight of a node without inputs to 0, then take the weighted mean.",
-        ],
-        wrong=[
-            (lambda A, w, e: 1 - completeness(A, w, e), "take it from 1"),
-            (
-                lambda A, w, e: (w * (1 - A[:, e].sum(1))).sum() / w.sum(),
-                "Leave them out",
-            ),
-            (
-                lambda A, w, e: (1 - A[A.sum(1) > 0][:, e].sum(1)).mean(),
-                "weigh them",
-            ),
-            (lambda A, w, e: w[~e].sum() / w.sum(), "where the *inputs*"),
-        ],
-    ),
-    Exercise(
-        id="8.7",
-        title="Predict an intervention",
-        difficulty=4,
-        importance=5,
-        minutes=15,
-        stub=STUB_87,
-        reference=predicted_change,
-        check=check_87,
-        hints=[
-            "Go through the nodes in order, and keep for each the share by which it changes.",
-            "A node's change is `edges[i] @ share`; its share is that over its value, but -1 for "
-            "the one that is switched off.",
-        ],
-        wrong=[
-            (lambda edges, values, j: -edges[-1, j], "direct edge alone"),
-            (lambda edges, values, j: -predicted_change(edges, values, j), "*lost*"),
-            (
-                lambda edges, values, j: predicted_change(edges, np.ones(len(values)), j),
-                "divide by the value",
-            ),
-            (
-                lambda edges, values, j: values[-1] + predicted_change(edges, values, j),
-                "value afterwards",
-            ),
-        ],
-    ),
-]
