@@ -322,50 +322,88 @@ def test_a_saved_graph_comes_back(graph, tmp_path):
         assert graph_scores(back) == pytest.approx(graph_scores(one))
 
 
-def test_a_graph_of_circuit_tracer_loads(tmp_path):
-    """Its keys alone, nodes in its order (features, errors, embeddings, logits), 26 layers."""
+def theirs(error: str = "0_-1_1") -> dict:
+    """A file with circuit-tracer's keys alone, nodes in its order (features, errors, embeddings,
+    logits), 26 layers; error: the name of the first layer's error node at position 1."""
 
-    def node(name, kind, position, **others):
-        layer, index, _ = name.split("_")
+    def node(name, kind, layer, position, **others):
         return {"node_id": name, "feature": 1, "layer": layer, "ctx_idx": position, "clerp": "",
                 "feature_type": kind, "token_prob": 0.0, "jsNodeId": name, "influence": 0.5,
                 "activation": None} | others  # fmt: skip
 
-    data = {
+    return {
         "metadata": {"slug": "s", "scan": "gemma-2-2b", "prompt_tokens": ["<bos>", "1"],
                      "prompt": "1"},
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both"},
+        "qParams": {"pinnedIds": [], "supernodes": [["first", error]], "linkType": "both"},
         "nodes": [
-            node("24_2394_1", "cross layer transcoder", 1, activation=83.0),
-            node("0_6200_1", "cross layer transcoder", 1, activation=21.5),
-            node("0_-1_1", "mlp reconstruction error", 1),
-            node("E_2_0", "embedding", 0),
-            node("27_235310_1", "logit", 1, token_prob=0.25, influence=None,
+            node("24_2394_1", "cross layer transcoder", "24", 1, activation=83.0),
+            node("0_6200_1", "cross layer transcoder", "0", 1, activation=21.5),
+            node(error, "mlp reconstruction error", "0", 1),
+            node("E_2_0", "embedding", "E", 0),
+            node("27_235310_1", "logit", "27", 1, token_prob=0.25, influence=None,
                  clerp='Output "4" (p=0.250)'),
         ],
         "links": [
             {"source": "E_2_0", "target": "0_6200_1", "weight": 24.5},
             {"source": "0_6200_1", "target": "24_2394_1", "weight": 5.0},
-            {"source": "0_-1_1", "target": "24_2394_1", "weight": 5.0},
+            {"source": error, "target": "24_2394_1", "weight": 5.0},
             {"source": "24_2394_1", "target": "27_235310_1", "weight": -2.0},
         ],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ["0_-1_1", "0_0_1"])  # of circuit-tracer now, and of its 0.5.0
+def test_a_graph_of_circuit_tracer_loads(tmp_path, error):
     path = tmp_path / "theirs.json"
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(theirs(error)))
     graph = load_graph(path)
     names = "E_2_0 0_6200_1 0_-1_1 24_2394_1 27_235310_1".split()
     assert [n.id for n in graph.nodes] == names and graph.n_layers == 26
     assert graph.influence.tolist() == pytest.approx([0.5, 0.5, 0.5, 1.0, 0.0])
     assert graph_scores(graph)[0] == pytest.approx(0.5)
     assert graph.value("24_2394_1") == 83.0 and graph.target_names == ("4",)
+    assert graph.edge("0_-1_1", "24_2394_1") == 5.0
+    assert graph.supernodes == {"first": ("0_-1_1",)}
+
+
+def test_an_error_of_circuit_tracer_0_5_0_is_where_its_fields_say(tmp_path):
+    """Its name "0_24_1" would be a feature of layer 0."""
+    data = theirs()
+    data["nodes"][2] |= {"node_id": "0_24_1", "layer": "24"}
+    data["links"][2] |= {"source": "0_24_1", "target": "27_235310_1"}
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(data))
+    assert load_graph(path).edge("24_-1_1", "27_235310_1") == 5.0
+    data["nodes"][1]["node_id"] = "0_24_1"  # and here a feature has that name, too
+    data["links"] = data["links"][2:]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="several nodes of the name '0_24_1', so its links cannot"):
+        load_graph(path)
+
+
+def test_tokens_with_quotes_come_back(graph, tmp_path):
+    named = replace(graph, target_names=('"', ' say "c" (p=1)')).label({"3_8_1": "rival"})
+    back = load_graph(save_graph(named, tmp_path / "graph.json"))
+    assert back.target_names == named.target_names and back.labels == {"3_8_1": "rival"}
 
 
 def test_files_that_are_no_graphs(tmp_path):
     with pytest.raises(RunError, match="is missing"):
         load_graph(tmp_path / "no.json")
-    (tmp_path / "bad.json").write_text('{"nodes": []}')
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"nodes": []}')
     with pytest.raises(ValueError, match="is no attribution graph that can be read here"):
-        load_graph(tmp_path / "bad.json")
+        load_graph(bad)
+    data = theirs()
+    data["links"].append({"source": "0_7_1", "target": "27_235310_1", "weight": 1.0})
+    bad.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="links the node '0_7_1', which it does not have"):
+        load_graph(bad)
+    data = theirs()
+    data["nodes"][0]["layer"] = "26"
+    bad.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="There is no node '26_2394_1': layers go from 0 to 25"):
+        load_graph(bad)
 
 
 # --------------------------------------------------------------------------------------- figures

@@ -20,7 +20,7 @@ from mi_helpers.circuits.replacement import LocalReplacement
 from mi_helpers.lessons.lesson_07.experiments import coders_for
 from mi_helpers.lessons.lesson_08 import experiments as lab
 from mi_helpers.lessons.lesson_08 import figures as tracing_figures
-from mi_helpers.lessons.lesson_08 import stories
+from mi_helpers.lessons.lesson_08 import prompts, stories
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes.coder import SparseCoder
@@ -77,10 +77,10 @@ def test_the_toy_by_hand():
 
 
 def test_questions_are_answered_rightly(shipped):
-    asked = lab.questions(shipped, 14, seed=0)
-    assert [q.one.kind for q in asked] == 2 * list(lab.KINDS)
+    asked = prompts.questions(shipped, 14, seed=0)
+    assert [q.one.kind for q in asked] == 2 * list(prompts.KINDS)
     place = {mark.name: mark for mark in lexicon.landmarks()}
-    for q in asked + lab.what_is_asked(shipped, 6, seed=0):
+    for q in asked + prompts.what_is_asked(shipped, 6, seed=0):
         assert q.answer != q.rival and q.answer.startswith(" ")
         assert shipped.tokens(q.prompt).shape == shipped.tokens(q.other.prompt).shape
         for each in (q.one, q.other):
@@ -92,34 +92,34 @@ def test_questions_are_answered_rightly(shipped):
             assert place[q.one.subject].city != q.one.answer
         assert q.turned().turned() == q and q.turned().answer == q.rival
     assert all(q.one.country != q.other.country for q in asked)
-    assert asked == lab.questions(shipped, 14, seed=0) != lab.questions(shipped, 14, seed=1)
+    assert asked == prompts.questions(shipped, 14, seed=0) != prompts.questions(shipped, 14, seed=1)
     with pytest.raises(ValueError, match="no kind"):
-        lab.questions(shipped, 2, seed=0, kinds=["rivers"])
+        prompts.questions(shipped, 2, seed=0, kinds=["rivers"])
 
 
 def test_the_partner_may_ask_for_something_else(shipped):
-    for q in lab.what_is_asked(shipped, 6, seed=0):
+    for q in prompts.what_is_asked(shipped, 6, seed=0):
         assert q.one.subject == q.other.subject and q.one.asks != q.other.asks
 
 
 def test_the_model_knows_both_hops(shipped):
-    share = lab.accuracy(shipped)
-    assert set(share) == set(lab.KINDS)
+    share = prompts.accuracy(shipped)
+    assert set(share) == set(prompts.KINDS)
     assert all(value > 0.85 for value in share.values()), share
 
 
 def test_unseen_pairs_are_those_that_training_left_out(shipped):
-    seen = [lab.unseen(asked) for asked in lab.sentences("two-hop language")]
+    seen = [prompts.unseen(asked) for asked in prompts.sentences("two-hop language")]
     assert 0.1 < np.mean(seen) < 0.4
-    assert not any(lab.unseen(asked) for asked in lab.sentences("city"))
-    assert all(lab.unseen(q.one) for q in lab.unseen_hops(shipped, 3, seed=0))
+    assert not any(prompts.unseen(asked) for asked in prompts.sentences("city"))
+    assert all(prompts.unseen(q.one) for q in prompts.unseen_hops(shipped, 3, seed=0))
 
 
 # -- labels ------------------------------------------------------------------------------------
 
 
 def test_what_is_true_at_each_token(shipped):
-    asked = next(s for s in lab.sentences("two-hop currency") if s.subject == "Eiffel Tower")
+    asked = next(s for s in prompts.sentences("two-hop currency") if s.subject == "Eiffel Tower")
     said = lab._truth(shipped, asked)
     tokens = shipped.str_tokens(shipped.tokens(asked.prompt)[0, 1:])
     assert len(said) == len(tokens) and "asks for currency" in said[-1]
@@ -138,7 +138,7 @@ def test_a_label_is_the_rarest_concept_that_accounts_for_enough(shipped):
     x[:, 2] = 1.0  # latent 2: all rows
     rows = lambda *on: np.isin(np.arange(8), on)  # noqa: E731
     concepts = {"France": rows(0, 1, 4, 5), "'speak'": rows(1, 2, 3, 5, 6, 7), "'is'": rows(2, 6)}
-    asked = [next(lab.sentences("city"))] * 8
+    asked = [next(prompts.sentences("city"))] * 8
     reading = lab.Reading({layer: x for layer in range(n)}, concepts, 4, asked)
     coder = SparseCoder(d, 3, d, "relu")
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_worth_by_hand():
 
 
 def test_worth_is_the_predicted_effect_of_taking_one_node_away(shipped, coders, labels):
-    q = lab.questions(shipped, 1, seed=3)[0]
+    q = prompts.questions(shipped, 1, seed=3)[0]
     graph = lab.question_graph(shipped, coders, q, labels)
     own = lab.contributions(graph)
     for node in graph.features()[:3]:
@@ -198,7 +198,7 @@ def test_worth_is_the_predicted_effect_of_taking_one_node_away(shipped, coders, 
 
 
 def test_worth_and_biases_make_up_the_gap(shipped, coders):
-    q = lab.questions(shipped, 1, seed=3)[0]
+    q = prompts.questions(shipped, 1, seed=3)[0]
     graph = lab.question_graph(shipped, coders, q)
     a, b = graph.mask(LOGIT).nonzero()[:, 0].tolist()
     gap = float(graph.adjacency[a].sum() - graph.adjacency[b].sum() + graph.bias[a] - graph.bias[b])
@@ -211,11 +211,11 @@ def test_worth_and_biases_make_up_the_gap(shipped, coders):
 def test_a_step_is_judged_by_sentences_that_share_nothing_else(shipped):
     """Rows are six sentences' tokens; latents fire where their name says."""
     asked = {
-        "mine": lab.Asked("capital", "", "Eiffel Tower", "France", ""),
-        "same": lab.Asked("capital", "", "Louvre", "France", ""),
-        "other": lab.Asked("language", "", "Louvre", "France", ""),
-        "rome": lab.Asked("capital", "", "Colosseum", "Italy", ""),
-        "speak": lab.Asked("language", "", "Colosseum", "Italy", ""),
+        "mine": prompts.Asked("capital", "", "Eiffel Tower", "France", ""),
+        "same": prompts.Asked("capital", "", "Louvre", "France", ""),
+        "other": prompts.Asked("language", "", "Louvre", "France", ""),
+        "rome": prompts.Asked("capital", "", "Colosseum", "Italy", ""),
+        "speak": prompts.Asked("language", "", "Colosseum", "Italy", ""),
     }
     rows = [asked[name] for name in ("mine", "same", "other", *["rome"] * 4, *["speak"] * 20)]
     fires = {  # latent -> the sentences at which it fires
@@ -239,7 +239,7 @@ def test_a_step_is_judged_by_sentences_that_share_nothing_else(shipped):
     }
     reading = lab.Reading({0: x}, concepts, 8, rows)
     steps = stories.Steps(shipped, {0: coder}, reading)
-    q = lab.Question(asked["mine"], asked["rome"])
+    q = prompts.Question(asked["mine"], asked["rome"])
     assert steps.latents(q, "country") == {(0, 2)}
     assert steps.latents(q, "pair") == {(0, 1)}
     assert steps.latents(q, "country or pair") == {(0, 1), (0, 2)}
@@ -252,7 +252,7 @@ def test_a_step_is_judged_by_sentences_that_share_nothing_else(shipped):
 
 
 def test_supernodes_of_steps_share_no_node_and_places_sum_up(shipped, coders, steps):
-    q = lab.questions(shipped, 1, seed=1, kinds=["two-hop capital"])[0]
+    q = prompts.questions(shipped, 1, seed=1, kinds=["two-hop capital"])[0]
     graph = steps.supernodes(lab.question_graph(shipped, coders, q), q)
     names = [name for ids in graph.supernodes.values() for name in ids]
     assert names and len(set(names)) == len(names)
@@ -266,7 +266,7 @@ def test_supernodes_of_steps_share_no_node_and_places_sum_up(shipped, coders, st
 
 
 def test_a_story_is_told_by_rule_and_tested(shipped, coders, labels):
-    q = lab.questions(shipped, 1, seed=1, kinds=["capital"])[0]
+    q = prompts.questions(shipped, 1, seed=1, kinds=["capital"])[0]
     story = stories.label_story(shipped, coders, q, labels)
     graph = lab.question_graph(shipped, coders, q, labels)
     sums = lab.by_label(graph)
@@ -292,7 +292,7 @@ def test_a_story_is_told_by_rule_and_tested(shipped, coders, labels):
 
 
 def test_a_swap_gives_shared_features_the_partners_activation(shipped, coders, steps):
-    q = lab.what_is_asked(shipped, 1, seed=0)[0]
+    q = prompts.what_is_asked(shipped, 1, seed=0)[0]
     story = steps.story(q, "asked")
     factors, values = stories.changes(story, "swap")
     assert values == story.into and not set(factors) & set(values)
@@ -301,7 +301,7 @@ def test_a_swap_gives_shared_features_the_partners_activation(shipped, coders, s
 
 
 def test_verdicts_can_go_both_ways(shipped):
-    q = lab.questions(shipped, 1, seed=1, kinds=["capital"])[0]
+    q = prompts.questions(shipped, 1, seed=1, kinds=["capital"])[0]
     story = stories.Story(q, "x", ("0_1_1",), {}, (), gap=10.0, suppress=-4.0, swap=-12.0)
     assert story.flips
     right = lambda what, seen: stories.is_hit(story, what, seen, -3.0)  # noqa: E731
@@ -315,7 +315,7 @@ def test_verdicts_can_go_both_ways(shipped):
 
 
 def test_single_features_obey_their_edges_where_all_else_is_held(shipped, coders):
-    asked = lab.questions(shipped, 1, seed=2)
+    asked = prompts.questions(shipped, 1, seed=2)
     data = stories.singles(shipped, coders, asked, most=3, others=2)
     assert data.direct.shape == (5,)
     assert np.allclose(data.direct, data.held, atol=1e-3)
@@ -324,7 +324,7 @@ def test_single_features_obey_their_edges_where_all_else_is_held(shipped, coders
 
 
 def test_the_explorer_draws_every_corner(shipped, coders, steps):
-    q = lab.what_is_asked(shipped, 1, seed=0)[0]
+    q = prompts.what_is_asked(shipped, 1, seed=0)[0]
     told = {"a": steps.story(q, "asked"), "b": steps.story(q.turned(), "asked")}
     explorer = tracing_figures.InterventionExplorer(shipped, coders, told)
     controls = {
@@ -343,7 +343,7 @@ def test_the_explorer_draws_every_corner(shipped, coders, steps):
 
 def test_the_viewer_of_the_lesson_draws_or_says_why_not(shipped):
     coders = coders_for(shipped, range(shipped.n_layers))
-    q = lab.unseen_hops(shipped, 1, seed=0)[0]
+    q = prompts.unseen_hops(shipped, 1, seed=0)[0]
     viewer = GraphExplorer({"a": lab.question_graph(shipped, coders, q)}, most_edges=150)
     thresholds = {"node_threshold": (0.1, 0.95, 0.05), "edge_threshold": (0.5, 0.99, 0.01)}
     drawn = 0
@@ -368,7 +368,7 @@ def test_exchanged_decoders_keep_what_fires(coders):
 
 
 def test_scores_of_graphs_and_controls(shipped, coders):
-    graph = lab.question_graph(shipped, coders, lab.questions(shipped, 1, seed=1)[0])
+    graph = lab.question_graph(shipped, coders, prompts.questions(shipped, 1, seed=1)[0])
     table = lab.score_table(shipped, coders, [graph])
     assert tuple(table) == lab.CONDITIONS
     assert all(((v >= 0) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
@@ -376,7 +376,7 @@ def test_scores_of_graphs_and_controls(shipped, coders):
 
 
 def test_repeated_words_are_questions_too(shipped):
-    made = lab.repeated(shipped, 2, seed=0)
+    made = prompts.repeated(shipped, 2, seed=0)
     assert len(made) == 2
     for q in made:
         words = q.prompt.split()
@@ -385,7 +385,7 @@ def test_repeated_words_are_questions_too(shipped):
 
 
 def test_the_partners_attention_changes_the_answer_by_what_it_is_measured(shipped):
-    q = lab.questions(shipped, 1, seed=1, kinds=["city"])[0]
-    alike = lab.Question(q.one, lab.Asked("city", q.prompt, "", "", q.other.answer))
+    q = prompts.questions(shipped, 1, seed=1, kinds=["city"])[0]
+    alike = prompts.Question(q.one, prompts.Asked("city", q.prompt, "", "", q.other.answer))
     assert stories.attention_alone(shipped, alike) == pytest.approx(0.0, abs=1e-4)
     assert stories.attention_alone(shipped, q) != pytest.approx(0.0, abs=1e-4)

@@ -97,12 +97,9 @@ class EdgeError:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """An attribution graph of one prompt: how much each node adds to each other one, linearly.
+    """An attribution graph of one prompt. Given without `influence` it is a whole graph: the order
+    of its nodes is checked, and influence and edge error are computed.
 
-    Given without `influence` it is a whole graph: the order of its nodes is checked, and influence
-    and edge error are computed.
-
-    prompt, tokens the text, and its tokens as texts
     nodes          n of them, in an order in which every edge goes from an earlier to a later one
     adjacency      (n, n): adjacency[target, source] is the edge, what the source adds to the
                    target's value

@@ -11,12 +11,10 @@ from mi_helpers.circuits.graphs import Graph, graph_scores, random_graph
 from mi_helpers.lessons.lesson_07.experiments import coders_for
 from mi_helpers.lessons.lesson_08.experiments import (
     latent_labels,
-    questions,
     read_sentences,
     shuffled,
-    unseen_hops,
-    what_is_asked,
 )
+from mi_helpers.lessons.lesson_08.prompts import questions, unseen_hops, what_is_asked
 from mi_helpers.lessons.lesson_08.stories import (
     Steps,
     Story,

@@ -25,7 +25,6 @@ from mi_helpers.circuits.graphs import FEATURE, Graph
 from mi_helpers.circuits.interventions import Intervention, intervene, predicted_effect
 from mi_helpers.circuits.replacement import Coders, by_layer
 from mi_helpers.lessons.lesson_08.experiments import (
-    Question,
     Reading,
     activations,
     by_label,
@@ -34,6 +33,7 @@ from mi_helpers.lessons.lesson_08.experiments import (
     question_graph,
     shares,
 )
+from mi_helpers.lessons.lesson_08.prompts import Question
 from mi_helpers.models import LanguageModel
 
 # ---------------------------------------------------------------------------------------- stories
@@ -341,8 +341,7 @@ def story_table(stories: Sequence[Story]) -> str:
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
-    """Predicted and observed changes of the gap, hits and misses, as a Markdown table; a row is a
-    story."""
+    """Predicted and observed changes of the gap as a Markdown table, with a row for each story."""
     rows: dict[int, list[Outcome]] = {}
     for each in outcomes:
         rows.setdefault(id(each.story), []).append(each)
