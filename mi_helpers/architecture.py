@@ -7,7 +7,15 @@ from mi_helpers.models import LanguageModel
 
 @dataclass(frozen=True)
 class Row:
-    """One step of the data flow; `activation` is its output's shape, batch and pos symbolic."""
+    """One step of the data flow.
+
+    Attributes:
+        name, module: such as "blocks.0.q", and the class of its module.
+        does: what it does, in words.
+        weights: {name: shape} of its parameters.
+        activation: its output's shape, with "batch" and "pos" as words.
+        parameters: how many it has.
+    """
 
     name: str
     module: str
@@ -22,17 +30,7 @@ def architecture(model: LanguageModel) -> list[Row]:
 
     The parameter counts sum to `model.n_parameters`, as a tied unembedding counts as none.
     """
-    m, config, rows = model, model.config, []
-    stream, heads = ("batch", "pos", m.d_model), ("batch", "pos", m.n_heads, m.d_head)
-    keys, neurons = ("batch", "pos", m.n_kv_heads, m.d_head), ("batch", "pos", m.d_mlp)
-    act = next(
-        getattr(config, n)
-        for n in ("hidden_activation", "hidden_act", "activation_function")
-        if getattr(config, n, None)
-    )
-    gated = m.layout.w_gate is not None
-    cap = getattr(config, "attn_logit_softcapping", None)
-    mix = f"soft-cap at {cap:g}, mask, softmax" if cap else "mask, softmax"
+    m, rows, stream = model, [], ("batch", "pos", model.d_model)
 
     def add(name, module, does, activation, counted=True):
         own = dict(module.named_parameters()) if counted and module is not None else {}
@@ -40,35 +38,12 @@ def architecture(model: LanguageModel) -> list[Row]:
         kind = type(module).__name__ if module is not None else "function"
         rows.append(Row(name, kind, does, shapes, activation, sum(p.numel() for p in own.values())))
 
-    qkv = (
-        [("qkv", "q", "queries, keys and values in one matrix", (*heads[:3], 3 * m.d_head))]
-        if m.layout.fused
-        else [
-            ("q", "q", "queries", heads),
-            ("k", "k", "keys", keys),
-            ("v", "v", "values", keys),
-            ("q_norm", "q_norm", "normalise each query", heads),
-            ("k_norm", "k_norm", "normalise each key", keys),
-        ]
-    )
-    steps = [
-        ("ln1", "ln1", "normalise the stream for attention", stream),
-        *qkv,
-        ("rotary", "rotary", "turn queries and keys by their position", heads),
-        ("attn", "attn", f"{mix}; each head mixes values: z", heads),
-        ("o", "o", "heads back to the stream's width, summed", stream),
-        ("ln1_post", "ln1_post", "normalise what attention adds", stream),
-        ("ln2", "ln2", "normalise the stream for the MLP", stream),
-        ("gate", "w_gate", f"gate of each neuron, through {act}", neurons),
-        ("in", "w_in", "times the gate" if gated else f"each neuron, through {act}", neurons),
-        ("out", "w_out", "neurons back to the stream's width", stream),
-        ("ln2_post", "ln2_post", "normalise what the MLP adds", stream),
-    ]
     scale = getattr(m.part("embed"), "scalar_embed_scale", None)
     does = f"look up each token's row, times {scale:g}" if scale else "look up each token's row"
     add("embed", m.part("embed"), does, stream)
     if m.layout.pos_embed:
         add("pos_embed", m.part("pos_embed"), "add each position's row", stream)
+    steps = _block_steps(m)
     for layer in range(m.n_layers):
         local = _window(m, layer)
         for name, part, does, activation in steps:
@@ -84,6 +59,41 @@ def architecture(model: LanguageModel) -> list[Row]:
     if m.softcap:
         add("softcap", None, f"{m.softcap:g} tanh(logit / {m.softcap:g})", logits)
     return rows
+
+
+def _block_steps(model: LanguageModel) -> list[tuple[str, str, str, tuple]]:
+    """The steps of a block, in order: (name, part of `Family`, what it does, activation)."""
+    m, config = model, model.config
+    stream, heads = ("batch", "pos", m.d_model), ("batch", "pos", m.n_heads, m.d_head)
+    keys, neurons = ("batch", "pos", m.n_kv_heads, m.d_head), ("batch", "pos", m.d_mlp)
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    act = next(getattr(config, n) for n in names if getattr(config, n, None))
+    gated = m.layout.w_gate is not None
+    cap = getattr(config, "attn_logit_softcapping", None)
+    mix = f"soft-cap at {cap:g}, mask, softmax" if cap else "mask, softmax"
+    qkv = [
+        ("q", "q", "queries", heads),
+        ("k", "k", "keys", keys),
+        ("v", "v", "values", keys),
+        ("q_norm", "q_norm", "normalise each query", heads),
+        ("k_norm", "k_norm", "normalise each key", keys),
+    ]
+    if m.layout.fused:
+        whole = (*heads[:3], 3 * m.d_head)
+        qkv = [("qkv", "q", "queries, keys and values in one matrix", whole)]
+    return [
+        ("ln1", "ln1", "normalise the stream for attention", stream),
+        *qkv,
+        ("rotary", "rotary", "turn queries and keys by their position", heads),
+        ("attn", "attn", f"{mix}; each head mixes values: z", heads),
+        ("o", "o", "heads back to the stream's width, summed", stream),
+        ("ln1_post", "ln1_post", "normalise what attention adds", stream),
+        ("ln2", "ln2", "normalise the stream for the MLP", stream),
+        ("gate", "w_gate", f"gate of each neuron, through {act}", neurons),
+        ("in", "w_in", "times the gate" if gated else f"each neuron, through {act}", neurons),
+        ("out", "w_out", "neurons back to the stream's width", stream),
+        ("ln2_post", "ln2_post", "normalise what the MLP adds", stream),
+    ]
 
 
 def _window(model: LanguageModel, layer: int) -> int | None:

@@ -143,7 +143,7 @@ def load_tensors(path: Path, check: bool = True, advice: str = "") -> tuple[dict
     """
     try:
         with safe_open(path, "pt") as file:
-            said = read_said(file)
+            said = read_metadata(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise RunError(f"{path} is missing. {advice}".strip()) from None
@@ -155,7 +155,7 @@ def load_tensors(path: Path, check: bool = True, advice: str = "") -> tuple[dict
     return tensors, said["about"]
 
 
-def read_said(file) -> dict:
+def read_metadata(file) -> dict:
     """What `save_tensors` wrote into an open file's head."""
     try:
         return json.loads(file.metadata()[META])
@@ -167,7 +167,7 @@ def read_about(path: Path) -> tuple[str, dict]:
     """(checksum as written, about) from a file's head alone; RunError when it is truncated."""
     try:
         with safe_open(path, "pt") as file:
-            said = read_said(file)
+            said = read_metadata(file)
     except FileNotFoundError:
         raise RunError(f"{path} is missing.") from None
     except (SafetensorError, OSError) as error:

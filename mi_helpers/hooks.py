@@ -1,7 +1,7 @@
-"""A model's named sites, read and changed by hooks on Hugging Face's own modules.
+"""A model's parts, weights and named sites: Hugging Face's own modules, and hooks on them.
 
-The modules are unmodified, with eager attention. A site is always what the model really computes:
-nothing is folded or centred.
+The modules are unmodified, and their attention is eager. A site holds what the model itself
+computes: nothing is folded or centred.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ def _stacked(name: str) -> property:
 
 
 class HookedModel:
-    """A Hugging Face causal language model as parts, weights and named sites.
+    """A Hugging Face causal language model as parts, weights and named sites: no text yet.
 
     Attributes:
         hf, config, tokenizer: the model, its configuration, its tokenizer (None: token ids only).
-        name: what figures and errors call it.
+        name: how figures and errors call it.
         family, layout: its `model_type`, and that family's entry in `FAMILIES`.
         decoder, blocks, ln_final, lm_head: Hugging Face's own modules.
         n_layers, d_model, n_heads, n_kv_heads, d_head, d_mlp, d_vocab, n_ctx: its sizes.
@@ -171,7 +171,11 @@ class HookedModel:
         return sum(p.numel() for p in self.hf.parameters())
 
     def part(self, name: str, layer: int | None = None) -> nn.Module | None:
-        """The module that `Family` calls `name` ("ln1_post", "o"), or None where there is none."""
+        """The module that `Family` calls `name` ("ln1_post", "o"); None where the family has none.
+
+        Raises:
+            ModelError: no such part, or a layer that is missing or out of range.
+        """
         parts = set(Family.__dataclass_fields__) - {"decoder", "fused"}
         if name not in parts:
             raise ModelError(f"There is no part {name!r}.{nearest(name, parts)}")
@@ -247,10 +251,12 @@ class HookedModel:
         start: int = 0,
         stop: int | None = None,
     ) -> Tensor:
-        """Hugging Face's own forward, with blocks other than start..stop-1 passing the stream on.
+        """Hugging Face's own forward, in which blocks other than start to stop - 1 are passed over.
 
-        So masks, positions and rotary embeddings are always the ones Hugging Face builds.
-        Returns logits, or the stream after block stop-1 if `stop` is given.
+        So masks, positions and rotary embeddings are always the ones that Hugging Face builds.
+
+        Returns:
+            logits, or the stream after block stop - 1 if `stop` is given.
         """
         if self.device.type == "meta":
             raise ModelError(f"{self.name} has no weights to run with: call materialize(model).")
@@ -275,7 +281,11 @@ class HookedModel:
         return reached[0]
 
     def use_attention(self, implementation: str) -> str:
-        """Switch to a function of transformers' `AttentionInterface`; returns the former's name."""
+        """Switch to an attention function that transformers' `AttentionInterface` has.
+
+        Returns:
+            The name of the one before.
+        """
         former = self.config._attn_implementation
         self.config._attn_implementation = implementation
         return former

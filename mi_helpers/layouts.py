@@ -1,7 +1,6 @@
-"""Where each model family keeps its parts, and the names of the sites.
+"""Where each model family keeps its parts (`FAMILIES`), and the names of the sites (`SITES`).
 
-One table (`FAMILIES`) says where each family keeps its parts. A *site* is a named place in a model,
-called what TransformerLens calls it (`SITES`).
+A *site* is a named place in a model, and has the name that TransformerLens gives it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 Key = tuple[str, int | None]  # a site: (name, layer), layer None for the sites outside the blocks
-Hook = Callable[[Tensor], Tensor | None]
+Hook = Callable[[Tensor], Tensor | None]  # activation -> what the model goes on with
 
 
 class ModelError(ValueError):
@@ -23,7 +22,7 @@ class ModelError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: what of `known` the name nearly is, or nothing."""
+    """What an error ends with: the one of `known` that is most like `name`, or "" if none is."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -151,7 +150,14 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Site:
-    """A named place: the input ("in"), output ("out") or attention pattern of one part."""
+    """A named place: the input, the output or the attention pattern of one part.
+
+    Attributes:
+        part: a field of `Family`.
+        side: "in", "out" or "pattern".
+        shape: its axes, by name.
+        about: what it holds.
+    """
 
     part: str
     side: str

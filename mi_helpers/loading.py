@@ -68,6 +68,11 @@ def load_model(
 
 
 def check_folder(name: str, folder: Path) -> None:
+    """Refuse a folder that lacks what a model's folder has.
+
+    Raises:
+        ModelError: it is absent, or has no configuration, no safetensors or no tokenizer.
+    """
     if not folder.is_dir():
         raise ModelError(
             f"{name} is not at {folder}: "
@@ -87,7 +92,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 def why_not_loaded(name: str, error: BaseException) -> str:
-    """One sentence for whatever the hub or transformers raised, causes included."""
+    """One sentence for what the hub or transformers raised, or for its cause."""
     chain, e = [], error
     while e is not None and e not in chain:
         chain.append(e)
@@ -116,7 +121,7 @@ def why_not_loaded(name: str, error: BaseException) -> str:
 
 
 def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:
-    """A model of the same shape and dtype with fresh random weights: for negative controls."""
+    """A model of the same shape, dtype and tokenizer with random weights: a negative control."""
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(
             copy.deepcopy(model.config), attn_implementation="eager"
@@ -157,10 +162,10 @@ def materialize(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> LanguageModel:
-    """Give a meta model random weights, in place: for benchmarks, where only the shape matters.
+    """Give a model on the meta device random weights, in place, where only the shape matters.
 
-    Buffers that no checkpoint holds (rotary frequencies in float32, Gemma's embedding scale) are
-    filled again with their true values. The tie of the embedding is kept.
+    Buffers that no checkpoint holds (rotary frequencies in float32, Gemma's embedding scale) get
+    their true values. A tied embedding stays tied.
 
     Raises:
         ModelError: the model has weights already.

@@ -27,13 +27,15 @@ DEFAULT_SITES = ("embed", "attn_out", "mlp_out", "resid_post")
 
 
 class LanguageModel(HookedModel):
-    """A Hugging Face causal language model with named sites, on text or token ids.
+    """A Hugging Face causal language model: text in, logits and activations out.
+
+    Its sizes, parts, weights and hooks are described in `HookedModel`.
 
     Args:
         hf: the model, of a family in `FAMILIES`; it is put into eval mode with eager attention and
             its parameters' gradients are turned off (activations can still be differentiated).
         tokenizer: its tokenizer, or None where only token ids will be used.
-        name: how it is called in figures and errors.
+        name: how figures and errors call it.
 
     Raises:
         ModelError: the family is not in the table.
@@ -116,7 +118,11 @@ class LanguageModel(HookedModel):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
     def str_tokens(self, text: str | list[int] | Tensor) -> list[str]:
-        """Each token of one text (BOS included), or of one row of ids, as a string."""
+        """Each token of one text (BOS included), or of one row of ids, as a string.
+
+        Raises:
+            ModelError: several texts, or a model without tokenizer.
+        """
         ids = self.ids(text)
         if ids.shape[0] != 1:
             raise ModelError(f"str_tokens takes one text at a time, not {ids.shape[0]}.")
@@ -187,6 +193,7 @@ class LanguageModel(HookedModel):
         """Run, and keep the activations at `sites`.
 
         Args:
+            tokens: a text, several of equal length, or ids (batch, pos).
             sites: names ("resid_post": every layer) or (name, layer); None means `DEFAULT_SITES`.
             stop_at_layer: run blocks 0 to stop_at_layer - 1 only, and no unembedding.
             pos: keep these positions only (query positions of a pattern); an int drops the axis.
@@ -224,10 +231,13 @@ class LanguageModel(HookedModel):
         """Go on from `resid`, the stream as it enters block `layer` (its resid_pre).
 
         Positions count from 0, so `resid` (batch, pos, d_model) holds whole sequences; the batch
-        may be any size. Hooks at `layer` and after it apply.
+        may be of any size. Hooks at `layer` and after it apply.
 
         Returns:
-            logits (batch, pos, d_vocab); with `stop_at_layer`, the stream entering that block.
+            logits (batch, pos, d_vocab); with `stop_at_layer`, the stream as it enters that block.
+
+        Raises:
+            ModelError: a layer out of range, a stop before the start, a stream of another shape.
         """
         start = self._boundary(layer)
         stop = None if stop_at_layer is None else self._boundary(stop_at_layer)
@@ -251,7 +261,11 @@ class LanguageModel(HookedModel):
         return torch.tanh(logits / self.softcap) * self.softcap
 
     def loss(self, tokens: str | list | Tensor) -> Tensor:
-        """-log p(next token) at every position but the last, (batch, pos - 1), in nats."""
+        """-log p(next token) at every position but the last, (batch, pos - 1), in nats.
+
+        Raises:
+            ModelError: fewer than two tokens, or what `ids` refuses.
+        """
         ids = self.ids(tokens)
         if ids.shape[1] < 2:
             raise ModelError("A loss needs at least two tokens: one to read, one to predict.")
@@ -260,10 +274,13 @@ class LanguageModel(HookedModel):
 
     @torch.no_grad()
     def generate(self, text: str, n: int, temperature: float = 0.0, seed: int | None = None) -> str:
-        """`text` and up to n further tokens: the likeliest, or sampled at `temperature`.
+        """`text` and up to n more tokens: the likeliest ones, or sampled at `temperature`.
 
-        Under `hooks` the whole text is run anew for each token, so that a hook always sees it all;
-        otherwise keys and values are reused.
+        Under `hooks` the whole text is run again for each token, so that a hook always sees all of
+        it; otherwise keys and values are reused.
+
+        Raises:
+            ModelError: several texts, or more tokens than the context holds.
         """
         ids, past = self.tokens(text), None
         if ids.shape[0] != 1:
@@ -325,16 +342,24 @@ def site_width(model: LanguageModel, site: Key) -> int:
 
 
 def checked_site(model: LanguageModel, site: Key) -> Key:
-    """A site that exists, its layer counted from the first."""
+    """The site with its layer counted from the first.
+
+    Raises:
+        ModelError: what `site_width` refuses.
+    """
     site_width(model, site)
     return site[0], None if site[1] is None else site[1] % model.n_layers
 
 
 def site_reader(model: LanguageModel, site: Key) -> tuple[Key, Callable[[Tensor], Tensor]]:
-    """(the model's own site, function of it) that a harvested site is.
+    """How to read a site as one vector per token.
 
-    "ln2_normalized" is the stream before the MLP, normalised, without the gain: the input of Gemma
-    Scope's transcoders. All others are the model's sites with the heads side by side.
+    "ln2_normalized" is the stream before the MLP, normalised but without the gain: the input of
+    Gemma Scope's transcoders. All others are the model's own sites, heads side by side.
+
+    Returns:
+        The model's own site to read, and the function of it, (batch, pos, ...) to (batch, pos,
+        width).
     """
     name, layer = site
     if name == NORMALIZED:

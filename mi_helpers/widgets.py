@@ -13,9 +13,13 @@ from mi_helpers.plots import render
 
 
 def control(name: str, given) -> ipywidgets.Widget:
-    """A labelled widget: `given` is one, or what `interact` takes, such as (low, high, step).
+    """A labelled widget. A text box answers on Enter, a slider at once.
 
-    ValueError when nothing can be made of it. A text box answers on Enter, a slider at once.
+    Args:
+        given: a widget, or what `interact` takes, such as (low, high, step).
+
+    Raises:
+        ValueError: no control can be made of it.
     """
     made = isinstance(given, ipywidgets.Widget)
     widget = given if made else ipywidgets.interactive.widget_from_abbrev(given)
@@ -30,10 +34,13 @@ def control(name: str, given) -> ipywidgets.Widget:
 
 
 class Explorer:
-    """Controls, the figure of their values, and a line for a sentence where a figure cannot be.
+    """Controls, the figure of their values, and a sentence where no figure can be drawn.
 
-    `figure` raises ValueError, with a sentence for the reader, for values it cannot draw; any
-    other exception is a bug and is not caught. The default state must draw.
+    Args:
+        figure: `figure(**values) -> Figure`. For values that it cannot draw it raises ValueError
+            with a sentence for the reader; any other exception is a bug and is not caught. It must
+            draw the default state.
+        controls: {argument: what `control` takes}.
     """
 
     def __init__(self, figure: Callable[..., Figure], **controls):
@@ -50,7 +57,7 @@ class Explorer:
             widget.observe(self.draw, names="value")
 
     def values(self) -> dict:
-        """What the controls say now."""
+        """{argument: the value of its control now}."""
         return {name: widget.value for name, widget in self.controls.items()}
 
     def draw(self, _change=None) -> None:
@@ -76,7 +83,7 @@ def explore(figure: Callable[..., Figure], **controls) -> None:
 
 
 def corners(**controls) -> Iterator[dict]:
-    """Values to test a figure function with: the default, every corner, every option, each once."""
+    """Values to test a figure function with: the default, every corner and every option, once."""
     widgets = {name: control(name, given) for name, given in controls.items()}
     default = {name: widget.value for name, widget in widgets.items()}
     ends = {name: extremes(widget) for name, widget in widgets.items()}

@@ -530,6 +530,18 @@ def test_tokens(gemma):
     assert torch.allclose(gemma(padded)[1, :3], gemma("The cat")[0], atol=1e-5)
 
 
+def test_rows_are_padded_with_a_token_that_the_model_has():
+    model = LanguageModel(build("llama"), make_tokenizer())
+    rows = [[4, 5, 6], torch.tensor([7])]
+    assert (
+        model.pad(rows).tolist() == [[4, 5, 6], [7, 0, 0]] and model.pad(rows).dtype == torch.int64
+    )
+    model.tokenizer.add_special_tokens({"pad_token": "<added>"})  # its id is behind the last row
+    model.tokenizer.pad_token_id = D_VOCAB
+    assert model.pad(rows).tolist() == [[4, 5, 6], [7, 1, 1]]
+    assert LanguageModel(model.hf).pad(rows).tolist() == [[4, 5, 6], [7, 0, 0]]
+
+
 def test_loss(gemma):
     ids = gemma.tokens([TEXT, TEXT.replace("Paris", "Rome")])
     p = gemma(ids).softmax(-1)
