@@ -26,6 +26,9 @@ UNSEEN = 0.99  # cosine with the padding token's column of W_U, from which `in_u
 DEFAULT_SITES = ("embed", "attn_out", "mlp_out", "resid_post")
 
 
+At = tuple[Tensor, Tensor]  # rows (n,), positions (n,): the n tokens ids[rows, positions]
+
+
 class LanguageModel(HookedModel):
     """A Hugging Face causal language model: text in, logits and activations out.
 
@@ -379,3 +382,40 @@ def read_sites(model: LanguageModel, ids: Tensor, sites: list[Key]) -> list[Tens
     stop = max(ends[key[0]] if key[1] is None else key[1] % model.n_layers + 1 for key, _ in found)
     _, cache = model.run_with_cache(ids, [key for key, _ in found], stop_at_layer=stop)
     return [of(cache[key]) for key, of in found]
+
+
+@torch.no_grad()
+def activations_at(
+    model: LanguageModel, ids: Tensor, at: At, sites: Iterable[str | Key], size: int = 64
+) -> dict[Key, Tensor]:
+    """Activations at n tokens, {(site, layer): (n, ...)}; token j is ids[at[0][j], at[1][j]].
+
+    Texts are run `size` at a time, those of about equal length together, each batch cut after the
+    last token that is read: with causal attention nothing after it matters.
+
+    Raises:
+        ModelError: no token to read, or not one position for each row.
+    """
+    rows, positions = (torch.as_tensor(x, device=ids.device) for x in at)
+    if rows.shape != positions.shape or rows.ndim != 1 or not len(rows):
+        raise ModelError(
+            f"`at` holds rows and positions of shapes {tuple(rows.shape)} and "
+            f"{tuple(positions.shape)}, expected two equal lists of at least one number."
+        )
+    last = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+    last = last.scatter_reduce(0, rows, positions, "amax")
+    used, sites = rows.unique(), [sites] if isinstance(sites, str) else list(sites)
+    found: dict[Key, Tensor] = {}
+    for some in used[last[used].argsort(stable=True)].split(size):
+        length = int(last[some].max()) + 1
+        _, cache = model.run_with_cache(ids[some, :length], sites, stop_at_layer=model.n_layers)
+        place = torch.empty(len(ids), dtype=torch.int64, device=ids.device)
+        place[some] = torch.arange(len(some), device=ids.device)
+        here = torch.isin(rows, some).nonzero()[:, 0]
+        for key in cache:
+            whole = cache[key].expand(len(some), *cache[key].shape[1:])  # pos_embed has no batch
+            values = whole[place[rows[here]], positions[here]]
+            if key not in found:
+                found[key] = values.new_empty(len(rows), *values.shape[1:])
+            found[key][here] = values
+    return found

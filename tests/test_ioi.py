@@ -10,8 +10,9 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from mi_helpers import heads, plots, probes
+from mi_helpers import heads, plots
 from mi_helpers.layouts import ModelError
+from mi_helpers.lessons import shared
 from mi_helpers.lessons.lesson_05 import experiments as ioi
 from mi_helpers.lessons.lesson_05 import figures as heads_figures
 from mi_helpers.lessons.lesson_05.experiments import ROLES, Task
@@ -33,7 +34,7 @@ def without_gradients():
 def tokenizer():
     """One token per word of the sentences with indirect objects."""
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    read = [d.text for d in probes.documents("ioi", 500, 0)]
+    read = [d.text for d in shared.documents("ioi", 500, 0)]
     words = {piece for text in read for piece, _ in split.pre_tokenize_str(text)}
     words |= {f" {name}" for name in lexicon.people()}
     names = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -334,7 +335,7 @@ def test_paths_of_all_kinds(task):
     ],
 )
 def test_bad_input_gets_one_sentence(task, call, message, monkeypatch):
-    few = probes.documents("ioi", 60, 0, ("entities",), order="ABB")
+    few = shared.documents("ioi", 60, 0, ("entities",), order="ABB")
     if "fewer" in message:
         monkeypatch.setattr(ioi, "documents", lambda *_, **__: few)
     with pytest.raises(ModelError, match=message) as caught:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mi_helpers.course.ledger import claim
 from mi_helpers.lessons.lesson_01.experiments import (
-    band,
+    PHASE,
+    Training,
     closed_form_losses,
-    dimensionality,
-    dimensions_per_feature,
     grow,
     linear_optimum,
-    measured_interference,
     phase_diagram,
-    represented,
     solution_found,
     train,
+)
+from mi_helpers.lessons.lesson_01.geometry import (
+    band,
+    dimensionality,
+    dimensions_per_feature,
+    measured_interference,
+    represented,
 )
 
 TOY = "Elhage et al. 2022, Toy Models of Superposition"
@@ -64,7 +69,8 @@ def grown_pentagon_sum(seed: int) -> float:
 )
 def sticky_one(seed: int) -> float:
     """m/‖W‖²_F of 40 equally important features in 8 dimensions, dense: S = 0.01."""
-    return dimensions_per_feature(train(40, 8, 0.01, lr=0.015, seed=seed).W)[0].item()
+    toys = train(40, 8, 0.01, training=Training(lr=0.015, seed=seed))
+    return dimensions_per_feature(toys.W)[0].item()
 
 
 @claim(
@@ -76,7 +82,7 @@ def sticky_one(seed: int) -> float:
 )
 def sticky_half(seed: int) -> float:
     """The same at S = 0.55, 0.6, 0.65 and 0.7: the one furthest from 1/2."""
-    toys = train(40, 8, [0.55, 0.6, 0.65, 0.7], lr=0.015, seed=seed)
+    toys = train(40, 8, [0.55, 0.6, 0.65, 0.7], training=Training(lr=0.015, seed=seed))
     return furthest(dimensions_per_feature(toys.W), 1 / 2)
 
 
@@ -155,7 +161,7 @@ def random_interference(seed: int) -> float:
 def phase_agreement(seed: int) -> float:
     """The share of 12 × 12 phase diagram cells where training finds the closed form's winner."""
     q, r = torch.logspace(math.log10(0.99), -2, 12), torch.logspace(-1, 1, 12)
-    found = solution_found(phase_diagram(q, r, seed=seed).W).view(12, 12)
+    found = solution_found(phase_diagram(q, r, replace(PHASE, seed=seed)).W).view(12, 12)
     return (found == closed_form_losses(q[:, None], r).argmin(0)).float().mean().item()
 
 
@@ -169,6 +175,6 @@ def phase_agreement(seed: int) -> float:
 def linear_over_optimum(seed: int) -> float:
     """The linear model's loss after training over its closed-form optimum: n = 10, m = 3."""
     weights = 0.8 ** torch.arange(10)
-    options = {"importance": weights, "output": "linear", "samples": 65536}
-    toys = train(10, 3, 0.9, seed=seed, **options)
+    training = Training(samples=65536, seed=seed)
+    toys = train(10, 3, 0.9, importance=weights, output="linear", training=training)
     return (toys.loss[0] / linear_optimum(weights, 3, 0.9)).item()

@@ -7,6 +7,7 @@ import torch
 from mi_helpers.course.check import Wrong, exercise, expect, expect_close, expect_shape
 from mi_helpers.lessons.lesson_01 import experiments as superposition
 from mi_helpers.lessons.lesson_01 import packing
+from mi_helpers.lessons.shared import on_one_core
 
 # -- 1.1 -------------------------------------------------------------------------------------
 
@@ -267,7 +268,11 @@ def phase_transition(importance, densities):
     """Train all densities at once; both features are in when the shorter row is not tiny."""
     sparsity = [1 - density for density in densities]
     toys = superposition.train(
-        2, 1, sparsity, importance=[1.0, importance], restarts=8, steps=500, batch=64, lr=0.04
+        2,
+        1,
+        sparsity,
+        importance=[1.0, importance],
+        training=superposition.Training(restarts=8, steps=500, batch=64, lr=0.04),
     )
     length = toys.W.norm(dim=-1)  # (instances, 2)
     return (length.amin(1) > 0.5 * length.amax(1)).tolist()
@@ -276,7 +281,11 @@ def phase_transition(importance, densities):
 def thresholded(importance, densities):
     """A wrong 1.5: any length above zero counts."""
     toys = superposition.train(
-        2, 1, [1 - d for d in densities], importance=[1, importance], restarts=4, steps=200, lr=0.05
+        2,
+        1,
+        [1 - d for d in densities],
+        importance=[1, importance],
+        training=superposition.Training(restarts=4, steps=200, lr=0.05),
     )
     return (toys.W.norm(dim=-1).amin(1) > 0).tolist()
 
@@ -295,7 +304,8 @@ def confused(importance, densities):
     stub=STUB_15,
     reference=phase_transition,
     hints=[
-        "`superposition.train(2, 1, [S, …], importance=[1, r], restarts=8)` trains them all.",
+        "`superposition.train(2, 1, [S, …], importance=[1, r], training=Training(restarts=8))` "
+        "trains them all.",
         "`toys.W` has shape (instances, 2, 1). Which of the two lengths tells?",
         "A feature that was given up has a small length, not exactly zero: compare it with the "
         "other one.",
@@ -518,7 +528,6 @@ def search(n, m, epsilon):
     return unit.detach()
 
 
-@superposition.on_one_core
 def softly(n, m, epsilon):
     """A wrong 1.8: pushes all pairs apart alike, and so never gets the worst ones below."""
     torch.manual_seed(0)
@@ -559,6 +568,7 @@ def repelled_by_sign(n, m, epsilon):
         (softly, "take more steps"),
     ],
 )
+@on_one_core
 def check_18(answer) -> None:
     n, m, epsilon = 52, 40, 0.1
     V = answer(n, m, epsilon)

@@ -1,26 +1,26 @@
 """Toy models of superposition: more features than dimensions, trained many at a time.
 
-A toy model squeezes n features through m hidden dimensions and reads them out again,
+A toy model squeezes n features into m hidden dimensions and reads them out again,
 
     h = W^T x                 x̂ = ReLU(W h + b)               W (n_features, n_hidden)
 
 and is trained to give back the features that matter: loss = E Σ_i I_i (x_i - x̂_i)². A feature is 0
-with probability S, its *sparsity*, and else uniform in [0, 1]; 1 - S is its *density*.
+with probability S, its *sparsity*, and else uniform in [0, 1]; 1 - S is its *density*. Row W_i is
+the direction in which feature i is written, and also the one in which it is read.
 
-After Elhage and others, "Toy Models of Superposition" (2022); the paper writes W for our W^T. A row
-W_i is the direction in which feature i is written, and the one along which it is read.
+Source: Elhage et al. 2022, Toy Models of Superposition; the paper writes W for our W^T.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-REPRESENTED = 0.5  # a feature counts as represented when ‖W_i‖ exceeds this
-_AT_ONCE = 1 << 20  # numbers of training data that are drawn in one go
+from mi_helpers.lessons.shared import on_one_core
+
+_AT_ONCE = 1 << 20  # numbers of training data that are drawn at a time
 
 
 @dataclass
@@ -59,24 +59,32 @@ class Toys:
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
 
-def on_one_core(function: Callable) -> Callable:
-    """A decorator: PyTorch uses one thread inside, and as many as before afterwards.
+@dataclass(frozen=True)
+class Training:
+    """How toy models are trained.
 
-    Toy matrices are so small that handing parts of them to other cores costs more than it saves,
-    many times more when these are busy.
+    restarts  trainings of each instance from different random weights; that of lowest loss is kept
+    steps     of Adam; batch: inputs in each, none of them blank
+    lr        Adam's learning rate at the start; it falls to zero along a quarter of a cosine
+    samples   fresh inputs on which the loss is measured at the end
+    seed      of the weights and the inputs
     """
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_num_threads(before)
+    restarts: int = 1
+    steps: int = 1500
+    batch: int = 128
+    lr: float = 0.02
+    samples: int = 8192
+    seed: int = 0
 
-    return call
+    def __post_init__(self):
+        for name in ("restarts", "steps", "batch"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}: take 1 or more.")
 
+
+GROWTH = Training(restarts=16, steps=1200, batch=256, lr=0.03)  # of `grow`
+PHASE = Training(restarts=8, steps=500, batch=64, lr=0.04)  # of `phase_diagram`
 
 # -- the data --------------------------------------------------------------------------------
 
@@ -191,6 +199,15 @@ def expected_loss(toys: Toys, samples: int = 8192, seed: int = 1_000_003) -> Ten
     return (1 - blank) * total / chunks + blank * on_blank
 
 
+def distinct(sparsity: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as they are, or with one entry each where all instances have the same."""
+    same = bool((sparsity == sparsity[0]).all() and (correlation == correlation[0]).all())
+    return (sparsity[:1], correlation[:1]) if same else (sparsity, correlation)
+
+
+# -- training --------------------------------------------------------------------------------
+
+
 @on_one_core
 def train(
     n_features: int,
@@ -199,94 +216,86 @@ def train(
     *,
     importance: Sequence | Tensor | None = None,
     correlation: float | Sequence[float] | Tensor = 0.0,
-    restarts: int = 1,
-    steps: int = 1500,
-    batch: int = 128,
-    lr: float = 0.02,
     output: str = "relu",
     hidden: str = "linear",
-    samples: int = 8192,
-    seed: int = 0,
+    training: Training = Training(),
 ) -> Toys:
-    """Train one toy model per sparsity, all in one batched run.
+    """One trained toy model per sparsity, all from one batched run.
 
     Args:
         sparsity: one number in (0, 1), or one per instance.
-        importance: (n_features,) or (instances, n_features); all 1 without.
+        importance: (n_features,) or (instances, n_features); by default all 1.
         correlation: of the pairs (0, 1), (2, 3), …, in [-1, 1]; one number, or one per instance.
-        restarts: train so many from different random weights and keep the one of lowest loss.
-        lr: Adam's learning rate at the start; it falls to zero along a quarter of a cosine.
-        samples: fresh inputs on which the loss is measured at the end.
+        output, hidden: see `Toys`.
 
     Raises:
-        ValueError: what was given, what was expected, what to do; in one sentence.
+        ValueError: settings that make no model.
     """
-    sparsity, importance, correlation = checked(
-        n_features, n_hidden, sparsity, importance, correlation, output, hidden
-    )
-    for name, value in (("restarts", restarts), ("steps", steps), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: take 1 or more.")
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.arange(len(sparsity)).repeat_interleave(restarts)  # model -> its instance
-    importance = importance[rows]
-    source = distinct(sparsity, correlation)  # of the data: one for all, where all agree
-    blank = chance_of_blank(sparsity, correlation, n_features)[rows][:, None]  # (models, 1)
-    on_blank = blank * importance  # (models, n_features)
-    on_data = ((1 - blank) * importance / batch)[:, None]  # (models, 1, n_features)
-
+    check_shape(n_features, n_hidden, output, hidden)
+    sparsity, importance, correlation = per_instance(n_features, sparsity, importance, correlation)
+    generator = torch.Generator().manual_seed(training.seed)
+    rows = torch.arange(len(sparsity)).repeat_interleave(training.restarts)  # model -> its instance
     parameters = torch.randn(len(rows), n_features, n_hidden + 1, generator=generator)
     parameters[..., :-1] /= math.sqrt(n_hidden)
     parameters[..., -1] = 0
-    W, b = parameters[..., :-1], parameters[..., -1]  # views: both move with `parameters`
-    gradient, mean, square = (torch.zeros_like(parameters) for _ in range(3))
-    by_W, by_b = gradient[..., :-1], gradient[..., -1]
-    ahead = max(1, min(steps, _AT_ONCE // (len(source[0]) * batch * n_features)))
-    for step in range(steps):
-        if step % ahead == 0:
-            count = min(ahead, steps - step)
-            data = sample(source[0], n_features, count * batch, source[1], generator, blanks=False)
-            batches = data.split(batch, dim=1)
-        x = batches[step % ahead]
-        x = x.expand(len(rows), -1, -1) if len(x) == 1 else x[rows]
-        given_W, given_b = gradients(W, b, x, on_data, output, hidden)
-        by_W.copy_(given_W)
-        # blank inputs were left out of the data; all that they teach is that b should not be > 0
-        by_b.copy_(given_b.addcmul_(on_blank, b.clamp(min=0) if output == "relu" else b))
-        mean.lerp_(gradient, 0.1)  # Adam, with β = (0.9, 0.99)
-        square.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
-        rate = lr * math.cos(math.pi / 2 * (step + 1) / steps)
-        rate *= math.sqrt(1 - 0.99 ** (step + 1)) / (1 - 0.9 ** (step + 1))
-        parameters.addcdiv_(mean, square.sqrt().add_(1e-10), value=-rate)
-
     toys = Toys(
-        W.clone(),
-        b.clone(),
-        importance,
+        parameters[..., :-1],  # views: W and b move with `parameters`
+        parameters[..., -1],
+        importance[rows],
         sparsity[rows],
         correlation[rows],
         torch.zeros(len(rows)),
         output,
         hidden,
     )
-    toys.loss = expected_loss(toys, samples)
-    best = toys.loss.view(-1, restarts).argmin(1)
-    return toys.pick(torch.arange(len(sparsity)) * restarts + best)
+    source = distinct(sparsity, correlation)  # of the data: one for all, where all agree
+    _descend(toys, parameters, _batches(source, rows, n_features, training, generator), training)
+    toys.W, toys.b = toys.W.clone(), toys.b.clone()
+    toys.loss = expected_loss(toys, training.samples)
+    best = toys.loss.view(-1, training.restarts).argmin(1)
+    return toys.pick(torch.arange(len(sparsity)) * training.restarts + best)
 
 
-def distinct(sparsity: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as they are, or with one entry each where all instances have the same."""
-    same = bool((sparsity == sparsity[0]).all() and (correlation == correlation[0]).all())
-    return (sparsity[:1], correlation[:1]) if same else (sparsity, correlation)
+def _batches(
+    source: tuple[Tensor, Tensor],
+    rows: Tensor,
+    n_features: int,
+    training: Training,
+    generator: torch.Generator,
+) -> Iterator[Tensor]:
+    """The inputs of each step, without blanks, (models, batch, n_features)."""
+    steps, batch = training.steps, training.batch
+    ahead = max(1, min(steps, _AT_ONCE // (len(source[0]) * batch * n_features)))
+    for start in range(0, steps, ahead):
+        count = min(ahead, steps - start)
+        data = sample(source[0], n_features, count * batch, source[1], generator, blanks=False)
+        for x in data.split(batch, dim=1):
+            yield x.expand(len(rows), -1, -1) if len(x) == 1 else x[rows]
 
 
-def checked(
-    n_features: int, n_hidden: int, sparsity, importance, correlation, output: str, hidden: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sparsity (instances,), importance (instances, n_features), correlation (instances,).
+def _descend(toys: Toys, parameters: Tensor, batches: Iterator[Tensor], training: Training) -> None:
+    """Move `parameters`, W and b side by side, down the loss: Adam with β = (0.9, 0.99)."""
+    n_features = toys.W.shape[1]
+    blank = chance_of_blank(toys.sparsity, toys.correlation, n_features)[:, None]  # (models, 1)
+    on_blank = blank * toys.importance  # (models, n_features)
+    on_data = ((1 - blank) * toys.importance / training.batch)[:, None]  # (models, 1, n_features)
+    gradient, mean, square = (torch.zeros_like(parameters) for _ in range(3))
+    by_W, by_b = gradient[..., :-1], gradient[..., -1]
+    for step, x in enumerate(batches):
+        given_W, given_b = gradients(toys.W, toys.b, x, on_data, toys.output, toys.hidden)
+        by_W.copy_(given_W)
+        # blank inputs were left out of the data; all that they teach is that b should not be > 0
+        b = toys.b.clamp(min=0) if toys.output == "relu" else toys.b
+        by_b.copy_(given_b.addcmul_(on_blank, b))
+        mean.lerp_(gradient, 0.1)
+        square.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
+        rate = training.lr * math.cos(math.pi / 2 * (step + 1) / training.steps)
+        rate *= math.sqrt(1 - 0.99 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        parameters.addcdiv_(mean, square.sqrt().add_(1e-10), value=-rate)
 
-    ValueError, with a sentence, for what no toy model can be made of.
-    """
+
+def check_shape(n_features: int, n_hidden: int, output: str, hidden: str) -> None:
+    """Raise ValueError, in one sentence, for a shape or a form that no toy model has."""
     if n_hidden < 1 or n_features < 1:
         raise ValueError(
             f"{n_features} features and {n_hidden} hidden dimensions were given: "
@@ -301,6 +310,16 @@ def checked(
         raise ValueError(
             f"output={output!r} and hidden={hidden!r} were given: each is 'relu' or 'linear'."
         )
+
+
+def per_instance(
+    n_features: int, sparsity, importance, correlation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sparsity (instances,), importance (instances, n_features), correlation (instances,).
+
+    Raises:
+        ValueError: a number out of range, or numbers of instances that do not agree.
+    """
     sparsity = torch.as_tensor(sparsity, dtype=torch.float32).reshape(-1)
     correlation = torch.as_tensor(correlation, dtype=torch.float32).reshape(-1)
     weights = torch.ones(n_features) if importance is None else torch.as_tensor(importance).float()
@@ -316,6 +335,16 @@ def checked(
             f"{len(sparsity)} sparsities, {len(correlation)} correlations and {len(weights)} rows "
             "of importance were given: give one of each, or as many of one as of the other."
         )
+    _check_range(sparsity, weights, correlation)
+    count = max(len(sparsity), len(correlation), len(weights))
+    return (
+        sparsity.expand(count).clone(),
+        weights.expand(count, -1).clone(),
+        correlation.expand(count).clone(),
+    )
+
+
+def _check_range(sparsity: Tensor, weights: Tensor, correlation: Tensor) -> None:
     if not bool(((sparsity > 0) & (sparsity < 1)).all()):
         wrong = sparsity[~((sparsity > 0) & (sparsity < 1))][0].item()
         raise ValueError(
@@ -329,97 +358,21 @@ def checked(
         )
     if not bool((weights >= 0).all() and weights.isfinite().all()):
         raise ValueError("An importance is negative or not a number: take 0 or more.")
-    count = max(len(sparsity), len(correlation), len(weights))
-    return (
-        sparsity.expand(count).clone(),
-        weights.expand(count, -1).clone(),
-        correlation.expand(count).clone(),
-    )
 
 
-# -- measures --------------------------------------------------------------------------------
+# Where each geometry grows, with equal importance: (features, hidden dimensions, sparsity)
+HABITATS = {
+    "tetrahedron": (4, 3, 0.45),
+    "triangle": (3, 2, 0.4),
+    "antipodal pair": (6, 2, 0.55),
+    "pentagon": (5, 2, 0.9),
+    "square antiprism": (8, 3, 0.9),
+}
 
 
-def unit(W: Tensor) -> Tensor:
-    """The rows of W (…, n_features, n_hidden) at length 1; rows of zeros stay."""
-    return W / W.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-
-
-def overlaps(W: Tensor) -> Tensor:
-    """Ŵ_i · W_j (…, n_features, n_features): what feature j leaves on the read-out of feature i."""
-    return unit(W) @ W.mT
-
-
-def dimensionality(W: Tensor) -> Tensor:
-    """D_i = ‖W_i‖² / Σ_j (Ŵ_i · W_j)²  (…, n_features): the share of a dimension that i has.
-
-    1 is a dimension of its own, 1/2 one shared with an opposite feature, 0 none. From "Toy Models
-    of Superposition", section "The Geometry of Superposition".
-    """
-    return W.square().sum(-1) / overlaps(W).square().sum(-1).clamp(min=1e-12)
-
-
-def interference(W: Tensor) -> Tensor:
-    """Σ_{j≠i} (Ŵ_i · W_j)²  (…, n_features): what the others leave on the read-out of i."""
-    return (overlaps(W).square().sum(-1) - W.square().sum(-1)).clamp(min=0)
-
-
-def represented(W: Tensor) -> Tensor:
-    """Whether ‖W_i‖ > 0.5  (…, n_features)."""
-    return W.norm(dim=-1) > REPRESENTED
-
-
-def dimensions_per_feature(W: Tensor) -> Tensor:
-    """D* = m / ‖W‖²_F  (…): hidden dimensions per represented feature, as these have ‖W_i‖ ≈ 1."""
-    return W.shape[-1] / W.square().sum((-2, -1))
-
-
-def favourite_share(W: Tensor, hidden: str = "relu") -> Tensor:
-    """How much of each hidden neuron's response belongs to one feature (…, n_hidden), 0 to 1.
-
-    Feature i alone, at 1, makes neuron k respond with r = ReLU(W_ik), or |W_ik| where the hidden
-    layer is linear: max_i r² / Σ_i r². A neuron at 1 is monosemantic; an average of several
-    features is far below. A neuron that responds to nothing has 0.
-    """
-    response = W.clamp(min=0) if hidden == "relu" else W.abs()
-    squares = response.square()
-    return squares.amax(-2) / squares.sum(-2).clamp(min=1e-12)
-
-
-# -- interference between random directions --------------------------------------------------
-
-
-def random_directions(n: int, m: int, generator: torch.Generator | None = None) -> Tensor:
-    """n unit vectors in m dimensions (n, m), uniform on the sphere."""
-    return unit(torch.randn(n, m, generator=generator))
-
-
-def expected_interference(n: int, m: int, p: float = 1.0) -> float:
-    """p (n - 1) / m: the squared interference to expect among n random unit vectors.
-
-    A component of a random unit vector has mean square 1/m, as m of them sum to 1; so has the dot
-    product of two. Of n - 1 others, a share p is on (at 1) at a time. Their dot products have mean
-    zero and are uncorrelated, so the squares add up.
-    """
-    return p * (n - 1) / m
-
-
-@on_one_core
-def measured_interference(
-    n: int, m: int, p: float, samples: int = 500, draws: int = 10, seed: int = 0
-) -> float:
-    """The same by experiment: mean over inputs and features of (Σ_{j≠i} x_j Ŵ_j · Ŵ_i)².
-
-    Averaged over several draws of the directions, as one draw has a few per cent of luck in it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    total = 0.0
-    for _ in range(draws):
-        W = random_directions(n, m, generator)
-        x = (torch.rand(samples, n, generator=generator) < p).float()  # (samples, n), on is 1
-        noise = x @ W @ W.T - x  # what is read, less what the feature itself wrote
-        total += noise.square().mean().item()
-    return total / draws
+def grow(name: str, seed: int = 0) -> Toys:
+    """One toy model trained where a geometry grows (`HABITATS`), the best of 16 restarts."""
+    return train(*HABITATS[name], training=replace(GROWTH, seed=seed))
 
 
 # -- two features, one dimension -------------------------------------------------------------
@@ -503,17 +456,19 @@ def exact_loss(
 
 
 def phase_diagram(
-    densities: Sequence[float] | Tensor, importances: Sequence[float] | Tensor, **options
+    densities: Sequence[float] | Tensor,
+    importances: Sequence[float] | Tensor,
+    training: Training = PHASE,
 ) -> Toys:
-    """Train n = 2, m = 1 at every density and importance; instances run over densities first."""
+    """n = 2, m = 1 trained at every density and importance; instances run over densities first."""
     q = torch.as_tensor(densities, dtype=torch.float32)
     r = torch.as_tensor(importances, dtype=torch.float32)
     weights = torch.stack([torch.ones_like(r), r], 1).repeat(len(q), 1)
-    options = {"restarts": 8, "steps": 500, "batch": 64, "lr": 0.04} | options
-    return train(2, 1, 1 - q.repeat_interleave(len(r)), importance=weights, **options)
+    sparsity = 1 - q.repeat_interleave(len(r))
+    return train(2, 1, sparsity, importance=weights, training=training)
 
 
-# -- the negative control --------------------------------------------------------------------
+# -- the negative control: no ReLU -----------------------------------------------------------
 
 
 def variance(sparsity) -> Tensor:
@@ -532,61 +487,3 @@ def linear_optimum(importance: Tensor, n_hidden: int, sparsity) -> Tensor:
     """
     left_out = importance.double().sort(-1, descending=True).values[..., n_hidden:].sum(-1)
     return variance(sparsity) * left_out
-
-
-# -- geometry --------------------------------------------------------------------------------
-
-
-def polygon(n: int) -> Tensor:
-    """The corners of a regular n-gon (n, 2), at distance 1."""
-    angle = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
-    return torch.stack([angle.cos(), angle.sin()], 1)
-
-
-def tetrahedron() -> Tensor:
-    """The corners of a regular tetrahedron (4, 3): every second corner of a cube."""
-    corners = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
-    return unit(corners.double())
-
-
-def square_antiprism() -> Tensor:
-    """Two squares (8, 3), one above the other, turned by 45°, with z² = 1/3.
-
-    At this height the squares of the coordinates sum to 8/3 in every direction, so that all
-    dimensionalities are 3/8.
-    """
-    turn = polygon(8)
-    low, high = turn[0::2], turn[1::2]
-    radius, z = math.sqrt(2 / 3), math.sqrt(1 / 3)
-    heights = torch.tensor([[-z], [z]], dtype=torch.float64).repeat_interleave(4, 0)
-    return torch.cat([radius * torch.cat([low, high]), heights], 1)
-
-
-GEOMETRIES = {
-    "tetrahedron": tetrahedron(),
-    "triangle": polygon(3),
-    "antipodal pair": torch.tensor([[1.0], [-1.0]], dtype=torch.float64),
-    "pentagon": polygon(5),
-    "square antiprism": square_antiprism(),
-}
-
-# Where each is found, with equal importance: (features, hidden dimensions, sparsity)
-HABITATS = {
-    "tetrahedron": (4, 3, 0.45),
-    "triangle": (3, 2, 0.4),
-    "antipodal pair": (6, 2, 0.55),
-    "pentagon": (5, 2, 0.9),
-    "square antiprism": (8, 3, 0.9),
-}
-
-
-def band(name: str) -> float:
-    """The feature dimensionality of a geometry, computed from its corners."""
-    return dimensionality(GEOMETRIES[name]).mean().item()
-
-
-def grow(name: str, seed: int = 0, **options) -> Toys:
-    """Train where a geometry is at home (`HABITATS`): one instance, the best of 16 restarts."""
-    n_features, n_hidden, sparsity = HABITATS[name]
-    options = {"restarts": 16, "steps": 1200, "batch": 256, "lr": 0.03} | options
-    return train(n_features, n_hidden, sparsity, seed=seed, **options)

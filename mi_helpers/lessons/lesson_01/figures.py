@@ -22,6 +22,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
 
 from mi_helpers.lessons.lesson_01 import experiments as superposition
+from mi_helpers.lessons.lesson_01 import geometry
 from mi_helpers.plots import (
     AMOUNT,
     DASHES,
@@ -149,7 +150,7 @@ def geometries(shapes: Mapping[str, tuple], title: str = "") -> Figure:
     picture, axes = figure(min(14, 2.7 * len(shapes)), 3.4, 1, len(shapes), squeeze=False)
     for each, (name, (W, text)) in zip(axes[0], shapes.items(), strict=True):
         W = as_array(W)
-        W = W[np.linalg.norm(W, axis=1) > superposition.REPRESENTED]
+        W = W[np.linalg.norm(W, axis=1) > geometry.REPRESENTED]
         points = flat(W)
         lengths = np.linalg.norm(W, axis=1)
         cosine = W @ W.T / np.outer(lengths, lengths)
@@ -325,6 +326,8 @@ def packing(series: Mapping[str, tuple], title: str = "", mark: tuple | None = N
 
 # -- the explorer ----------------------------------------------------------------------------
 
+QUICK = superposition.Training(restarts=8, steps=200, batch=64, lr=0.08, samples=2048)
+
 
 @functools.lru_cache(maxsize=4096)
 def answer(
@@ -344,11 +347,7 @@ def answer(
         sparsity,
         importance=importance,
         correlation=correlation,
-        restarts=8,
-        steps=200,
-        batch=64,
-        lr=0.08,
-        samples=2048,
+        training=QUICK,
     )
 
 
@@ -366,8 +365,8 @@ def explorer(
     called at every step of a slider.
     """
     toys = answer(features, hidden, sparsity, round(decay, 4), round(correlation, 4))
-    W, D = toys.W[0], superposition.dimensionality(toys.W[0])
-    kept = int(superposition.represented(W).sum())
+    W, D = toys.W[0], geometry.dimensionality(toys.W[0])
+    kept = int(geometry.represented(W).sum())
     picture = Picture(figsize=(WIDE, HIGH), layout="none")
     sheet = picture.add_axes([0, 0, 1, 1], xlim=(0, WIDE), ylim=(0, HIGH))  # 1 unit is 1 inch
     sheet.set_axis_off()

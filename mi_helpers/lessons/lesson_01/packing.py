@@ -11,7 +11,7 @@ import torch
 from scipy.special import betainc
 from torch import Tensor
 
-from mi_helpers.lessons.lesson_01.experiments import on_one_core
+from mi_helpers.lessons.shared import on_one_core
 
 
 def cosines(V: Tensor) -> Tensor:

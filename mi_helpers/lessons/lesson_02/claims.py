@@ -7,21 +7,21 @@ from functools import cache
 import numpy as np
 
 from mi_helpers.course.ledger import claim
+from mi_helpers.lessons.lesson_02.experiments import (
+    SineNets,
+    number_tasks,
+    posteriors,
+    removal,
+)
+from mi_helpers.lessons.shared import collect, documents_for
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.probes import (
-    NumberTask,
-    SineNets,
     all_orders,
-    balanced,
     circle_error,
     class_means,
-    collect,
-    documents_for,
     fit_probe,
     held_out_weights,
-    posteriors,
-    removal,
     surprise,
 )
 from mi_helpers.tinyworld.world import World
@@ -62,13 +62,6 @@ def distance_to_floor(seed: int) -> float:
         - ideal
         for key in train.x
     )
-
-
-def number_tasks(model: LanguageModel, seed: int, n: int = 300) -> tuple[NumberTask, NumberTask]:
-    """Balanced agreement sentences to find directions in, and others, held out, to test them on."""
-    train = balanced(documents_for("number", n, 1_000 + 2 * seed))
-    test = balanced(documents_for("number", n // 2, 1_001 + 2 * seed, held=True))
-    return NumberTask(model, train), NumberTask(model, test)
 
 
 @claim(

@@ -1,4 +1,4 @@
-"""Lesson 02's figures: data in, Figure out. Nothing is computed here."""
+"""The figures of lesson 02: data in, Figure out. Nothing is computed here."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,13 +14,17 @@ def probe_explorer(
     scans: Mapping[str, Mapping[str, Sequence[float]]],
     layer: int,
     kind: str,
-    chance: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Left: accuracy of every property's probe at one layer, its controls beside it. Right: the
+    """Left: the accuracy of every property's probe at one layer, beside its controls. Right: the
     same series of one property over all layers.
 
-    scans   {property: {series: accuracies (layers,)}}, all with the same series
-    chance  {property: accuracy of always giving the commonest answer}, a small black bar
+    Args:
+        names: of the layers.
+        scans: {property: {series: accuracies (layers,)}}, all with the same series.
+        layer: its index; kind: the property of the right panel.
+
+    Raises:
+        ValueError: no such layer or property.
     """
     if not 0 <= layer < len(names):
         raise ValueError(f"There is no layer {layer}: choose 0 to {len(names) - 1}.")
@@ -39,10 +43,6 @@ def probe_explorer(
         drawn = left.barh(places, values, thick, label=label, hatch=hatch, edgecolor="white")
         left.bar_label(drawn, [f"{v:.2f}" for v in values], padding=2, fontsize=9)
         right.plot(range(len(names)), as_array(scans[kind][label]))
-    for row, each in enumerate(scans if chance else ()):
-        left.plot([chance[each]] * 2, [row - 0.45, row + 0.45], "-k", marker="", linewidth=1.5)
-    if chance:
-        right.axhline(chance[kind], color="black", linestyle="-", marker="", linewidth=1.5)
     left.set_yticks(rows, scans)
     left.invert_yaxis()
     left.set(xlim=(0, 1.12), xlabel="accuracy on held-out text", title=f"layer {names[layer]}")
@@ -55,8 +55,14 @@ def probe_explorer(
 
 @style()
 def on_a_circle(panels: Mapping[str, Sequence], names: Sequence[str]) -> Figure:
-    """Where each class is put, points (n, 2), and a dotted line to its true place on the unit
-    circle; one panel per title."""
+    """The predicted place of each class, and a dotted line to its true place on the unit circle.
+
+    Args:
+        panels: {title: points (n, 2)}; names: of the n classes, in their order on the circle.
+
+    Raises:
+        ValueError: points of another shape.
+    """
     picture, axes = figure(4.6 * len(panels), 4.7, columns=len(panels), squeeze=False)
     turn = np.linspace(0, 2 * np.pi, 200)
     angles = 2 * np.pi * np.arange(len(names)) / len(names)
@@ -78,9 +84,14 @@ def on_a_circle(panels: Mapping[str, Sequence], names: Sequence[str]) -> Figure:
 
 @style()
 def sine_regions(grid, sides: Mapping[str, Sequence], curve, *, columns: int = 3) -> Figure:
-    """Which part of the plane each probe calls 'above', in one panel per title, with the curve.
+    """The part of the plane that each probe calls 'above', in one panel per title, and the curve.
 
-    grid   (x values (w,), y values (h,)); sides: {title: booleans (h, w)}; curve: y of each x
+    Args:
+        grid: (x values (w,), y values (h,)).
+        sides: {title: booleans (h, w)}; curve: y of each x, (w,).
+
+    Raises:
+        ValueError: booleans of another shape.
     """
     x, y = (as_array(each) for each in grid)
     rows = -(-len(sides) // columns)

@@ -22,14 +22,14 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from mi_helpers.attribution import head_writes, stream_direction
 from mi_helpers.heads import Head, head_name, key_heads, reference_z
 from mi_helpers.hooks import Cache
-from mi_helpers.layouts import ModelError, norm_gain
-from mi_helpers.lens import frozen_scale, head_writes
+from mi_helpers.layouts import ModelError
+from mi_helpers.lessons.shared import documents, token_at
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.patching import path_patch, path_patch_map
-from mi_helpers.probes import documents, token_at
 from mi_helpers.tinyworld import lexicon
 
 ROLES = ("IO", "S1", "S1+1", "S2", "END-2", "END", "elsewhere")
@@ -316,10 +316,8 @@ class Task:
     def direction(self, final: Tensor) -> Tensor:
         """v (n, d_model), float64: a part of the stream x adds x · v to the metric, before the
         soft-cap, with the final norm frozen at the stream `final`."""
-        scale, centred = frozen_scale(self.model.ln_final, final)
         u = self.weights.double() @ self.model.W_U[:, self.prompts.names].T.double()
-        v = scale * norm_gain(self.model.ln_final).double() * u
-        return v - v.mean(-1, keepdim=True) if centred else v
+        return stream_direction(self.model, final, u)
 
     @torch.no_grad()
     def parts(self, circuit: Iterable[Node] | Tensor | None = None) -> dict[str, Tensor]:

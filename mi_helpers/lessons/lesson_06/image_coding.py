@@ -22,7 +22,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from mi_helpers.lessons.lesson_01.experiments import on_one_core
+from mi_helpers.lessons.shared import on_one_core
 
 SIZE = 12  # a patch has SIZE × SIZE pixels: as many numbers as tiny-gemma's stream has
 CUTOFF = 0.4  # cycles per pixel: 200 per picture of 512 pixels, as in 1996

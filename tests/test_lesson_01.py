@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mi_helpers.lessons.lesson_01 import experiments as superposition
-from mi_helpers.lessons.lesson_01 import figures, packing
+from mi_helpers.lessons.lesson_01 import figures, geometry, packing
+from mi_helpers.lessons.lesson_01.experiments import Training
+from mi_helpers.lessons.shared import on_one_core
 from mi_helpers.plots import render
 from mi_helpers.widgets import Explorer, corners
 
@@ -126,30 +129,30 @@ def plain_training(n, m, S, importance, steps, batch, lr, seed):
 def test_training_is_what_a_plain_loop_does():
     importance = torch.tensor([1.0, 0.8, 0.6])
     settings = {"steps": 60, "batch": 32, "lr": 0.03, "seed": 4}
-    toys = superposition.train(3, 2, 0.8, importance=importance, **settings)
+    toys = superposition.train(3, 2, 0.8, importance=importance, training=Training(**settings))
     W, b = plain_training(3, 2, 0.8, importance, **settings)
     assert torch.allclose(toys.W[0], W, atol=1e-3) and torch.allclose(toys.b[0], b, atol=1e-3)
 
 
 def test_training_is_repeatable_and_keeps_the_best_restart():
-    one = superposition.train(3, 1, [0.5, 0.9], restarts=4, steps=60)
-    two = superposition.train(3, 1, [0.5, 0.9], restarts=4, steps=60)
+    one = superposition.train(3, 1, [0.5, 0.9], training=Training(restarts=4, steps=60))
+    two = superposition.train(3, 1, [0.5, 0.9], training=Training(restarts=4, steps=60))
     assert torch.equal(one.W, two.W) and one.W.shape == (2, 3, 1)
-    alone = superposition.train(3, 1, [0.5, 0.9], restarts=1, steps=60)
+    alone = superposition.train(3, 1, [0.5, 0.9], training=Training(steps=60))
     assert (one.loss <= alone.loss * 1.05).all()
     assert one.sparsity.tolist() == pytest.approx([0.5, 0.9])
 
 
 def test_training_uses_one_core_and_gives_the_others_back():
     before = torch.get_num_threads()
-    assert superposition.on_one_core(torch.get_num_threads)() == 1
+    assert on_one_core(torch.get_num_threads)() == 1
     with pytest.raises(ValueError):
         superposition.train(5, 2, 0.0)
     assert torch.get_num_threads() == before
 
 
 def test_the_expected_loss_counts_blanks_exactly():
-    toys = superposition.train(2, 1, 0.7, restarts=2, steps=50)
+    toys = superposition.train(2, 1, 0.7, training=Training(restarts=2, steps=50))
     x = superposition.sample(toys.sparsity, 2, 400_000, 0.0, generator())
     plain = superposition.weighted_loss(x, toys(x), toys.importance)
     assert superposition.expected_loss(toys, 65536).item() == pytest.approx(plain.item(), rel=0.02)
@@ -169,8 +172,6 @@ def test_the_expected_loss_counts_blanks_exactly():
         ((5, 2, [0.5, 0.6]), {"correlation": [0, 0, 0]}, "give one of each"),
         ((5, 2, []), {}, "0 sparsities"),
         ((5, 2, 0.5), {"output": "gelu"}, "'relu' or 'linear'"),
-        ((5, 2, 0.5), {"restarts": 0}, "restarts is 0"),
-        ((5, 2, 0.5), {"steps": 0}, "steps is 0"),
     ],
 )
 def test_bad_input_gets_one_sentence(arguments, options, fragment):
@@ -179,21 +180,26 @@ def test_bad_input_gets_one_sentence(arguments, options, fragment):
     assert fragment in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["restarts", "steps", "batch"])
+def test_training_takes_something(name):
+    with pytest.raises(ValueError, match=f"^{name} is 0: take 1 or more.$"):
+        Training(**{name: 0})
+
+
 # -- measures --------------------------------------------------------------------------------
 
 
-def test_dimensionality_and_interference_by_hand():
+def test_dimensionality_by_hand():
     W = torch.tensor([[2.0, 0.0], [-1.0, 1.0], [0.0, 0.0]])
     # read along (1, 0): 2, -1, 0; along (-1, 1)/√2: -√2, √2, 0
-    assert superposition.dimensionality(W).tolist() == pytest.approx([4 / 5, 2 / 4, 0])
-    assert superposition.interference(W).tolist() == pytest.approx([1, 2, 0], abs=1e-5)
-    assert superposition.represented(W).tolist() == [True, True, False]
-    assert superposition.dimensions_per_feature(W).item() == pytest.approx(2 / 6)
+    assert geometry.dimensionality(W).tolist() == pytest.approx([4 / 5, 2 / 4, 0])
+    assert geometry.represented(W).tolist() == [True, True, False]
+    assert geometry.dimensions_per_feature(W).item() == pytest.approx(2 / 6)
 
 
 def test_dimensionality_is_a_plain_double_loop():
     W = torch.randn(2, 6, 3, generator=generator())
-    got = superposition.dimensionality(W)
+    got = geometry.dimensionality(W)
     for k, i in itertools.product(range(2), range(6)):
         hat = W[k, i] / W[k, i].norm()
         total = sum((hat @ W[k, j]).item() ** 2 for j in range(6))
@@ -204,11 +210,11 @@ def test_dimensionality_is_a_plain_double_loop():
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(0, 99), st.floats(0.1, 10))
 def test_dimensionalities_are_shares_of_the_dimensions_there_are(n, m, seed, scale):
     W = torch.randn(n, m, generator=generator(seed), dtype=torch.float64)
-    D = superposition.dimensionality(W)
+    D = geometry.dimensionality(W)
     assert (D > 0).all() and (D <= 1 + 1e-9).all() and D.sum() <= m + 1e-6
-    assert torch.allclose(D, superposition.dimensionality(scale * W))
+    assert torch.allclose(D, geometry.dimensionality(scale * W))
     turn, _ = torch.linalg.qr(torch.randn(m, m, generator=generator(seed), dtype=torch.float64))
-    assert torch.allclose(D, superposition.dimensionality(W @ turn))
+    assert torch.allclose(D, geometry.dimensionality(W @ turn))
 
 
 @pytest.mark.parametrize(
@@ -222,10 +228,10 @@ def test_dimensionalities_are_shares_of_the_dimensions_there_are(n, m, seed, sca
     ],
 )
 def test_each_band_is_m_over_n_at_every_corner(name, n, m, cosines):
-    corners_of = superposition.GEOMETRIES[name]
+    corners_of = geometry.GEOMETRIES[name]
     assert corners_of.shape == (n, m)
-    assert superposition.dimensionality(corners_of).tolist() == pytest.approx([m / n] * n)
-    assert superposition.band(name) == pytest.approx(m / n)
+    assert geometry.dimensionality(corners_of).tolist() == pytest.approx([m / n] * n)
+    assert geometry.band(name) == pytest.approx(m / n)
     assert corners_of.norm(dim=1).tolist() == pytest.approx([1] * n)
     gram = corners_of @ corners_of.T
     off = gram[~torch.eye(n, dtype=torch.bool)]
@@ -236,22 +242,22 @@ def test_each_band_is_m_over_n_at_every_corner(name, n, m, cosines):
 
 def test_a_neurons_favourite_share_by_hand():
     W = torch.tensor([[2.0, 1.0, -1.0], [0.0, -1.0, -1.0]])
-    assert superposition.favourite_share(W).tolist() == pytest.approx([1, 1, 0])
-    assert superposition.favourite_share(W, "linear").tolist() == pytest.approx([1, 0.5, 0.5])
+    assert geometry.favourite_share(W).tolist() == pytest.approx([1, 1, 0])
+    assert geometry.favourite_share(W, "linear").tolist() == pytest.approx([1, 0.5, 0.5])
 
 
 # -- interference between random directions --------------------------------------------------
 
 
 def test_two_directions_in_one_dimension_overlap_fully():
-    assert superposition.expected_interference(2, 1) == 1
-    assert superposition.measured_interference(2, 1, 1.0) == pytest.approx(1)
+    assert geometry.expected_interference(2, 1) == 1
+    assert geometry.measured_interference(2, 1, 1.0) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("n", "m", "p"), [(50, 10, 0.2), (200, 40, 0.05), (300, 100, 0.02)])
 def test_interference_is_the_formulas(n, m, p):
-    measured = superposition.measured_interference(n, m, p)
-    assert measured == pytest.approx(superposition.expected_interference(n, m, p), rel=0.08)
+    measured = geometry.measured_interference(n, m, p)
+    assert measured == pytest.approx(geometry.expected_interference(n, m, p), rel=0.08)
 
 
 # -- two features, one dimension -------------------------------------------------------------
@@ -316,7 +322,8 @@ def test_which_solution_weights_are():
 
 
 def test_training_finds_each_of_the_three_solutions():
-    toys = superposition.phase_diagram([0.9, 0.1], [0.2, 5.0], steps=300)
+    training = replace(superposition.PHASE, steps=300)
+    toys = superposition.phase_diagram([0.9, 0.1], [0.2, 5.0], training)
     assert superposition.solution_found(toys.W).tolist() == [0, 2, 1, 1]
     closed = superposition.closed_form_losses(
         torch.tensor([0.9, 0.9, 0.1, 0.1]), torch.tensor([0.2, 5.0, 0.2, 5.0])
@@ -345,23 +352,19 @@ def test_no_projection_beats_the_linear_optimum(n, m, seed):
 
 def test_the_linear_model_never_superposes():
     importance = 0.5 ** torch.arange(6)
-    options = {
-        "importance": importance,
-        "output": "linear",
-        "steps": 600,
-        "lr": 0.04,
-        "samples": 65536,
-    }
+    training = Training(steps=600, lr=0.04, samples=65536)
+    options = {"importance": importance, "output": "linear", "training": training}
     toys = superposition.train(6, 2, [0.05, 0.5, 0.95], **options)
     for W in toys.W:
-        assert superposition.represented(W).tolist() == [True, True] + [False] * 4
+        assert geometry.represented(W).tolist() == [True, True] + [False] * 4
         assert torch.allclose(W @ W.T, torch.diag(torch.tensor([1.0, 1, 0, 0, 0, 0])), atol=0.05)
     best = superposition.linear_optimum(importance, 2, toys.sparsity)
     assert torch.allclose(toys.loss.double(), best, rtol=0.02)
 
 
 def test_with_equal_importance_the_linear_model_keeps_some_plane():
-    toys = superposition.train(5, 2, 0.5, output="linear", steps=600, samples=65536)
+    training = Training(steps=600, samples=65536)
+    toys = superposition.train(5, 2, 0.5, output="linear", training=training)
     overlap = toys.W[0] @ toys.W[0].T
     assert torch.allclose(overlap @ overlap, overlap, atol=0.05)  # a projection
     assert toys.loss.item() == pytest.approx(3 * superposition.variance(0.5).item(), rel=0.02)
@@ -372,18 +375,21 @@ def test_with_equal_importance_the_linear_model_keeps_some_plane():
 
 def test_sparsity_decides_how_many_features_are_held():
     importance = 0.9 ** torch.arange(5)
-    toys = superposition.train(5, 2, [0.01, 0.5, 0.97], importance=importance, restarts=8)
-    assert superposition.represented(toys.W).sum(1).tolist() == [2, 4, 5]
-    assert superposition.represented(toys.W[0]).tolist() == [True, True, False, False, False]
+    training = Training(restarts=8)
+    toys = superposition.train(5, 2, [0.01, 0.5, 0.97], importance=importance, training=training)
+    assert geometry.represented(toys.W).sum(1).tolist() == [2, 4, 5]
+    assert geometry.represented(toys.W[0]).tolist() == [True, True, False, False, False]
 
 
 def test_partners_become_opposites_or_avoid_each_other():
-    toys = superposition.train(4, 2, 0.9, correlation=[-1.0, 1.0], restarts=8, steps=800)
-    cosine = superposition.unit(toys.W) @ superposition.unit(toys.W).mT
+    training = Training(restarts=8, steps=800)
+    toys = superposition.train(4, 2, 0.9, correlation=[-1.0, 1.0], training=training)
+    cosine = geometry.unit(toys.W) @ geometry.unit(toys.W).mT
     assert cosine[0, 0, 1] < -0.95 and cosine[0, 2, 3] < -0.95
     assert cosine[1, 0, 1].abs() < 0.2 and cosine[1, 2, 3].abs() < 0.2
-    dense = superposition.train(4, 2, 0.6, correlation=1.0, restarts=4, steps=800)
-    assert superposition.unit(dense.W)[0, 0] @ superposition.unit(dense.W)[0, 1] > 0.95
+    training = Training(restarts=4, steps=800)
+    dense = superposition.train(4, 2, 0.6, correlation=1.0, training=training)
+    assert geometry.unit(dense.W)[0, 0] @ geometry.unit(dense.W)[0, 1] > 0.95
 
 
 # -- packing ---------------------------------------------------------------------------------
@@ -391,7 +397,7 @@ def test_partners_become_opposites_or_avoid_each_other():
 
 def test_three_lines_at_sixty_degrees_meet_the_welch_bound():
     assert packing.welch_bound(2, 0.5) == pytest.approx(3)
-    assert packing.largest_cosine(superposition.polygon(3)) == pytest.approx(0.5)
+    assert packing.largest_cosine(geometry.polygon(3)) == pytest.approx(0.5)
     assert packing.welch_bound(100, 0.1) == math.inf
 
 
@@ -446,10 +452,10 @@ def test_packed_directions_are_what_was_asked():
 def test_every_figure_draws():
     W = torch.randn(2, 5, 2, generator=generator())
     render(figures.directions(W, ["a", "b"], "t"))
-    shapes = {name: (c, "D") for name, c in superposition.GEOMETRIES.items()}
+    shapes = {name: (c, "D") for name, c in geometry.GEOMETRIES.items()}
     render(figures.geometries(shapes, "t"))
-    D = superposition.dimensionality(W)
-    render(figures.sticky([0.5, 0.1], superposition.dimensions_per_feature(W), D, {"1/2": 0.5}))
+    D = geometry.dimensionality(W)
+    render(figures.sticky([0.5, 0.1], geometry.dimensions_per_feature(W), D, {"1/2": 0.5}))
     kinds = np.array([[0, 1], [1, 2]])
     render(figures.phase_maps({"a": kinds, "b": kinds}, [0.5, 0.1], [0.1, 10], ([1, 2], [0.1, 1])))
     render(figures.neurons(torch.randn(2, 6, 3), ["a", "b"], "t"))
@@ -471,7 +477,7 @@ def test_turning_the_plane_keeps_all_overlaps():
     turned = figures.turned(W)
     assert np.allclose(turned @ turned.T, W @ W.T)
     assert turned[0, 0] > 0 and abs(turned[0, 1]) < 1e-9 and turned[1, 1] >= 0
-    solid = superposition.square_antiprism().numpy()
+    solid = geometry.square_antiprism().numpy()
     assert np.allclose(figures.upright(solid) @ figures.upright(solid).T, solid @ solid.T)
     assert np.allclose(np.abs(figures.upright(solid)[:, 2]), math.sqrt(1 / 3))
 
@@ -500,12 +506,8 @@ def test_the_explorer_says_what_is_impossible_and_goes_on():
 def test_the_explorers_quick_training_is_close_to_a_long_one(values):
     n, m, S, decay, correlation = values
     importance = decay ** torch.arange(n)
-    options = {
-        "importance": importance,
-        "correlation": correlation,
-        "restarts": 12,
-        "samples": 16384,
-    }
+    training = Training(restarts=12, samples=16384)
+    options = {"importance": importance, "correlation": correlation, "training": training}
     long = superposition.train(n, m, S, **options)
     quick = superposition.expected_loss(figures.answer(*values), 16384)
     assert quick.item() <= 1.15 * long.loss.item() + 1e-4
