@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mi_helpers.attribution import direct_logit_attribution
     from mi_helpers.heads import head_scores
     from mi_helpers.layouts import SITES, ModelError
-    from mi_helpers.lens import direct_logit_attribution, logit_lens
+    from mi_helpers.lens import logit_lens
     from mi_helpers.loading import load_model, untrained
     from mi_helpers.models import LanguageModel
     from mi_helpers.patching import activation_patch, attribution_patch, path_patch
@@ -36,9 +37,10 @@ __all__ = [
     "untrained",
 ]
 _MODULES = {
+    "attribution": ["direct_logit_attribution"],
     "heads": ["head_scores"],
     "layouts": ["SITES", "ModelError"],
-    "lens": ["direct_logit_attribution", "logit_lens"],
+    "lens": ["logit_lens"],
     "loading": ["load_model", "untrained"],
     "models": ["LanguageModel"],
     "patching": ["activation_patch", "attribution_patch", "path_patch"],
