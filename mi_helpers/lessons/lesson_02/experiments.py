@@ -28,7 +28,7 @@ from mi_helpers.lessons.shared import (
     on_one_core,
     token_at,
 )
-from mi_helpers.models import LanguageModel, activations_at
+from mi_helpers.models import LanguageModel
 from mi_helpers.probes import (
     control_task,
     find_direction,
@@ -202,15 +202,16 @@ class NumberTask:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @torch.no_grad()
     def features(self, sites: Iterable[str | Key] = STREAM) -> dict[str, dict[Key, np.ndarray]]:
-        """{place: {site: activations (n, d_model)}}."""
-        n, places = len(self), list(self.places)
-        at = torch.arange(n).repeat(len(places)), torch.cat(list(self.places.values()))
-        found = activations_at(self.model, self.ids, at, sites)
-        parts = {
-            key: x.float().cpu().numpy().reshape(-1, n, x.shape[-1]) for key, x in found.items()
+        """{place: {site: activations (n, d_model)}}; in one batch, as `edit`'s hooks need it."""
+        n = self.model.n_layers
+        _, cache = self.model.run_with_cache(self.ids, sites, stop_at_layer=n)
+        rows = torch.arange(len(self))
+        return {
+            place: {key: cache[key][rows, at].float().cpu().numpy() for key in cache}
+            for place, at in self.places.items()
         }
-        return {place: {key: x[i] for key, x in parts.items()} for i, place in enumerate(places)}
 
     @cached_property
     def stream(self) -> dict[str, dict[Key, np.ndarray]]:
