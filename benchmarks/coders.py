@@ -41,8 +41,8 @@ from torch import Tensor, nn
 
 from mi_helpers.files import put_between
 from mi_helpers.loading import load_model
-from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.coder import SparseCoder, explained_variance
+from mi_helpers.saes.files import load_coder, save_coder
 from mi_helpers.saes.products import (
     Products,
     float32_precision,
@@ -454,10 +454,10 @@ def gradients() -> list[dict]:
     coder = SparseCoder(size.d_in, size.d_latent, k=size.k).initialise(x)
     rows = []
     for steps in (0, 20):
-        step = SparseStep(coder, lr=1e-3, aux_k=256)
+        step = SparseStep(coder, lr=1e-3)
         for _ in range(steps):
             step(x)
-        step.tokens_since_fired[::9] = step.dead_after_tokens
+        step.tokens_since_fired[::9] = step.config.dead_after
         by_pairs = step.gradients(x)
         with float32_precision("highest"):
             dense = SparseStep(coder, dense=True, products=Products(("float32",), "highest"))
@@ -564,7 +564,7 @@ def scope_files() -> list[dict]:
             write_scope(path)
             with mock.patch.object(loaders, "hf_hub_download", lambda *_, path=path, **__: path):
                 theirs = SAE.from_pretrained(release, name)
-            coder = coder_files.load(Path(folder) / release, name)
+            coder = load_coder(Path(folder) / release, name)
             f, f_theirs = coder.encode(x), theirs.encode(x)
             off = max((f - f_theirs).abs().max(), (coder(x) - theirs(x)).abs().max())
             l0 = (f > 0).sum(1).float().mean()
@@ -588,11 +588,11 @@ def files() -> list[dict]:
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
             parameter.data = (parameter.data + 0.3 * noise).abs() - 0.2
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            coder_files.save(coder, folder)
+            save_coder(coder, folder)
             theirs = SAE.load_from_disk(folder)
             there = (theirs(x) - coder(x)).abs().max()
             theirs.save_model(Path(folder) / "again")
-            back = (coder_files.load(Path(folder) / "again")(x) - theirs(x)).abs().max()
+            back = (load_coder(Path(folder) / "again")(x) - theirs(x)).abs().max()
         kind = f"{type(theirs).__name__} ({activation})"
         rows.append(
             {"file": f"SAELens: {kind}", "read there": f"{there:.1e}", "read here": f"{back:.1e}"}
@@ -610,7 +610,7 @@ def files() -> list[dict]:
             parameter.data += 0.3 * torch.randn_like(parameter)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             theirs.save_to_disk(folder)
-            back = (coder_files.load(folder)(x) - theirs(x).sae_out).abs().max()
+            back = (load_coder(folder)(x) - theirs(x).sae_out).abs().max()
         kind = "skip transcoder" if transcode else "SAE"
         rows.append({"file": f"sparsify: {kind}", "read there": "", "read here": f"{back:.1e}"})
     return rows

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 from mi_helpers.loading import load_model
-from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.sources import open_source
-from mi_helpers.saes.training import Recipe, peak_rate, read_log, train
+from mi_helpers.saes.training import TrainConfig, peak_rate, read_log, train
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 WIDTHS = (288, 1_152, 4_608)
@@ -30,12 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model()
     with tempfile.TemporaryDirectory() as name:
         folder, site = Path(name), ("resid_post", model.n_layers // 2)
-        held = harvest(model, open_source("tinyworld"), folder / "h", site, tokens=options.tokens)
+        plan = HarvestConfig(site, tokens=options.tokens)
+        held = harvest(model, open_source("tinyworld"), folder / "h", plan)
         print("latents   " + "".join(f"{rate:12.4f}" for rate in RATES) + "        rule")
         for latents in WIDTHS:
             cells = []
             for rate in RATES:
-                recipe = Recipe(
+                config = TrainConfig(
                     latents=latents,
                     k=options.k,
                     batch=options.batch,
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
                     save_every=options.steps,
                 )
                 run = folder / f"{latents}-{rate}"
-                train(held, run, recipe, progress=False)
+                train(held, run, config, progress=False)
                 last = read_log(run / "log.csv")[-1]
                 cells.append(f"{last['explained_variance']:6.4f} {last['dead']:5.1%}")
             row = "".join(f"{cell:>12}" for cell in cells)

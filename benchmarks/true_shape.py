@@ -23,10 +23,10 @@ from mi_helpers.loading import empty_gemma2_2b, materialize
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes import estimate
 from mi_helpers.saes.features import collect
-from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.report import report
 from mi_helpers.saes.sources import open_source
-from mi_helpers.saes.training import Recipe, train
+from mi_helpers.saes.training import TrainConfig, train
 from mi_helpers.tinyworld.tokenizer import load_tokenizer
 
 SITE = ("resid_post", 12)
@@ -71,31 +71,22 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.folder.exists():
         shutil.rmtree(options.folder)
-    recipe = Recipe(latents=18_432, k=32, batch=4_096, steps=options.steps, log_every=10)
+    config = TrainConfig(latents=18_432, k=32, batch=4_096, steps=options.steps, log_every=10)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    config = empty_gemma2_2b().config
+    plan = HarvestConfig(SITE, tokens=options.tokens, context=options.context)
     planned = [
-        estimate.harvest_stage(
-            config, torch.bfloat16, [SITE], options.tokens, options.context, 4_096
-        ),
-        estimate.train_stage(recipe, 2_304, None, options.tokens, 1),
-        estimate.features_stage(recipe, 2_304, None, options.tokens),
+        estimate.harvest_stage(empty_gemma2_2b().config, torch.bfloat16, plan),
+        estimate.train_stage(config, 2_304, None, options.tokens, 1),
+        estimate.features_stage(config, 2_304, None, options.tokens),
     ]
     print("\n".join(["Estimated:", *estimate.sentences(planned, options.folder), "", "Measured:"]))
     with stage("model, random weights"):
         empty = materialize(empty_gemma2_2b(), torch.bfloat16)
         model = LanguageModel(empty.hf, load_tokenizer(DATA / "tiny_gemma"), "gemma-2-2b's shape")
     with stage(f"harvest, {options.tokens:,} tokens"):
-        held = harvest(
-            model,
-            open_source("tinyworld"),
-            options.folder / "harvest",
-            SITE,
-            tokens=options.tokens,
-            context=options.context,
-        )
+        held = harvest(model, open_source("tinyworld"), options.folder / "harvest", plan)
     with stage(f"train, {options.steps} steps"):
-        coder = train(held, options.folder, recipe)
+        coder = train(held, options.folder, config)
     with stage("features, without contexts"):
         found = collect(held, coder, progress=True)
     with stage("report, with the model"):

@@ -12,14 +12,14 @@ from tiny_models import sentences, tiny_model
 
 from mi_helpers import files as durable
 from mi_helpers.saes.activations import Activations
-from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.processes import RENDEZVOUS, finish, start
 from mi_helpers.saes.sources import open_source
-from mi_helpers.saes.training import Recipe, train
+from mi_helpers.saes.training import TrainConfig, train
 
 PRELOAD = ["mi_helpers.saes.training", "mi_helpers.saes.harvest", "transformers.models.gemma2"]
-SMALL = {"tokens": 900, "context": 12, "shard_tokens": 150, "batch_tokens": 60}
-RECIPE = Recipe(
+SMALL = HarvestConfig(("resid_post", 1), tokens=900, context=12, shard_tokens=150, batch_tokens=60)
+CONFIG = TrainConfig(
     latents=48,
     k=4,
     products="bfloat16",
@@ -45,14 +45,13 @@ def write_text(folder):
     (folder / "text.txt").write_text("\n\n".join(sentences(100)) + "\n")
 
 
-def work(folder, text, processes=None, recipe=RECIPE):
+def work(folder, text, processes=None, config=CONFIG):
     """Harvest and train; what is done already is not done again."""
     torch.set_num_threads(1)
     source = open_source(str(text / "text.txt"))
-    options = SMALL | ({"processes": processes} if processes else {})
-    held = harvest(tiny_model(), source, folder / "h", ("resid_post", 1), progress=False, **options)
     more = {"processes": processes} if processes else {}
-    train(held, folder, recipe, progress=False, **more)
+    held = harvest(tiny_model(), source, folder / "h", SMALL, progress=False, **more)
+    train(held, folder, config, progress=False, **more)
 
 
 def die_at(call, folder, text):
@@ -93,12 +92,12 @@ def die_at(call, folder, text):
     work(folder, text)
 
 
-def one_of_many(rank, size, folder, text, recipe=RECIPE):
+def one_of_many(rank, size, folder, text, config=CONFIG):
     """Process `rank` of `size`, which meet in a file and speak over the loopback device alone."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ[RENDEZVOUS] = f"file://{folder}/meet"
-    work(folder, text, start("cpu"), recipe)
+    work(folder, text, start("cpu"), config)
     finish()
 
 
@@ -127,4 +126,4 @@ def results(folder):
     return {n: p.read_bytes() for n, p in names.items() if n not in ("seconds.json", "meet")}
 
 
-__all__ = ["Activations", "RECIPE", "context", "die_at", "finish_run", "killed_after", "results"]
+__all__ = ["Activations", "CONFIG", "context", "die_at", "finish_run", "killed_after", "results"]

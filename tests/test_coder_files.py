@@ -16,8 +16,8 @@ from mi_helpers import files as durable
 from mi_helpers.files import RunError
 from mi_helpers.layouts import ModelError
 from mi_helpers.saes import files as coder_files
-from mi_helpers.saes.coder import ACTIVATIONS, SparseCoder
-from mi_helpers.saes.files import load, save
+from mi_helpers.saes.coder import ACTIVATIONS
+from mi_helpers.saes.files import load_coder, save_coder
 
 X = inputs(40)
 
@@ -73,7 +73,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, activation, d_out, skip):
     coder = random_coder(activation, d_out, skip)
     coder.scale_in.fill_(0.5)
     coder.scale_out.fill_(0.5 if d_out is None else 4.0)
-    again = load(save(coder, tmp_path / "coder", hook_name="blocks.3.hook_resid_post"))
+    again = load_coder(save_coder(coder, tmp_path / "coder", hook_name="blocks.3.hook_resid_post"))
     assert torch.allclose(again(X), coder(X), atol=1e-5)
     assert again.scale_in == again.scale_out == 1
     assert (again.transcoder, again.skip) == (coder.transcoder, coder.skip)
@@ -87,8 +87,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, activation, d_out, skip):
 
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     coder = random_coder()
-    coder.save(tmp_path / "a")
-    SparseCoder.load(tmp_path / "a").save(tmp_path / "b")
+    save_coder(coder, tmp_path / "a")
+    save_coder(load_coder(tmp_path / "a"), tmp_path / "b")
     for name in ("sae_weights.safetensors",):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -109,7 +109,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
 )
 def test_the_layout_is_saelens(tmp_path, activation, d_out, skip, architecture):
     """Names, shapes and settings as SAELens 6.54.12 has them."""
-    save(random_coder(activation, d_out, skip), tmp_path)
+    save_coder(random_coder(activation, d_out, skip), tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     assert config["architecture"] == architecture
@@ -143,7 +143,7 @@ def test_a_saelens_topk_sae_whose_latents_are_scaled_by_decoder_norms(tmp_path):
     top = pre.topk(4)
     f = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
     settings = {"architecture": "topk", "k": 4, "rescale_acts_by_decoder_norm": True}
-    coder = load(sae_lens_folder(tmp_path, p, apply_b_dec_to_input=True, **settings))
+    coder = load_coder(sae_lens_folder(tmp_path, p, apply_b_dec_to_input=True, **settings))
     same(coder, (f / norm) @ p["W_dec"] + p["b_dec"])
     assert torch.allclose(coder.encode(X), f, atol=1e-5)
 
@@ -160,7 +160,7 @@ def test_an_old_saelens_file(tmp_path):
         hook_point="blocks.8.hook_resid_pre",
         model_name="gpt2-small",
     )
-    coder = same(load(folder), topk(p, 5))
+    coder = same(load_coder(folder), topk(p, 5))
     assert coder.metadata["hook_name"] == "blocks.8.hook_resid_pre"
     assert coder.metadata["model_name"] == "gpt2-small"
 
@@ -168,7 +168,7 @@ def test_an_old_saelens_file(tmp_path):
 def test_half_precision_is_read_as_float32(tmp_path):
     p = {name: t.bfloat16() for name, t in without(parts(), "W_skip").items()}
     settings = {"architecture": "jumprelu", "apply_b_dec_to_input": False}
-    coder = load(sae_lens_folder(tmp_path, p, **settings))
+    coder = load_coder(sae_lens_folder(tmp_path, p, **settings))
     assert coder.W_enc.dtype == torch.float32
     same(coder, jump({name: t.float() for name, t in p.items()}))
 
@@ -182,10 +182,10 @@ def test_gemma_scopes_params_npz(tmp_path, folder):
     p = without(parts(), "W_skip")
     (tmp_path / folder).mkdir(parents=True)
     np.savez(tmp_path / folder / "params.npz", **{name: t.numpy() for name, t in p.items()})
-    coder = same(load(tmp_path, folder), jump(p))
+    coder = same(load_coder(tmp_path, folder), jump(p))
     assert coder.activation == "jumprelu" and not coder.apply_b_dec_to_input
     assert coder.transcoder is folder.startswith("transcoder")
-    assert load(tmp_path / folder / "params.npz", transcoder=True).transcoder
+    assert load_coder(tmp_path / folder / "params.npz", transcoder=True).transcoder
     indices, values = coder.encode_sparse(X)
     assert torch.allclose(coder.decode_sparse(indices, values), jump(p), atol=1e-4)
 
@@ -200,7 +200,7 @@ def test_gemma_scope_2s_safetensors(tmp_path, affine):
     folder = tmp_path / "transcoder" / "layer_13_width_16k_l0_small"
     folder.mkdir(parents=True)
     save_file(contiguous(renamed), folder / "params.safetensors")
-    assert same(load(folder), jump(p, skip=affine)).skip is affine
+    assert same(load_coder(folder), jump(p, skip=affine)).skip is affine
 
 
 def test_gemma_scope_2s_cross_layer_transcoders_are_declined(tmp_path):
@@ -208,7 +208,7 @@ def test_gemma_scope_2s_cross_layer_transcoders_are_declined(tmp_path):
     p["w_dec"] = p["w_dec"][:, None].expand(20, 3, 6)
     save_file(contiguous(p), tmp_path / "params.safetensors")
     with pytest.raises(ModelError, match="several layers is not known"):
-        load(tmp_path)
+        load_coder(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["SAE", "transcoder", "skip"])
@@ -223,7 +223,7 @@ def test_sparsifys_files(tmp_path, kind):
     config |= {"transcode": kind != "SAE", "skip_connection": kind == "skip"}
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     expected = topk(p, 4, subtract=kind == "SAE", skip=kind == "skip")
-    assert same(load(tmp_path), expected).transcoder is (kind != "SAE")
+    assert same(load_coder(tmp_path), expected).transcoder is (kind != "SAE")
 
 
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "topk, k given", "skip"])
@@ -243,8 +243,8 @@ def test_circuit_tracers_files(tmp_path, kind):
         tensors["W_skip"] = p["W_skip"]
     save_file(contiguous(tensors), tmp_path / "layer_3.safetensors")
     given = {"k": 4} if kind == "topk, k given" else {}
-    same(load(tmp_path / "layer_3.safetensors", **given), expected)
-    assert same(load(tmp_path, "layer_3.safetensors", **given), expected).transcoder
+    same(load_coder(tmp_path / "layer_3.safetensors", **given), expected)
+    assert same(load_coder(tmp_path, "layer_3.safetensors", **given), expected).transcoder
 
 
 # ------------------------------------------------------------------------------- bad files
@@ -272,7 +272,7 @@ def nan(shape):
 )
 def test_a_params_npz_that_cannot_be(tmp_path, changes, words):
     with pytest.raises(ModelError, match=words):
-        load(npz(tmp_path, **changes))
+        load_coder(npz(tmp_path, **changes))
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -284,7 +284,7 @@ def test_nothing_is_unpickled(tmp_path):
 
     np.savez(tmp_path / "params.npz", W_enc=np.array([Trap()], dtype=object))
     with pytest.raises(ModelError, match="is no plain NumPy archive"):
-        load(tmp_path)
+        load_coder(tmp_path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -297,16 +297,16 @@ def test_an_unreadable_npz(tmp_path, damage):
     contents = {"truncated": whole[:900], "text": b"not found", "empty": b"", "flipped": flipped}
     path.write_bytes(bytes(contents[damage]))
     with pytest.raises(ModelError, match="params.npz is no plain NumPy archive"):
-        load(tmp_path)
+        load_coder(tmp_path)
     assert not zipfile.is_zipfile(path) or damage == "flipped"
 
 
 def test_a_truncated_safetensors(tmp_path):
-    save(random_coder(), tmp_path)
+    save_coder(random_coder(), tmp_path)
     path = tmp_path / "sae_weights.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match="sae_weights.safetensors is truncated or damaged"):
-        load(tmp_path)
+        load_coder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -322,38 +322,38 @@ def test_a_truncated_safetensors(tmp_path):
 )
 def test_a_saelens_folder_that_cannot_be_read(tmp_path, config, words):
     with pytest.raises(ModelError, match=words):
-        load(sae_lens_folder(tmp_path, without(parts(), "threshold", "W_skip"), **config))
+        load_coder(sae_lens_folder(tmp_path, without(parts(), "threshold", "W_skip"), **config))
 
 
 def test_a_folder_without_its_config(tmp_path):
-    save(random_coder(), tmp_path)
+    save_coder(random_coder(), tmp_path)
     (tmp_path / "cfg.json").write_text("{")
     with pytest.raises(ModelError, match="cfg.json that is not JSON"):
-        load(tmp_path)
+        load_coder(tmp_path)
     (tmp_path / "cfg.json").unlink()
     with pytest.raises(ModelError, match="lacks cfg.json"):
-        load(tmp_path)
+        load_coder(tmp_path)
 
 
 def test_other_sparsify_activations_are_declined(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "sae.safetensors")
     (tmp_path / "cfg.json").write_text(json.dumps({"activation": "groupmax"}))
     with pytest.raises(ModelError, match="'groupmax', and only topk is known here"):
-        load(tmp_path)
+        load_coder(tmp_path)
 
 
 def test_a_place_without_a_coder(tmp_path):
     with pytest.raises(ModelError, match="no file or folder"):
-        load(tmp_path / "nowhere")
+        load_coder(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="but nothing: name the folder or file"):
-        load(tmp_path)
+        load_coder(tmp_path)
     for layer in range(3):
-        save(random_coder(), tmp_path / f"layer_{layer}")
+        save_coder(random_coder(), tmp_path / f"layer_{layer}")
     with pytest.raises(ModelError, match="but layer_0/, layer_1/, layer_2/: name the folder"):
-        load(tmp_path)
+        load_coder(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"pickle")
     with pytest.raises(ModelError, match="weights.pt is not a file of a known format"):
-        load(tmp_path / "weights.pt")
+        load_coder(tmp_path / "weights.pt")
 
 
 # ------------------------------------------------------------------------------- writing
@@ -361,15 +361,15 @@ def test_a_place_without_a_coder(tmp_path):
 
 def test_a_failed_save_leaves_the_old_coder(tmp_path, monkeypatch):
     first, second = random_coder(seed=0), random_coder(seed=1)
-    save(first, tmp_path)
+    save_coder(first, tmp_path)
 
     def full(path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(durable, "flush", full)
     with pytest.raises(RunError, match="disk is full"):
-        save(second, tmp_path)
-    assert torch.equal(load(tmp_path).W_dec, first.W_dec)
+        save_coder(second, tmp_path)
+    assert torch.equal(load_coder(tmp_path).W_dec, first.W_dec)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
 
 
@@ -404,21 +404,21 @@ def test_a_coder_of_the_hub(fake_hub):
     folder = root / "google/gemma-scope-2b-pt-transcoders/layer_3/width_16k/average_l0_54"
     folder.mkdir(parents=True)
     npz(folder)
-    coder = load("google/gemma-scope-2b-pt-transcoders", "layer_3/width_16k/average_l0_54")
+    coder = load_coder("google/gemma-scope-2b-pt-transcoders", "layer_3/width_16k/average_l0_54")
     assert coder.transcoder
     assert coder.metadata["source"].startswith("google/gemma-scope-2b-pt-transcoders/layer_3")
     tensors = without(parts(), "threshold", "W_skip")
     tensors["W_enc"] = tensors["W_enc"].T
     (root / "someone/transcoders").mkdir(parents=True)
     save_file(contiguous(tensors), root / "someone/transcoders/layer_0.safetensors")
-    assert load("someone/transcoders", "layer_0.safetensors").activation == "relu"
+    assert load_coder("someone/transcoders", "layer_0.safetensors").activation == "relu"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_saelens_coder_of_the_hub_gets_its_config(fake_hub, activation):
     root, asked = fake_hub
-    save(random_coder(activation), root / "someone/saes/layer_3")
-    load("someone/saes", "layer_3")
+    save_coder(random_coder(activation), root / "someone/saes/layer_3")
+    load_coder("someone/saes", "layer_3")
     assert asked == ["layer_3/sae_weights.safetensors", "layer_3/cfg.json"]
 
 
@@ -426,9 +426,9 @@ def test_what_the_hub_lacks(fake_hub):
     root, _ = fake_hub
     (root / "someone/saes").mkdir(parents=True)
     with pytest.raises(ModelError, match="someone/saes has no coder in layer_9"):
-        load("someone/saes", "layer_9")
+        load_coder("someone/saes", "layer_9")
     with pytest.raises(ModelError, match="no repository 'no/such'"):
-        load("no/such", "layer_9")
+        load_coder("no/such", "layer_9")
 
 
 @pytest.mark.parametrize(
@@ -448,5 +448,5 @@ def test_every_way_in_which_the_hub_fails_is_one_sentence(monkeypatch, error, wo
     monkeypatch.setattr(coder_files, "hf_hub_download", fail)
     monkeypatch.setattr(coder_files, "try_to_load_from_cache", lambda repo, file: None)
     with pytest.raises(ModelError, match=words) as caught:
-        load("someone/saes", "layer_0")
+        load_coder("someone/saes", "layer_0")
     assert "\n" not in str(caught.value)

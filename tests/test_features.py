@@ -32,7 +32,8 @@ from mi_helpers.saes.features import (
     scramble,
     write_latents,
 )
-from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.files import load_coder
+from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.labels import Labels, token_labels
 from mi_helpers.saes.scores import Firings, score_units
 from mi_helpers.saes.sources import open_source
@@ -135,15 +136,6 @@ def test_bad_tables_are_said():
     truth[50:, 1] = False
     with pytest.raises(ValueError, match="'b' is the case at .* and at 0.0% of the second"):
         score_units(x, truth, ["a", "b"])
-
-
-def test_rows_can_be_left_out_of_firings():
-    x, truth = table(80, 6, 1)
-    keep = np.arange(80) % 3 > 0
-    kept = as_firings(x).where(keep)
-    again = np.zeros((kept.n_rows, 6), np.float32)
-    again[kept.row, kept.latent] = kept.value
-    assert np.array_equal(again, x[keep])
 
 
 # -- the pass over the harvest ---------------------------------------------------------------
@@ -280,7 +272,7 @@ def test_features_come_back_from_their_file(found, tmp_path):
 
 
 def test_firings_are_the_dense_table(held, coder, dense):
-    found = firings(held, coder)
+    found = firings(coder, held.slice(0, held.rows)[0])
     again = np.zeros_like(dense)
     again[found.row, found.latent] = found.value
     assert np.allclose(again, dense, atol=1e-5) and np.all(np.diff(found.row) >= 0)
@@ -313,16 +305,8 @@ def real(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     (folder / "t.txt").write_text("\n\n".join(sentences(60, seed=5)))
     source = open_source(str(folder / "t.txt"))
-    held = harvest(
-        model,
-        source,
-        folder / "h",
-        ("resid_post", 1),
-        tokens=500,
-        context=12,
-        shard_tokens=200,
-        progress=False,
-    )
+    config = HarvestConfig(("resid_post", 1), tokens=500, context=12, shard_tokens=200)
+    held = harvest(model, source, folder / "h", config, progress=False)
     return held, SparseCoder(12, 30, k=3, seed=1), list(source.texts())
 
 
@@ -382,7 +366,7 @@ def test_extreme_logits_and_neighbours(model, real):
 def test_what_latents_raise_and_lower_is_tokens_in_use():
     """Without that, the shared column of the others is at an end of many latents' lists."""
     tiny = load_model("tiny-gemma")
-    coder = SparseCoder.load(DATA / "sae" / "tiny_gemma")
+    coder = load_coder(DATA / "sae" / "tiny_gemma")
     (up, _), (down, _) = extreme_logits(tiny, coder)
     assert tiny.in_use[up].all() and tiny.in_use[down].all()
     bare = logit_effects(tiny, coder.W_dec.detach()).topk(10).indices
@@ -409,16 +393,8 @@ def test_every_latent_is_written_as_a_line(model, real, tmp_path):
 def test_labels_are_those_of_the_documents(tmp_path):
     model = tiny_model()
     world = open_source("tinyworld:prose,norwegian,facts,years", seed=2)
-    held = harvest(
-        model,
-        world,
-        tmp_path,
-        ("embed", None),
-        tokens=2_000,
-        context=20,
-        shard_tokens=700,
-        progress=False,
-    )
+    config = HarvestConfig(("embed", None), tokens=2_000, context=20, shard_tokens=700)
+    held = harvest(model, world, tmp_path, config, progress=False)
     labels = token_labels(held, model.tokenizer)
     assert len(labels.index) == held.rows
     for row in range(0, held.rows, 97):
@@ -431,11 +407,9 @@ def test_labels_are_those_of_the_documents(tmp_path):
             assert (
                 name == {"norwegian": "norwegian", "facts": None, "years": "other"}[document.family]
             )
-    truth, names = labels.table(["norwegian", "other"])
-    assert names == ("norwegian", "other") and len(truth) == labels.known.sum()
-    assert truth.sum(1).max() == 1 and truth.any(0).all()
-    with pytest.raises(ValueError, match="no label 'swedish'"):
-        labels.table(["swedish"])
+    truth, names = labels.table()
+    assert {"norwegian", "other"} < set(names) and len(truth) == labels.known.sum()
+    assert (truth.sum(1) == 1).all() and truth.any(0).all()
 
 
 def test_only_tinyworld_has_labels(held):

@@ -16,11 +16,17 @@ from mi_helpers.layouts import NORMALIZED, ModelError
 from mi_helpers.models import LanguageModel, read_sites, site_width
 from mi_helpers.saes import harvest as module
 from mi_helpers.saes.activations import Activations, Shuffled
-from mi_helpers.saes.harvest import batches, check_model, harvest, pieces
+from mi_helpers.saes.harvest import HarvestConfig, batches, check_model, harvest, pieces
 from mi_helpers.saes.processes import Processes
 from mi_helpers.saes.sources import open_source
 
-SMALL = {"context": 12, "shard_tokens": 150, "batch_tokens": 60, "progress": False}
+SMALL = {"context": 12, "shard_tokens": 150, "batch_tokens": 60}
+
+
+def harvested(model, source, folder, site, target=None, **settings):
+    """A harvest in small shards."""
+    config = HarvestConfig(site, target, **SMALL | settings)
+    return harvest(model, source, folder, config, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def held(model, source, tmp_path):
-    return harvest(model, source, tmp_path / "h", ("resid_post", 1), tokens=1_000, **SMALL)
+    return harvested(model, source, tmp_path / "h", ("resid_post", 1), tokens=1_000)
 
 
 def content(folder):
@@ -93,7 +99,7 @@ def test_batches_hold_each_text_once_and_little_padding():
     "site", [("resid_post", 1), ("z", 2), ("embed", None), ("resid_final", None)]
 )
 def test_every_row_is_the_models_own_activation(model, source, tmp_path, site):
-    held = harvest(model, source, tmp_path, site, tokens=400, **SMALL)
+    held = harvested(model, source, tmp_path, site, tokens=400)
     assert held.rows == 400 and held.manifest["left_out"]["outliers"] == 0
     texts = model.tokenizer(list(source.texts()), add_special_tokens=False)["input_ids"]
     checked = 0
@@ -113,7 +119,7 @@ def test_every_row_is_the_models_own_activation(model, source, tmp_path, site):
 
 def test_source_and_target_belong_together(model, source, tmp_path):
     sites = ("mlp_in", 1), ("mlp_out", 1)
-    held = harvest(model, source, tmp_path, *sites, tokens=300, **SMALL)
+    held = harvested(model, source, tmp_path, *sites, tokens=300)
     assert held.source == ("mlp_in", 1) and held.target == ("mlp_out", 1)
     x, y = held.slice(0, 300)
     mlp = model.part("ln2_post", 1)(model.part("mlp", 1)(x))
@@ -169,7 +175,7 @@ def test_outliers_are_left_out_and_counted(source, tmp_path):
     loud = model.tokenizer.encode(" cat", add_special_tokens=False)[0]
     with torch.no_grad():
         model.hf.model.embed_tokens.weight[loud] *= 1_000
-    held = harvest(model, source, tmp_path, ("embed", None), tokens=500, **SMALL)
+    held = harvested(model, source, tmp_path, ("embed", None), tokens=500)
     kept = torch.cat([held.shard(i).tokens for i in range(len(held.sizes))])
     all_ids = torch.cat([held.shard(i).ids for i in range(len(held.sizes))])
     assert (all_ids == loud).sum() == held.manifest["left_out"]["outliers"] > 5
@@ -178,14 +184,14 @@ def test_outliers_are_left_out_and_counted(source, tmp_path):
 
 def test_a_tokenizer_without_bos_loses_no_position(source, tmp_path):
     model = tiny_model(tokenizer=word_tokenizer(bos=False))
-    held = harvest(model, source, tmp_path, ("embed", None), tokens=200, **SMALL)
+    held = harvested(model, source, tmp_path, ("embed", None), tokens=200)
     assert held.rows == 200 and held.manifest["left_out"]["bos"] == 0
 
 
 def test_a_source_that_ends_early_gives_what_it_has(model, tmp_path):
     (tmp_path / "t.txt").write_text("the cat sat\n\nthe dog ran far\n")
     source = open_source(str(tmp_path / "t.txt"))
-    held = harvest(model, source, tmp_path / "h", ("embed", None), tokens=10**4, **SMALL)
+    held = harvested(model, source, tmp_path / "h", ("embed", None), tokens=10**4)
     assert held.rows == held.manifest["tokens"] == 7 and held.manifest["asked"] == 10**4
 
 
@@ -203,20 +209,20 @@ def test_a_source_that_ends_early_gives_what_it_has(model, tmp_path):
 )
 def test_bad_numbers_are_said(model, source, tmp_path, change, says):
     with pytest.raises(RunError, match=says):
-        harvest(model, source, tmp_path, ("embed", None), **SMALL | change)
+        harvested(model, source, tmp_path, ("embed", None), **change)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_text_is_said(model, tmp_path):
     (tmp_path / "t.txt").write_text(" \n\n \n")
     with pytest.raises(RunError, match="has no text"):
-        harvest(model, open_source(str(tmp_path / "t.txt")), tmp_path, ("embed", None), **SMALL)
+        harvested(model, open_source(str(tmp_path / "t.txt")), tmp_path, ("embed", None))
 
 
 def test_a_model_without_a_tokenizer_is_said(model, source, tmp_path):
     bare = LanguageModel(model.hf, None, "bare")
     with pytest.raises(ModelError, match="bare has no tokenizer"):
-        harvest(bare, source, tmp_path, ("embed", None))
+        harvested(bare, source, tmp_path, ("embed", None))
 
 
 def test_activations_that_are_not_finite_are_said(source, tmp_path):
@@ -224,7 +230,7 @@ def test_activations_that_are_not_finite_are_said(source, tmp_path):
     with torch.no_grad():
         model.hf.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(RunError, match="resid_post 1 are not finite .* first in text 0"):
-        harvest(model, source, tmp_path, ("resid_post", 1), tokens=100, **SMALL)
+        harvested(model, source, tmp_path, ("resid_post", 1), tokens=100)
 
 
 def test_a_harvest_of_another_model_is_said(held, model):
@@ -241,13 +247,12 @@ def test_a_harvest_of_another_model_is_said(held, model):
 
 def test_a_folder_with_another_harvest_is_said(held, model, source):
     with pytest.raises(RunError, match="holds a harvest with the setting context = 12, not 10"):
-        again = SMALL | {"context": 10}
-        harvest(model, source, held.folder, ("resid_post", 1), tokens=1_000, **again)
+        harvested(model, source, held.folder, ("resid_post", 1), tokens=1_000, context=10)
 
 
 def test_too_little_disk_is_said_first(model, source, tmp_path):
     with pytest.raises(RunError, match=r"needs .* GB of disk and .* free"):
-        harvest(model, source, tmp_path, ("embed", None), tokens=10**15, **SMALL)
+        harvested(model, source, tmp_path, ("embed", None), tokens=10**15)
     assert not list(tmp_path.glob("shard*"))
 
 
@@ -265,7 +270,7 @@ def test_an_unfinished_harvest_is_said(tmp_path, held):
 def test_a_finished_harvest_is_not_made_again(held, model, source, monkeypatch):
     before = content(held.folder)
     monkeypatch.setattr(module, "read_sites", None)
-    harvest(model, source, held.folder, ("resid_post", 1), tokens=1_000, **SMALL)
+    harvested(model, source, held.folder, ("resid_post", 1), tokens=1_000)
     assert content(held.folder) == before
 
 
@@ -283,7 +288,7 @@ def test_a_damaged_shard_is_named_and_made_again_alone(held, model, source, dama
     with pytest.raises(RunError, match=f"shard-00002.safetensors.*{said}.*Run the harvest again"):
         Activations.open(held.folder).shard(2)
     times = {p.name: p.stat().st_mtime_ns for p in held.folder.glob("shard*")}
-    harvest(model, source, held.folder, ("resid_post", 1), tokens=1_000, **SMALL)
+    harvested(model, source, held.folder, ("resid_post", 1), tokens=1_000)
     assert content(held.folder) == before
     after = {p.name: p.stat().st_mtime_ns for p in held.folder.glob("shard*")}
     assert [name for name in after if after[name] != times.get(name)] == [path.name]
@@ -313,9 +318,9 @@ def test_stopped_at_any_step_of_writing_it_ends_with_the_same_bytes(
         patch.setattr(durable, "save_file", dies(durable.save_file))
         patch.setattr(durable, "flush", dies(durable.flush))
         patch.setattr(durable.os, "replace", dies(os.replace))
-        harvest(model, source, tmp_path / "k", ("resid_post", 1), tokens=1_000, **SMALL)
+        harvested(model, source, tmp_path / "k", ("resid_post", 1), tokens=1_000)
         raise Killed  # it ended before: nothing left to kill
-    harvest(model, source, tmp_path / "k", ("resid_post", 1), tokens=1_000, **SMALL)
+    harvested(model, source, tmp_path / "k", ("resid_post", 1), tokens=1_000)
     assert content(tmp_path / "k") == content(held.folder)
 
 
@@ -331,10 +336,10 @@ def test_a_full_disk_is_named_and_nothing_is_lost(held, model, source, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(durable, "save_file", full)
         with pytest.raises(RunError, match="The disk is full: shard-00003.* nothing that was"):
-            harvest(model, source, tmp_path / "f", ("resid_post", 1), tokens=1_000, **SMALL)
+            harvested(model, source, tmp_path / "f", ("resid_post", 1), tokens=1_000)
     assert len(list((tmp_path / "f").glob("shard-*.safetensors"))) == 3
     assert not list((tmp_path / "f").glob("*.part"))
-    harvest(model, source, tmp_path / "f", ("resid_post", 1), tokens=1_000, **SMALL)
+    harvested(model, source, tmp_path / "f", ("resid_post", 1), tokens=1_000)
     assert content(tmp_path / "f") == content(held.folder)
 
 

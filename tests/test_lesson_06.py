@@ -6,15 +6,27 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Lasso
 
-from mi_helpers.lessons.lesson_06 import claims, image_coding
+from mi_helpers.lessons.lesson_06 import claims, grid, image_coding
 from mi_helpers.lessons.lesson_06 import experiments as sae_lab
 from mi_helpers.lessons.lesson_06 import figures as sae_figures
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
-from mi_helpers.saes import files as coder_files
-from mi_helpers.saes.coder import SparseCoder
-from mi_helpers.saes.features import Features
-from mi_helpers.saes.scores import Firings
+from mi_helpers.saes import concepts
+from mi_helpers.saes.coder import SparseCoder, explained_variance, shrinkage
+from mi_helpers.saes.concepts import (
+    best_latents,
+    both_signs,
+    concept_scores,
+    count_latents,
+    own_latents,
+    union_f1,
+)
+from mi_helpers.saes.features import Features, token_purity
+from mi_helpers.saes.files import load_coder
+from mi_helpers.saes.labels import LabelledTokens, labelled_tokens
+from mi_helpers.saes.scores import Firings, score_units
+from mi_helpers.saes.similarity import gaussian_like, matched_cosines, random_like, share_found
+from mi_helpers.saes.training import TrainConfig, fit
 from mi_helpers.widgets import corners
 
 
@@ -66,7 +78,7 @@ def test_patches_are_pieces_of_the_images_and_depend_on_the_seed():
 
 def test_gaussian_rows_have_the_covariance_of_the_rows_they_are_like():
     x = sparse_rows(20_000, directions(12, 4), seed=3)
-    like = image_coding.gaussian_like(x, seed=1)
+    like = gaussian_like(x, seed=1)
     assert torch.allclose(torch.cov(like.T), torch.cov(x.T), atol=0.05)
     assert torch.allclose(like.mean(0), x.mean(0), atol=0.05)
 
@@ -86,7 +98,7 @@ def test_learning_finds_the_filters_that_patches_were_made_of():
     found = image_coding.learn(sparse_rows(4_000, true), 9, penalty=0.1, steps=300, batch=200)
     best = (found @ true.T).abs().max(0).values
     assert (best > 0.98).sum() >= 8
-    blank = image_coding.learn(image_coding.gaussian_like(sparse_rows(4_000, true)), 9, 0.1, 300)
+    blank = image_coding.learn(gaussian_like(sparse_rows(4_000, true)), 9, 0.1, 300)
     assert ((blank @ true.T).abs().max(0).values > 0.98).sum() <= 2
 
 
@@ -118,27 +130,29 @@ def test_photographs_give_localised_oriented_filters_and_their_components_do_not
 def test_fit_finds_the_directions_that_rows_are_sums_of():
     true = directions(32, 24, seed=2)
     x = sparse_rows(6_000, true) + 1.0  # a common mean, which b_dec has to take up
-    coder = sae_lab.fit(x, 64, 2, steps=300, batch=256)
+    coder = fit(x, TrainConfig(64, 2, steps=300, batch=256))
     cosines = (F.normalize(coder.W_dec, dim=1) @ true.T).max(0).values
     assert (cosines > 0.95).float().mean() > 0.9
-    assert sae_lab.explained_variance(x, coder(x)) > 0.95
+    assert explained_variance(x, coder(x)) > 0.95
     assert float(coder.scale_in) == 1.0
-    again = sae_lab.fit(x, 64, 2, steps=300, batch=256)
+    again = fit(x, TrainConfig(64, 2, steps=300, batch=256))
     assert torch.equal(coder.W_dec, again.W_dec)
-    assert not torch.equal(coder.W_dec, sae_lab.fit(x, 64, 2, steps=5, seed=1, batch=256).W_dec)
+    assert not torch.equal(
+        coder.W_dec, fit(x, TrainConfig(64, 2, steps=5, batch=256, seed=1)).W_dec
+    )
 
 
 def test_an_l1_penalty_makes_it_sparse_and_too_short():
     x = sparse_rows(4_000, directions(24, 12, seed=2))
     light, heavy = (
-        sae_lab.fit(x, 24, activation="relu", sparsity=each, steps=200, batch=256)
+        fit(x, TrainConfig(24, activation="relu", sparsity=each, steps=200, batch=256))
         for each in (0.01, 0.3)
     )
     with torch.no_grad():
         l0 = [(coder.encode(x) > 0).float().sum(1).mean() for coder in (light, heavy)]
-        short = [sae_lab.shrinkage(x, coder(x)) for coder in (light, heavy)]
+        short = [shrinkage(x, coder(x)) for coder in (light, heavy)]
     assert l0[1] < l0[0] and short[1] < short[0] < 1.02
-    assert sae_lab.shrinkage(x, x.mean(0) + 0.8 * (x - x.mean(0))) == pytest.approx(0.8, abs=1e-4)
+    assert shrinkage(x, x.mean(0) + 0.8 * (x - x.mean(0))) == pytest.approx(0.8, abs=1e-4)
 
 
 # -- concepts, splitting, sharing ------------------------------------------------------------
@@ -156,10 +170,10 @@ def made_firings():
 
 def test_latents_of_a_concept_by_hand():
     firings, truth = made_firings()
-    assert sae_lab.latents_of(firings, truth).tolist() == [2, 1]
-    assert sae_lab.latents_of(firings, truth, precision=0.9).tolist() == [2, 0]
-    assert sae_lab.latents_of(firings, truth, recall=0.5).tolist() == [1, 1]
-    assert sae_lab.latents_of(firings, truth, precision=0.4).tolist() == [3, 2]
+    assert count_latents(firings, truth).tolist() == [2, 1]
+    assert count_latents(firings, truth, precision=0.9).tolist() == [2, 0]
+    assert count_latents(firings, truth, recall=0.5).tolist() == [1, 1]
+    assert count_latents(firings, truth, precision=0.4).tolist() == [3, 2]
 
 
 def test_the_union_of_a_concepts_latents_is_chosen_on_the_first_half():
@@ -168,18 +182,18 @@ def test_the_union_of_a_concepts_latents_is_chosen_on_the_first_half():
     entries = [(0, 0), (1, 1), (6, 0), (7, 1), (2, 2), (3, 2), (4, 2), (8, 2)]
     row, latent = np.array(entries).T
     firings = Firings(row, latent, np.ones(8, np.float32), 12, 3)
-    (f1,) = sae_lab.union_f1(firings, truth)
+    (f1,) = union_f1(firings, truth)
     assert f1 == pytest.approx(2 * 2 / (2 + 3))  # latents 0 and 1 say rows 6 and 7; 8 is missed
 
 
 def test_matching_is_one_to_one_and_by_cosine():
     rows = torch.tensor([[2.0, 0, 0], [1, 0.1, 0]])
     others = torch.tensor([[0.5, 0, 0], [0, 1, 0], [0, 0, 7]])
-    cosines = sae_lab.matched_cosines(rows, others)
+    cosines = matched_cosines(rows, others)
     assert cosines == pytest.approx([1.0, 0.1 / 1.01**0.5], abs=1e-5)
-    assert sae_lab.shared(rows, others) == 0.5
-    assert sae_lab.shared(rows, torch.cat([others, rows])) == 1.0
-    like = sae_lab.random_like(directions(500, 6) + torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    assert share_found(rows, others) == 0.5
+    assert share_found(rows, torch.cat([others, rows])) == 1.0
+    like = random_like(directions(500, 6) + torch.tensor([1.0, 0, 0, 0, 0, 0]))
     assert like.norm(dim=1) == pytest.approx(torch.ones(500)) and like[:, 0].mean() > 0.5
 
 
@@ -188,22 +202,22 @@ def test_token_purity_by_hand():
     blank = np.zeros((3, 4))
     features = Features(6, blank, blank, blank, top, blank, top, blank)
     tokens = np.array([7, 7, 7, 9, 8, 8])
-    assert sae_lab.token_purity(features, tokens, least=4).tolist() == [0.75, 0.5]
-    assert sae_lab.token_purity(features, tokens, least=2).tolist() == [0.75, 1.0, 0.5]
+    assert token_purity(features, tokens, least=4).tolist() == [0.75, 0.5]
+    assert token_purity(features, tokens, least=2).tolist() == [0.75, 1.0, 0.5]
 
 
 def test_ground_and_scores_on_the_model(model):
-    ground = sae_lab.make_ground(model, 3_000, seed=5)
+    ground = labelled_tokens(model, sae_lab.middle(model), 3_000, seed=5)
     assert len(ground.x) == len(ground.neurons) == len(ground.truth) == len(ground.tokens)
     assert ground.x.shape[1] == model.d_model and ground.neurons.shape[1] == model.d_mlp
     assert (ground.truth.sum(1) == 1).all() and "norwegian" in ground.names
     text = model.tokenizer.decode(ground.tokens[ground.only(["norwegian"]).truth[:, 0]])
     assert sum(word in text.split() for word in ("er", "den", "og", "det")) >= 3
     coder = SparseCoder(model.d_model, 300, k=4)
-    found = sae_lab.concept_scores(coder, ground, ["norwegian"])
+    found = concept_scores(coder, ground, ["norwegian"])
     assert set(found) == {"latent", "neuron", "random direction"}
-    planted = sae_lab.both_signs(torch.tensor(ground.truth[:, :1] * -1.0))
-    best = sae_lab.score_units(planted, ground.truth[:, :1], ["planted"]).best()[0]
+    planted = both_signs(torch.tensor(ground.truth[:, :1] * -1.0))
+    best = score_units(planted, ground.truth[:, :1], ["planted"]).best()[0]
     assert (best.unit, best.f1) == (1, 1.0)
 
 
@@ -238,9 +252,9 @@ def test_a_planted_latent_is_found_at_its_word_or_after_it(model, monkeypatch, l
 
 
 def test_a_topics_latent_runs_ahead_of_its_word_only_where_the_list_is_known(model):
-    coder = coder_files.load(sae_lab.CODER)
-    ground = sae_lab.make_ground(model, 12_000, seed=1)
-    (best,) = sae_lab.best_latents(coder, ground, ["aircraft"])
+    coder = load_coder(sae_lab.CODER)
+    ground = labelled_tokens(model, sae_lab.middle(model), 12_000, seed=1)
+    (best,) = best_latents(coder, ground, ["aircraft"])
     found = sae_lab.around_a_word(model, coder, best.unit, "aircraft", seed=1)
     second = found["second time"]["the word before"]
     assert second > 5 * found["second time"]["the word of the topic"]
@@ -249,10 +263,10 @@ def test_a_topics_latent_runs_ahead_of_its_word_only_where_the_list_is_known(mod
 
 def test_own_latents_are_named_and_topics_are_averaged_without_norwegian(monkeypatch):
     firings, truth = made_firings()
-    monkeypatch.setattr(sae_lab, "firings_of", lambda coder, x: firings)
+    monkeypatch.setattr(concepts, "firings", lambda coder, x: firings)
     names = ("norwegian", "virology")
-    ground = sae_lab.Ground(torch.zeros(10, 2), torch.zeros(10, 2), truth, names, np.arange(10))
-    own = sae_lab.own_latents(None, ground)
+    ground = LabelledTokens(torch.zeros(10, 2), torch.zeros(10, 2), truth, names, np.arange(10))
+    own = own_latents(SparseCoder(2, 5, k=1), ground)
     assert own == {"norwegian": 2, "virology": 1}
     assert sae_lab.of_topics({"norwegian": 40, "a": 1, "b": 2}) == 1.5
 
@@ -290,7 +304,7 @@ def test_what_ships_is_made_the_same_twice(model, tmp_path):
     made = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        files = sae_lab.make_sae(
+        files = grid.make_sae(
             model, folder, tokens=3_000, steps=3, grid_steps=3, grid=small, say=lambda _: None
         )
         made.append([(path.name, path.read_bytes()) for path in files])
@@ -307,15 +321,15 @@ def test_what_ships_is_made_the_same_twice(model, tmp_path):
 
 
 def test_the_shipped_autoencoder_and_table_are_of_the_shipped_model(model):
-    coder = coder_files.load(sae_lab.CODER)
+    coder = load_coder(sae_lab.CODER)
     assert (coder.d_in, coder.d_latent, coder.k) == (model.d_model, 8 * model.d_model, sae_lab.K)
     assert coder.W_dec.detach().norm(dim=1) == pytest.approx(torch.ones(coder.d_latent), abs=1e-4)
-    ground = sae_lab.make_ground(model, 3_000, seed=77)
+    ground = labelled_tokens(model, sae_lab.middle(model), 3_000, seed=77)
     with torch.no_grad():
-        assert sae_lab.explained_variance(ground.x, coder(ground.x)) > 0.8
+        assert explained_variance(ground.x, coder(ground.x)) > 0.8
     rows = sae_lab.select(sae_lab.read_grid(), activation="topk", seed=0)
     cells = {(row["width"], row["k"]) for row in rows}
-    assert cells == {(w * model.d_model, k) for w in sae_lab.WIDTHS for k in sae_lab.KS}
+    assert cells == {(w * model.d_model, k) for w in grid.WIDTHS for k in grid.KS}
 
 
 def test_a_missing_table_is_said(tmp_path):

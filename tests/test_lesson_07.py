@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,17 +20,17 @@ from mi_helpers.circuits.replacement import (
     zeros,
 )
 from mi_helpers.layouts import norm_gain
-from mi_helpers.lessons.lesson_06 import experiments as sae_lab
 from mi_helpers.lessons.lesson_07 import experiments as transcoders
 from mi_helpers.lessons.lesson_07 import figures as transcoder_figures
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
-from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.features import collect, logit_effects
 from mi_helpers.saes.figures import Page
-from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.files import CONFIG, load_coder
+from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.sources import open_source
+from mi_helpers.saes.training import TrainConfig, fit
 from mi_helpers.widgets import corners
 
 MODEL = "tiny-gemma"
@@ -59,15 +60,16 @@ def test_a_target_makes_a_transcoder_of_the_same_fit():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2_000, 8, generator=generator)
     y = torch.relu(x @ torch.randn(8, 6, generator=generator))
-    coder = sae_lab.fit(x, 32, 4, target=y, steps=200, batch=256)
+    config = TrainConfig(32, 4, steps=200, batch=256)
+    coder = fit(x, config, y)
     assert coder.transcoder and (coder.d_in, coder.d_out) == (8, 6)
     assert transcoders.explained(coder, x, y) > 0.8
     linear = transcoders.linear_explained(x, y, x, y)
-    assert linear < 1 and sae_lab.fit(x, 32, 4, steps=1).transcoder is False
-    with_skip = sae_lab.fit(x, 32, 4, target=y, skip=True, steps=200, batch=256)
+    assert linear < 1 and fit(x, replace(config, steps=1)).transcoder is False
+    with_skip = fit(x, replace(config, skip=True), y)
     assert transcoders.explained(with_skip, x, y) > linear
     with pytest.raises(ValueError, match="2000 rows of input and 10 of target"):
-        sae_lab.fit(x, 32, 4, target=y[:10])
+        fit(x, config, y[:10])
 
 
 def test_a_linear_map_is_explained_by_a_linear_map():
@@ -194,9 +196,8 @@ def test_reading_and_own_tokens(model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no latent"):
         rules.token_inputs(model, coder, 0, coder.d_latent)
     source = open_source("tinyworld", 8)
-    held = harvest(
-        model, source, tmp_path, ("mlp_in", 0), ("mlp_out", 0), tokens=3_000, progress=False
-    )
+    config = HarvestConfig(("mlp_in", 0), ("mlp_out", 0), 3_000)
+    held = harvest(model, source, tmp_path, config, progress=False)
     page = Page(held, coder, collect(held, coder), model)
     share, exchanged = transcoders.predicted_tokens(page, 0)
     assert share > 0.3 > exchanged
@@ -315,7 +316,7 @@ def test_published_form_reads_without_the_gain_and_computes_the_same(tmp_path):
     x = bare * norm_gain(model.part("ln2", 1)).detach()
     place = transcoders.as_published(model, coder, 1, x, tmp_path / "transcoders")
     assert place.relative_to(tmp_path).as_posix() == "transcoders/layer_1/width_30/average_l0_30"
-    loaded = SparseCoder.load(place)
+    loaded = load_coder(place)
     assert loaded.transcoder and loaded.activation == "jumprelu"
     assert loaded.metadata["reads"] == "normalised"
     assert torch.allclose(loaded(bare), coder(x), atol=1e-3)
@@ -324,7 +325,7 @@ def test_published_form_reads_without_the_gain_and_computes_the_same(tmp_path):
     assert torch.allclose(again(x), coder(x), atol=1e-3)
     assert transcoders.of_mlp_in(model, again, 1) is again
     place = transcoders.as_published(model, again, 1, x, tmp_path / "transcoders" / "twice")
-    assert torch.allclose(SparseCoder.load(place)(bare), coder(x), atol=1e-3)
+    assert torch.allclose(load_coder(place)(bare), coder(x), atol=1e-3)
     with pytest.raises(ValueError, match="no skip path"):
         transcoders.as_published(model, random_coder(skip=True), 1, x, tmp_path)
 
@@ -367,7 +368,7 @@ def test_what_ships(model):
             assert (said["layer"], said["reads"], said["target"]) == (layer, "mlp_in", "mlp_out")
             assert (coder.skip, coder.d_in, coder.d_out) == (skip, 144, 144)
             config = json.loads(
-                (transcoders.SHIPPED / kind / f"layer_{layer}" / coder_files.CONFIG).read_text()
+                (transcoders.SHIPPED / kind / f"layer_{layer}" / CONFIG).read_text()
             )
             assert config["architecture"].startswith("topk_") and config["k"] == transcoders.K
 

@@ -1,6 +1,7 @@
 """The commands: settings, a whole run on a tiny model, dry runs, sentences for bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from mi_helpers.__main__ import main
 from mi_helpers.files import RunError
 from mi_helpers.saes import estimate, pipeline
 from mi_helpers.saes.estimate import Stage, blocks_needed, verdict
+from mi_helpers.saes.harvest import HarvestConfig
 from mi_helpers.saes.pipeline import Settings, read_settings
-from mi_helpers.saes.training import Recipe
+from mi_helpers.saes.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,19 +165,21 @@ def test_sites_default_to_the_middle_layer():
     both = Settings(site="mlp_in", target="mlp_out", layer=2).sites(6)
     assert both == (("mlp_in", 2), ("mlp_out", 2))
     assert Settings(site="embed").sites(6) == (("embed", None), None)
-    assert Settings().recipe(144).latents == 1_152
+    assert Settings().training(144).latents == 1_152
 
 
-def test_every_setting_of_a_recipe_can_be_set():
-    assert {f for f in Recipe.__dataclass_fields__} <= {f for f in Settings.__dataclass_fields__}
+def test_every_setting_of_training_can_be_set():
+    assert {f for f in TrainConfig.__dataclass_fields__} <= {
+        f for f in Settings.__dataclass_fields__
+    }
 
 
 def test_the_reference_runs_configuration_is_the_reference_run():
     found = read_settings({}, ROOT / "config" / "gemma_2_2b.toml")
     assert found.sites(26) == (("resid_post", 12), None)
-    recipe = found.recipe(2_304)
-    assert (found.tokens, recipe.latents, recipe.k) == (500_000, 18_432, 32)
-    assert (recipe.batch, recipe.steps, recipe.latents // 2_304) == (4_096, 5_000, 8)
+    config = found.training(2_304)
+    assert (found.tokens, config.latents, config.k) == (500_000, 18_432, 32)
+    assert (config.batch, config.steps, config.latents // 2_304) == (4_096, 5_000, 8)
 
 
 # -- dry runs --------------------------------------------------------------------------------
@@ -200,12 +204,14 @@ def test_a_dry_run_counts_the_reference_model_without_its_weights():
 
 def test_the_estimate_scales_as_it_should(place):
     config = AutoConfig.from_pretrained(place / "model")
-    site = [("resid_post", 1)]
-    small = estimate.harvest_stage(config, torch.float32, site, 1_000, 12, 60)
-    large = estimate.harvest_stage(config, torch.float32, site, 50_000, 12, 60)
+    plan = HarvestConfig(("resid_post", 1), tokens=1_000, context=12, batch_tokens=60)
+    small = estimate.harvest_stage(config, torch.float32, plan)
+    large = estimate.harvest_stage(config, torch.float32, replace(plan, tokens=50_000))
     assert large.disk == 50 * small.disk and large.seconds > 5 * small.seconds
-    one = estimate.train_stage(Recipe(latents=64, k=4, batch=64, steps=10), 12, None, 1_000, 1)
-    two = estimate.train_stage(Recipe(latents=128, k=4, batch=64, steps=10), 12, None, 1_000, 1)
+    one = estimate.train_stage(TrainConfig(latents=64, k=4, batch=64, steps=10), 12, None, 1_000, 1)
+    two = estimate.train_stage(
+        TrainConfig(latents=128, k=4, batch=64, steps=10), 12, None, 1_000, 1
+    )
     assert two.disk == 2 * one.disk and two.memory > one.memory
 
 

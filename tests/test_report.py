@@ -13,7 +13,7 @@ from mi_helpers.files import RunError
 from mi_helpers.layouts import NORMALIZED, ModelError
 from mi_helpers.saes import report as module
 from mi_helpers.saes.coder import SparseCoder
-from mi_helpers.saes.harvest import harvest
+from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.report import (
     Losses,
     held_out_texts,
@@ -22,9 +22,9 @@ from mi_helpers.saes.report import (
     spliced_losses,
 )
 from mi_helpers.saes.sources import open_source
-from mi_helpers.saes.training import Recipe, split, train
+from mi_helpers.saes.training import TrainConfig, split, train
 
-SMALL = {"tokens": 900, "context": 12, "shard_tokens": 150, "batch_tokens": 60, "progress": False}
+SMALL = HarvestConfig(("resid_post", 1), tokens=900, context=12, shard_tokens=150, batch_tokens=60)
 TEXTS = [[5, 9, 11, 7], [6, 8], [9], [10, 4, 5, 6, 7, 8, 12]]
 
 
@@ -42,7 +42,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held(model, source, tmp_path_factory):
-    return harvest(model, source, tmp_path_factory.mktemp("h"), ("resid_post", 1), **SMALL)
+    return harvest(model, source, tmp_path_factory.mktemp("h"), SMALL, progress=False)
 
 
 def identity(d):
@@ -162,8 +162,8 @@ def test_held_out_texts_are_whole_and_unseen(held):
 @pytest.fixture(scope="module")
 def run(held, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    recipe = Recipe(latents=48, k=4, batch=64, steps=40, held_out=80, log_every=10)
-    train(held, folder, recipe, progress=False)
+    config = TrainConfig(latents=48, k=4, batch=64, steps=40, held_out=80, log_every=10)
+    train(held, folder, config, progress=False)
     return folder
 
 
@@ -171,7 +171,9 @@ def test_the_report_has_its_files_and_numbers(model, held, run):
     numbers = report(held.folder, run, model, tokens=300)
     assert json.loads((run / "report.json").read_text()) == numbers
     assert (
-        numbers["rows_trained_on"] == 820 == split(held, Recipe(latents=48, held_out=80, batch=64))
+        numbers["rows_trained_on"]
+        == 820
+        == split(held, TrainConfig(latents=48, held_out=80, batch=64))
     )
     assert numbers["loss"]["clean"] > 0 and numbers["latents"] == 48
     page = (run / "report.md").read_text()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from made_harvest import made_harvest, sparse_data
 from pipeline_worker import (
-    RECIPE,
+    CONFIG,
     context,
     die_at,
     finish_run,
@@ -25,9 +25,10 @@ from pipeline_worker import (
 from mi_helpers.files import RunError
 from mi_helpers.saes import training
 from mi_helpers.saes.coder import SparseCoder
-from mi_helpers.saes.training import Recipe, learning_rate, peak_rate, quality, read_log, train
+from mi_helpers.saes.files import load_coder
+from mi_helpers.saes.training import TrainConfig, learning_rate, peak_rate, quality, read_log, train
 
-LEARN = Recipe(
+LEARN = TrainConfig(
     latents=64,
     k=3,
     products="float32",
@@ -54,12 +55,12 @@ def trained(held, tmp_path_factory):
 
 
 def test_the_rate_rises_stays_and_falls():
-    recipe = Recipe(latents=64, steps=100, rate=1.0, warm_up=0.1, decay=0.5)
-    rates = [learning_rate(step, recipe) for step in range(100)]
+    config = TrainConfig(latents=64, steps=100, rate=1.0, warm_up=0.1, decay=0.5)
+    rates = [learning_rate(step, config) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10:50] == [1.0] * 40
     assert rates[50:] == pytest.approx([i / 50 for i in range(50, 0, -1)])
-    assert learning_rate(50, replace(recipe, rate=0.0)) == peak_rate(64)
+    assert learning_rate(50, replace(config, rate=0.0)) == peak_rate(64)
 
 
 def test_the_rule_falls_with_the_width():
@@ -146,13 +147,13 @@ def test_a_transcoder_learns_its_target(tmp_path):
         ({"activation": "softmax"}, "no activation 'softmax'"),
     ],
 )
-def test_bad_recipes_are_said_before_anything_is_written(held, tmp_path, change, says):
+def test_bad_configurations_are_said_before_anything_is_written(held, tmp_path, change, says):
     with pytest.raises(ValueError, match=says):
         train(held, tmp_path / "run", replace(LEARN, **change), progress=False)
     assert not (tmp_path / "run").exists()
 
 
-def test_another_recipe_or_harvest_in_a_folder_is_said(trained, held, tmp_path):
+def test_another_configuration_or_harvest_in_a_folder_is_said(trained, held, tmp_path):
     with pytest.raises(RunError, match="holds a run with k 3, not 5"):
         train(held, trained[1], replace(LEARN, k=5), progress=False)
     other = made_harvest(tmp_path, sparse_data(5_000, seed=1))
@@ -196,7 +197,7 @@ def test_stopped_after_any_step_it_ends_the_same(trained, held, tmp_path, at, mo
 
 def test_a_damaged_checkpoint_is_named(held, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(training, "save_coder", lambda *_: (_ for _ in ()).throw(Stopped))
+        patch.setattr(training, "finish_coder", lambda *_: (_ for _ in ()).throw(Stopped))
         train(held, tmp_path, LEARN, progress=False)
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
@@ -249,11 +250,11 @@ def test_killed_at_random_times_it_ends_with_the_same_bytes(uninterrupted, tmp_p
 # -- several processes -----------------------------------------------------------------------
 
 
-def together(folder, text, recipe):
+def together(folder, text, config):
     """Two processes on one run; their exit codes have to be 0."""
     folder.mkdir()
     ranks = [
-        context().Process(target=one_of_many, args=(rank, 2, folder, text, recipe))
+        context().Process(target=one_of_many, args=(rank, 2, folder, text, config))
         for rank in (0, 1)
     ]
     for process in ranks:
@@ -268,12 +269,12 @@ def test_two_processes_equal_one(uninterrupted, tmp_path):
     """The harvest is the same to the last bit; the training but for the order of its sums."""
     text, expected = uninterrupted
     folder = tmp_path / "run"
-    together(folder, text, RECIPE)
+    together(folder, text, CONFIG)
     found = results(folder)
     assert found.keys() == expected.keys()
     same = [name for name in expected if name.startswith("h/") or name == "recipe.json"]
     assert len(same) > 6 and all(found[name] == expected[name] for name in same)
-    one, two = (SparseCoder.load(each / "coder") for each in (text / "run", folder))
+    one, two = (load_coder(each / "coder") for each in (text / "run", folder))
     for name, tensor in one.state_dict().items():
         assert torch.allclose(tensor, two.state_dict()[name], atol=2e-4), name
     logs = [read_log(each / "log.csv") for each in (text / "run", folder)]
@@ -285,11 +286,11 @@ def test_two_processes_equal_one(uninterrupted, tmp_path):
 def test_two_processes_with_whole_chunks_of_rows_equal_one_to_the_last_bit(uninterrupted, tmp_path):
     """The encoder's product takes 256 rows at a time; each process has as many as that."""
     text, _ = uninterrupted
-    recipe = replace(RECIPE, batch=512)
-    alone = context().Process(target=work, args=(tmp_path / "one", text, None, recipe))
+    config = replace(CONFIG, batch=512)
+    alone = context().Process(target=work, args=(tmp_path / "one", text, None, config))
     alone.start()
     alone.join(120)
-    together(tmp_path / "two", text, recipe)
+    together(tmp_path / "two", text, config)
     one, two = (results(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys() and "coder/sae_weights.safetensors" in one
     assert [name for name in one if one[name] != two[name]] in ([], ["log.csv"])  # the loss's sum
@@ -301,5 +302,5 @@ def test_a_batch_that_cannot_be_shared_is_said(held, tmp_path):
         train(held, tmp_path, LEARN, processes=three, progress=False)
 
 
-def test_every_worker_setting_is_a_recipe():
-    assert RECIPE.batch * RECIPE.steps > 900  # more than one epoch of what the workers harvest
+def test_the_workers_train_for_more_than_an_epoch():
+    assert CONFIG.batch * CONFIG.steps > 900  # more than one epoch of what the workers harvest

@@ -1,4 +1,4 @@
-"""What several lessons need of TinyWorld: documents, tokens, and activations with labels.
+"""What several lessons need: the shipped model; TinyWorld's documents; labelled activations.
 
     texts = documents_for("number", 400, seed=1)
     train = collect(model, texts, "number")          # the stream at one token of each document
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from mi_helpers.layouts import Key
+from mi_helpers.loading import load_model, untrained
 from mi_helpers.models import LanguageModel, activations_at
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.source import Document
@@ -48,6 +49,31 @@ def on_one_core(function: Callable) -> Callable:
             torch.set_num_threads(before)
 
     return call
+
+
+# -- the shipped model and its controls ------------------------------------------------------
+
+
+@functools.cache
+def shipped_model() -> LanguageModel:
+    """tiny-gemma, loaded once: what the ledger's claims are measured on."""
+    return load_model("tiny-gemma")
+
+
+def only_words(model: LanguageModel, seed: int = 0) -> LanguageModel:
+    """A model of the same shape with random weights, but the trained embedding."""
+    blank = untrained(model, seed)
+    with torch.no_grad():
+        blank.part("embed").weight.copy_(model.part("embed").weight)
+    return blank
+
+
+# A model and its controls: functions of (model, seed).
+MODELS: dict[str, Callable[[LanguageModel, int], LanguageModel]] = {
+    "trained": lambda model, seed: model,
+    "random weights": untrained,
+    "trained embedding only": only_words,
+}
 
 
 # -- documents and their tokens --------------------------------------------------------------

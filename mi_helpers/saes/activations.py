@@ -119,6 +119,11 @@ class Activations:
         self._checked.add(index)
         return Shard(**({"target": None} | tensors))
 
+    @property
+    def tokens(self) -> Tensor:
+        """The token id of each row, (rows,)."""
+        return torch.cat([self.shard(index).tokens for index in range(len(self.sizes))])
+
     def locate(self, row: int) -> tuple[int, int]:
         """(shard, row in it) of a row."""
         if not 0 <= row < self.rows:

@@ -6,14 +6,13 @@
 
 An SAE predicts its own input; a transcoder reads one site and predicts another. They differ by
 `d_out` (and by the target they are trained on), and nothing that uses a coder has to ask which it
-is. Training is `sparse_step`; the files are `coder_files`.
+is. Its training is in `step`, its files are read and written by `files`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +54,13 @@ class SparseCoder(nn.Module):
         k: how many latents fire, for "topk" (per row) and "batchtopk" (on average).
         skip: add an affine path around a transcoder's latents.
         apply_b_dec_to_input: of an SAE: whether b_dec is subtracted from the input.
-        seed: of the random decoder rows; W_enc begins as their transpose in an SAE.
+        seed: of the random decoder rows; W_enc begins as their transpose in an SAE. The numbers
+            are the same on every device; `with torch.device(...)` chooses where they are made.
 
     Raises:
-        ValueError: what was given, what was expected, what to do; in one sentence.
+        ValueError: sizes, activation, k, skip or apply_b_dec_to_input that do not go together.
 
-    After Gao and others, "Scaling and evaluating sparse autoencoders" (2024), section 2.
+    Source: Gao and others 2024, "Scaling and evaluating sparse autoencoders", section 2.
     """
 
     def __init__(
@@ -73,7 +73,6 @@ class SparseCoder(nn.Module):
         skip: bool = False,
         apply_b_dec_to_input: bool | None = None,
         seed: int = 0,
-        device: torch.device | str | None = None,
     ):
         super().__init__()
         self.transcoder = d_out is not None
@@ -90,19 +89,19 @@ class SparseCoder(nn.Module):
         self.k = k if activation in ("topk", "batchtopk") else None
         self.apply_b_dec_to_input = apply_b_dec_to_input is not False and not self.transcoder
         generator = torch.Generator().manual_seed(seed)
-        W_dec = _unit_rows(d_latent, d_out, generator, device)
-        W_enc = _unit_rows(d_latent, d_in, generator, device) if self.transcoder else W_dec.clone()
+        W_dec = _unit_rows(d_latent, d_out, generator)
+        W_enc = _unit_rows(d_latent, d_in, generator) if self.transcoder else W_dec.clone()
         self.W_enc = nn.Parameter(W_enc.T)
-        self.b_enc = nn.Parameter(torch.zeros(d_latent, device=device))
+        self.b_enc = nn.Parameter(torch.zeros(d_latent))
         self.W_dec = nn.Parameter(W_dec)
-        self.b_dec = nn.Parameter(torch.zeros(d_out, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
         if activation in ("jumprelu", "batchtopk"):
             first = 0.001 if activation == "jumprelu" else 0.0
-            self.threshold = nn.Parameter(torch.full((d_latent,), first, device=device))
+            self.threshold = nn.Parameter(torch.full((d_latent,), first))
         if skip:
-            self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, device=device))
-        self.register_buffer("scale_in", torch.ones((), device=device))
-        self.register_buffer("scale_out", torch.ones((), device=device))
+            self.W_skip = nn.Parameter(torch.zeros(d_out, d_in))
+        self.register_buffer("scale_in", torch.ones(()))
+        self.register_buffer("scale_out", torch.ones(()))
         self.metadata: dict = {}  # what a file says about the coder beyond its numbers
 
     @property
@@ -271,21 +270,6 @@ class SparseCoder(nn.Module):
                 )
         return latents
 
-    # ---- files
-
-    def save(self, folder: Path | str) -> Path:
-        """Write the folded coder in SAELens' layout: see `coder_files.save`."""
-        from mi_helpers.saes import files as coder_files
-
-        return coder_files.save(self, folder)
-
-    @staticmethod
-    def load(source: Path | str, **options) -> SparseCoder:
-        """Read a folder, a file or a repository of the hub: see `coder_files.load`."""
-        from mi_helpers.saes import files as coder_files
-
-        return coder_files.load(source, **options)
-
 
 # --------------------------------------------------------------------------------- measures
 
@@ -299,6 +283,20 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> float:
     """
     x, x_hat = (t.detach().flatten(0, -2).double() for t in (x, x_hat))
     return float(1 - (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
+
+
+def shrinkage(x: Tensor, x_hat: Tensor) -> float:
+    """The length of x̂ relative to the best: Σ ‖x̂ - x̄‖² / Σ (x - x̄) · (x̂ - x̄), for rows (n, d).
+
+    1 where no factor would make the reconstruction better; below 1 where it is too short, as an L1
+    penalty makes it.
+
+    Source: Rajamanoharan and others 2024, "Improving Dictionary Learning with Gated Sparse
+    Autoencoders", relative reconstruction bias.
+    """
+    centre = x.mean(0)
+    x, x_hat = x - centre, x_hat - centre
+    return float((x_hat * x_hat).sum() / (x * x_hat).sum())
 
 
 @torch.no_grad()
@@ -343,11 +341,12 @@ def _unit_scale(x: Tensor) -> Tensor:
     return (square.rsqrt() if square > 0 else torch.ones_like(square)).float()
 
 
-def _unit_rows(n: int, d: int, generator: torch.Generator, device) -> Tensor:
-    """n random directions (n, d)."""
-    if device is not None and torch.device(device).type == "meta":
-        return torch.empty(n, d, device="meta")
-    return F.normalize(torch.randn(n, d, generator=generator), dim=1).to(device)
+def _unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:
+    """n random directions (n, d) on the default device; nothing is drawn on "meta"."""
+    device = torch.get_default_device()
+    if device.type == "meta":
+        return torch.empty(n, d)
+    return F.normalize(torch.randn(n, d, generator=generator, device="cpu"), dim=1).to(device)
 
 
 def _check_shape(d_in: int, d_latent: int, d_out: int, activation: str, k: int | None) -> None:

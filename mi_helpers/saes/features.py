@@ -23,7 +23,7 @@ from mi_helpers.files import RunError, load_tensors, save_tensors, write_atomica
 from mi_helpers.layouts import norm_gain
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes.activations import Activations, Shard
-from mi_helpers.saes.progress import Progress
+from mi_helpers.saes.progress import progress_bar
 from mi_helpers.saes.scores import Firings
 
 TOP, SAMPLE, BINS = 20, 100, 128
@@ -62,16 +62,10 @@ def chunks(held: Activations, size: int = 4_096) -> Iterator[tuple[int, Tensor, 
         piece_base += len(shard.document)
 
 
-def firings(held: Activations, coder, progress: bool = False) -> Firings:
-    """Every firing in the harvest, in memory: 12 bytes for each of rows × L0."""
-    check_coder(held, coder)
-    bar, parts = Progress("firings", held.rows, "rows", shown=progress), []
-    for first, x, _ in chunks(held):
-        row, latent, value = fires(coder, x)
-        parts.append((row + first, latent.astype(np.int32), value))
-        bar.to(first + len(x))
-    row, latent, value = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return Firings(row, latent, value, held.rows, coder.d_latent)
+def firings(coder, x: Tensor) -> Firings:
+    """Every firing of a coder on rows x (n, d_in): 12 bytes for each of n × L0."""
+    row, latent, value = fires(coder, x)
+    return Firings(row, latent, value, len(x), coder.d_latent)
 
 
 def check_coder(held: Activations, coder) -> None:
@@ -232,16 +226,16 @@ def collect(held: Activations, coder, progress: bool = False) -> Features:
     count, total = np.zeros(n, np.int64), np.zeros(n)
     histogram = np.zeros((n, BINS), np.int64)
     top, sample = Highest(n, TOP), Highest(n, SAMPLE)
-    bar = Progress("features", held.rows, "rows", shown=progress)
-    for first, x, piece in chunks(held):
-        row, latent, value = fires(coder, x)
-        count += np.bincount(latent, minlength=n)
-        total += np.bincount(latent, value, minlength=n)
-        cell = latent.astype(np.int64) * BINS + bin_of(value)
-        histogram += np.bincount(cell, minlength=n * BINS).reshape(n, BINS)
-        top.add(latent, value, row + first, value, piece[row])
-        sample.add(latent, scramble(latent, row + first), row + first, value)
-        bar.to(first + len(x))
+    with progress_bar("features", held.rows, "rows", shown=progress) as bar:
+        for first, x, piece in chunks(held):
+            row, latent, value = fires(coder, x)
+            count += np.bincount(latent, minlength=n)
+            total += np.bincount(latent, value, minlength=n)
+            cell = latent.astype(np.int64) * BINS + bin_of(value)
+            histogram += np.bincount(cell, minlength=n * BINS).reshape(n, BINS)
+            top.add(latent, value, row + first, value, piece[row])
+            sample.add(latent, scramble(latent, row + first), row + first, value)
+            bar.update(len(x))
     by_value = np.argsort(np.where(sample.row < 0, np.inf, -sample.value), axis=1, kind="stable")
     return Features(
         held.rows,
@@ -253,6 +247,18 @@ def collect(held: Activations, coder, progress: bool = False) -> Features:
         np.take_along_axis(sample.row, by_value, 1),
         np.take_along_axis(sample.value, by_value, 1),
     )
+
+
+def token_purity(features: Features, tokens: np.ndarray, least: int = 10) -> np.ndarray:
+    """Of each latent's highest firings, the share at the token that is commonest among them.
+
+    Args:
+        tokens: (rows,), the token of each row of the harvest.
+        least: latents with fewer of these firings are left out.
+    """
+    rows = [top[top >= 0] for top in features.top_row]
+    counts = [np.unique(tokens[top], return_counts=True)[1] for top in rows if len(top) >= least]
+    return np.array([count.max() / count.sum() for count in counts])
 
 
 # -------------------------------------------------------------------------------- contexts
@@ -400,7 +406,6 @@ def write_latents(
     writes = coder.d_out == model.d_model
     effects = extreme_logits(model, coder) if writes else None
     name = cache(lambda i: model.tokenizer.decode([i]))
-    bar = Progress("contexts", features.n_latents, "latents", shown=progress)
 
     def text(row: int) -> str:
         return str(context(held, row, name))
@@ -422,12 +427,13 @@ def write_latents(
             for key, (ids, values) in zip(("raises", "lowers"), effects, strict=True):
                 pairs = zip(ids[latent].tolist(), values[latent].tolist(), strict=True)
                 said[key] = [[name(i), round(v, 4)] for i, v in pairs]
-        bar.to(latent + 1)
         return said
 
     def write(to: Path) -> None:
-        with open(to, "w", encoding="utf-8") as file:
+        bar = progress_bar("contexts", features.n_latents, "latents", shown=progress)
+        with open(to, "w", encoding="utf-8") as file, bar:
             for latent in range(features.n_latents):
                 file.write(json.dumps(line(latent), ensure_ascii=False) + "\n")
+                bar.update()
 
     write_atomically(path, write)

@@ -6,7 +6,6 @@ explore(lambda latent: dashboard(page, latent), latent=(0, coder.d_latent - 1))
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -185,22 +184,3 @@ def firing_map(model: LanguageModel, coder, site: Key, text: str, n: int = 12) -
         form=".1f" if len(tokens) <= 16 else "",
         width=max(6.0, min(14.0, 3 + 0.55 * len(tokens))),
     )
-
-
-@plots.style()
-def frequencies(features: dict[str, Features]) -> Figure:
-    """How often latents fire: a histogram of log10 frequency per named set; dead ones in words."""
-    picture, axes = plots.figure(9, 4.2)
-    edges = np.linspace(-6, 0, 61)
-    for index, (name, each) in enumerate(features.items()):
-        alive = each.frequency[each.count > 0]
-        counts, _ = np.histogram(np.log10(alive), edges)
-        label = textwrap.shorten(f"{name} ({each.dead:.1%} never fire)", 60)
-        look = {
-            "color": plots.OKABE_ITO[index],
-            "linestyle": plots.DASHES[index % len(plots.DASHES)],
-        }
-        axes.stairs(counts, edges, label=label, linewidth=2, **look)
-    axes.set(xlabel="log10 of the share of tokens at which a latent fires", ylabel="latents")
-    axes.legend()
-    return picture

@@ -1,8 +1,8 @@
-"""Reading and writing sparse coders in the field's own file formats. Nothing is unpickled.
+"""Read and write sparse coders in the field's own file formats. Nothing is unpickled.
 
-    coder = load("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
-    coder = load("runs/demo/coder")
-    save(coder, "runs/demo/coder")
+    coder = load_coder("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82")
+    coder = load_coder("runs/demo/coder")
+    save_coder(coder, "runs/demo/coder")
 
     SAELens          cfg.json + sae_weights.safetensors, read and written
     Gemma Scope      params.npz: residual, MLP and attention SAEs, transcoders
@@ -58,15 +58,18 @@ _ACTIVATION = {
 # ------------------------------------------------------------------------------------- writing
 
 
-def save(coder: SparseCoder, folder: Path | str, **metadata) -> Path:
+def save_coder(coder: SparseCoder, folder: Path | str, **metadata) -> Path:
     """Write the folded coder to `folder` in SAELens' layout, each file whole or not at all.
 
-    SAELens reads it, except a TopK transcoder, which it has no class for. A BatchTopK coder is
+    SAELens reads it, except a TopK transcoder, for which it has no class. A BatchTopK coder is
     written as the JumpReLU coder that it is after training.
 
     Args:
         metadata: JSON-able facts for cfg.json, such as model_name and hook_name; they are added to
             `coder.metadata`.
+
+    Returns:
+        the folder.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written.
@@ -108,23 +111,23 @@ def _metadata(coder: SparseCoder, added: dict) -> dict:
 # ------------------------------------------------------------------------------------- reading
 
 
-def load(
+def load_coder(
     source: Path | str, folder: str = "", transcoder: bool | None = None, k: int | None = None
 ) -> SparseCoder:
     """A coder from a local folder or file, or from a repository of the Hugging Face hub.
 
     Args:
         source: a local path, or a repository such as "google/gemma-scope-2b-pt-res".
-        folder: the coder's folder inside of it, or its file ("layer_3.safetensors").
-        transcoder: what a Gemma Scope file is, which does not say; None goes by the word
-            "transcoder" in the path.
-        k: of a circuit-tracer file of TopK, where its own config.yaml has it and the file has not.
+        folder: the coder's folder inside `source`, or its file ("layer_3.safetensors").
+        transcoder: whether a Gemma Scope file is a transcoder, which the file does not say; None
+            looks for the word "transcoder" in the path.
+        k: for a circuit-tracer file of TopK, whose k is in its config.yaml and not in the file.
 
     Returns:
         the coder in float32 on the CPU; `coder.metadata` holds what the file says about it.
 
     Raises:
-        ModelError: what is missing, unreadable or not understood; in one sentence.
+        ModelError: something is missing, unreadable or not understood.
     """
     source = str(source)
     name = "/".join(part for part in (source.rstrip("/"), folder.strip("/")) if part)
@@ -137,7 +140,7 @@ def load(
 
 
 def _reader(path: Path) -> Callable[[Path, str, bool, int | None], SparseCoder]:
-    """How to read a file, by its name: a function of path, name for errors, transcoder and k."""
+    """The reader of a file, by its name: a function of path, name for errors, transcoder, k."""
     readers = {WEIGHTS: _sae_lens, SPARSIFY: _sparsify, SCOPE2: _gemma_scope_2}
     if path.suffix == ".npz":
         return _gemma_scope
@@ -197,7 +200,7 @@ def _modern(config: dict) -> dict:
 
 
 def _scale_latents(tensors: dict[str, Tensor]) -> None:
-    """Latents in units of their decoder rows' norm: what `rescale_acts_by_decoder_norm` means."""
+    """Rescale latents by their decoder rows' norm, as `rescale_acts_by_decoder_norm` means."""
     norm = tensors["W_dec"].norm(dim=1)
     tensors["W_dec"] = tensors["W_dec"] / norm[:, None]
     for key in ("W_enc", "b_enc"):
@@ -292,34 +295,38 @@ def build(
     d_out = tensors["W_dec"].shape[1]
     transcoder = transcoder or d_in != d_out
     try:
-        coder = SparseCoder(
-            d_in,
-            d_latent,
-            d_out if transcoder else None,
-            activation=activation,
-            k=k,
-            skip="W_skip" in tensors,
-            apply_b_dec_to_input=apply_b_dec_to_input and not transcoder,
-            device="meta",
-        )
+        with torch.device("meta"):
+            coder = SparseCoder(
+                d_in,
+                d_latent,
+                d_out if transcoder else None,
+                activation=activation,
+                k=k,
+                skip="W_skip" in tensors,
+                apply_b_dec_to_input=apply_b_dec_to_input and not transcoder,
+            )
     except ValueError as error:
         raise ModelError(f"{name} cannot be read: {error}") from None
     for key, parameter in list(coder.named_parameters()):
-        tensor = tensors[key].float()
-        if tensor.shape != parameter.shape:
-            raise ModelError(
-                f"{name} has {key} of shape {tuple(tensor.shape)}, expected "
-                f"{tuple(parameter.shape)}, as W_enc is {(d_in, d_latent)} and W_dec "
-                f"{tuple(tensors['W_dec'].shape)}."
-            )
-        if not torch.isfinite(tensor).all():
-            raise ModelError(f"{name} has NaN or infinity in {key}: its file is damaged.")
-        if key == "W_enc":  # one latent's numbers side by side
-            tensor = tensor.T.contiguous().T
-        setattr(coder, key, nn.Parameter(tensor))
+        setattr(coder, key, _parameter(key, parameter.shape, tensors, name))
     coder.scale_in, coder.scale_out = torch.ones(()), torch.ones(())
     coder.metadata = dict(metadata or {})
     return coder
+
+
+def _parameter(key: str, shape: torch.Size, tensors: dict[str, Tensor], name: str) -> nn.Parameter:
+    """The tensor of this key as a float32 parameter; ModelError unless it fits and is finite."""
+    tensor = tensors[key].float()
+    if tensor.shape != shape:
+        raise ModelError(
+            f"{name} has {key} of shape {tuple(tensor.shape)}, expected {tuple(shape)}, as W_enc "
+            f"is {tuple(tensors['W_enc'].shape)} and W_dec {tuple(tensors['W_dec'].shape)}."
+        )
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"{name} has NaN or infinity in {key}: its file is damaged.")
+    if key == "W_enc":  # one latent's numbers side by side
+        tensor = tensor.T.contiguous().T
+    return nn.Parameter(tensor)
 
 
 def _need(tensors: dict, names: tuple[str, ...] | list[str], source: str) -> None:

@@ -1,11 +1,12 @@
-"""Activations of a model on text, to disk: `harvest` writes what `activations` reads.
+"""The activations of a model on text, to disk: `harvest` writes what `activations` reads.
 
-    source = open_source("tinyworld")
-    held = harvest(load_model(), source, "runs/demo/harvest", ("resid_post", 3), tokens=200_000)
+    config = HarvestConfig(("resid_post", 3), tokens=200_000)
+    held = harvest(load_model(), open_source("tinyworld"), "runs/demo/harvest", config)
 
-The model is run up to the hooked layer only. A text longer than the context is cut into pieces;
-each piece starts with BOS, whose activation is left out, as are positions whose norm is an outlier.
-Killed at any moment and run again, the harvest goes on, and ends with the same bytes.
+The model is run only up to the last layer that is read. A text longer than the context is cut into
+pieces; each piece starts with BOS, whose activation is left out, as are positions whose norm is an
+outlier. A harvest that is killed at any moment continues when it is run again, and ends with the
+same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,18 +35,47 @@ from mi_helpers.layouts import Key, ModelError
 from mi_helpers.models import LanguageModel, checked_site, read_sites, site_width
 from mi_helpers.saes.activations import FORMAT, MANIFEST, Activations, site_name
 from mi_helpers.saes.processes import ALONE, Processes
-from mi_helpers.saes.progress import Progress
+from mi_helpers.saes.progress import progress_bar
 from mi_helpers.saes.sources import Source
 
 PLAN = "plan.json"
-OUTLIER = 10.0  # times the median norm
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """Which activations are harvested, and of how much text.
+
+    Args:
+        site: (name, layer) of `models.SITES`, or ("ln2_normalized", layer): the MLP's input without
+            the norm's gain, which Gemma Scope's transcoders read.
+        target: the site that a transcoder predicts; None for an SAE.
+        tokens: of text, BOS not counted.
+        context: longest piece of text that the model reads at once, BOS included.
+        shard_tokens: tokens per shard, which is the most that a kill costs.
+        batch_tokens: tokens per run of the model, padding included.
+        outlier: positions whose norm is above this times their shard's median are left out.
+    """
+
+    site: Key
+    target: Key | None = None
+    tokens: int = 200_000
+    context: int = 128
+    shard_tokens: int = 8_192
+    batch_tokens: int = 4_096
+    outlier: float = 10.0
+
+    @property
+    def sites(self) -> list[Key]:
+        """The site, and the target where there is one."""
+        return [self.site] if self.target is None else [self.site, self.target]
+
 
 # ---------------------------------------------------------------------------------- text in pieces
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`ids` (without BOS) are tokens offset, offset + 1, … of text number `document`."""
+    """Tokens offset, offset + 1, … of text number `document`: their `ids`, without BOS."""
 
     document: int
     offset: int
@@ -70,7 +100,11 @@ def pieces(
     document: int = 0,
     offset: int = 0,
 ) -> Iterator[Piece]:
-    """The source's texts in pieces of at most `room` tokens, from a token of a document on."""
+    """The source's texts in pieces of at most `room` tokens.
+
+    Args:
+        document, offset: the text and the token in it with which to begin.
+    """
     texts = source.texts(document)
     while batch := list(itertools.islice(texts, 256)):
         for ids in encode(batch):
@@ -80,7 +114,7 @@ def pieces(
 
 
 def batches(lengths: list[int], most: int) -> Iterator[list[int]]:
-    """Indices of texts in batches of similar length, at most `most` tokens each with padding."""
+    """Indices of texts of similar length, in batches of at most `most` tokens with padding."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batch: list[int] = []
     for i in order:
@@ -96,8 +130,7 @@ def batches(lengths: list[int], most: int) -> Iterator[list[int]]:
 
 
 def model_identity(model: LanguageModel) -> dict:
-    """What tells one model from another: its name, its shape, and a checksum over the beginning of
-    every parameter."""
+    """What tells models apart: name, shape, and a checksum over 64 numbers of each parameter."""
     digest = hashlib.sha256()
     for name, parameter in model.hf.named_parameters():
         first = parameter.detach().reshape(-1)[:64].float().cpu().numpy()
@@ -113,7 +146,11 @@ def model_identity(model: LanguageModel) -> dict:
 
 
 def check_model(held: Activations, model: LanguageModel) -> None:
-    """RunError when the harvest is not of this model."""
+    """Check that a harvest is of this model.
+
+    Raises:
+        RunError: it is of another one, or of other weights.
+    """
     of, here = held.manifest["model"], model_identity(model)
     if of["sha256"] != here["sha256"]:
         what = "other weights" if of["name"] == here["name"] else f"the model {of['name']}"
@@ -140,7 +177,7 @@ class Harvester:
         return self.folder / f"shard-{shard:05}.safetensors"
 
     def about(self, shard: int, check: bool = True) -> dict | None:
-        """What a shard on disk says of itself; None where it has to be made (anew)."""
+        """What a shard on disk says about itself; None where it has to be made, or made again."""
         path = self.path(shard)
         if not path.exists():
             return None
@@ -157,7 +194,7 @@ class Harvester:
         return about
 
     def take(self, cursor: tuple[int, int], left: int) -> list[Piece]:
-        """The pieces of one shard, from a (document, token) on: at most `left` tokens."""
+        """The pieces of the shard that begins at a (document, token): at most `left` tokens."""
         if self._at != cursor:
             room = self.plan["context"] - len(self.bos)
             self._stream = pieces(self.source, self.encode, room, *cursor)
@@ -172,7 +209,7 @@ class Harvester:
         return taken
 
     def run(self, taken: list[Piece]) -> list[Tensor]:
-        """Each site's activations of all tokens of the pieces in order, (tokens, width), bf16."""
+        """Each site's activations at all tokens of the pieces in order, (tokens, width), bf16."""
         lengths = [len(piece.ids) for piece in taken]
         first = [0, *itertools.accumulate(lengths)]
         widths = [site_width(self.model, site) for site in self.sites]
@@ -227,26 +264,28 @@ class Harvester:
         save_tensors(self.path(shard), tensors, about)
 
     def shards(self, processes: Processes, progress: bool) -> int:
-        """Make the shards that are missing and that are this process's; how many there are.
+        """Make this process's shards where they are missing; the number of all shards.
 
-        Every process reads the whole text, which costs little, so all agree on what each shard is.
+        Every process reads the whole text, which costs little, so that all agree on what is in each
+        shard.
         """
         cursor, done, shard = (0, 0), 0, 0
-        bar = Progress("harvest", self.plan["tokens"], "tokens", 0, progress and processes.first)
-        while done < self.plan["tokens"]:
-            own = shard % processes.size == processes.rank
-            about = self.about(shard, check=own) if own or self._at != cursor else None
-            if about is None:
-                taken = self.take(cursor, self.plan["tokens"] - done)
-                if not taken:
-                    break
-                count, cursor = sum(len(piece.ids) for piece in taken), self._at
-                if own:
-                    self.make(shard, taken)
-            else:
-                count, cursor = about["tokens"], tuple(about["next"])
-            done, shard = done + count, shard + 1
-            bar.to(done)
+        shown = progress and processes.first
+        with progress_bar("harvest", self.plan["tokens"], "tokens", shown=shown) as bar:
+            while done < self.plan["tokens"]:
+                own = shard % processes.size == processes.rank
+                about = self.about(shard, check=own) if own or self._at != cursor else None
+                if about is None:
+                    taken = self.take(cursor, self.plan["tokens"] - done)
+                    if not taken:
+                        break
+                    count, cursor = sum(len(piece.ids) for piece in taken), self._at
+                    if own:
+                        self.make(shard, taken)
+                else:
+                    count, cursor = about["tokens"], tuple(about["next"])
+                done, shard = done + count, shard + 1
+                bar.update(count)
         return shard
 
 
@@ -254,58 +293,33 @@ def harvest(
     model: LanguageModel,
     source: Source,
     folder: Path | str,
-    site: Key,
-    target: Key | None = None,
+    config: HarvestConfig,
     *,
-    tokens: int = 200_000,
-    context: int = 128,
-    shard_tokens: int = 8_192,
-    batch_tokens: int = 4_096,
-    outlier: float = OUTLIER,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> Activations:
-    """Activations at `site` (and `target`, for a transcoder) of `tokens` tokens, as bf16 shards.
+    """The activations of a model on text, written to `folder` as shards in bfloat16.
 
     Args:
-        site: (name, layer) of `models.SITES`, or ("ln2_normalized", layer): the MLP's input without
-            the norm's gain, which Gemma Scope's transcoders read.
-        context: longest piece of text that the model reads at once, BOS included.
-        shard_tokens: tokens per shard, which is what a kill costs at most.
-        batch_tokens: tokens per run of the model, padding included.
-        outlier: positions whose norm is above this times their shard's median are left out.
+        folder: where the shards are, or will be; what is already there is not made again.
+        config: which activations, and of how much text.
+        processes: the processes that share the shards.
+        progress: whether a progress bar is shown.
 
     Raises:
-        RunError: the folder holds another harvest; the disk is full; activations are not finite.
-        ModelError, SourceError: what cannot be read.
+        RunError: the folder holds another harvest, the disk is full, or activations are not finite.
+        ModelError, SourceError: the model or the text cannot be read.
     """
     folder = Path(folder)
-    widths = [site_width(model, each) for each in (site, target) if each is not None]
-    encoder(model)
-    numbers = {"tokens": tokens, "shard_tokens": shard_tokens, "batch_tokens": batch_tokens}
-    for name, value in numbers.items():
-        if value < 1:
-            raise RunError(f"{name} is {value}: it has to be 1 or more.")
-    if not 2 <= context <= model.n_ctx:
-        raise RunError(f"The context is {context}: {model.name} reads 2 to {model.n_ctx} tokens.")
-    site, target = (each and checked_site(model, each) for each in (site, target))
-    plan = {
-        "model": model_identity(model),
-        "source": list(site),
-        "target": list(target) if target else None,
-        "text": source.identity(),
-        "tokens": tokens,
-        "context": context,
-        "shard_tokens": shard_tokens,
-        "batch_tokens": batch_tokens,
-        "outlier": outlier,
-    }
+    config = checked_config(model, config)
+    plan = plan_of(model, source, config)
+    widths = [site_width(model, site) for site in config.sites]
     begun = (folder / MANIFEST).exists()
     if not begun and not any(t.strip() for t in itertools.islice(source.texts(), 1_000)):
         raise RunError(f"{source.name} has no text: its first texts are empty.")
     keep_plan(folder, plan, processes)
     there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
-    need_space(folder, 1.02 * tokens * (2 * sum(widths) + 12) - there, "The harvest")
+    need_space(folder, 1.02 * config.tokens * (2 * sum(widths) + 12) - there, "The harvest")
     harvester = Harvester(model, source, folder, plan)
     count = harvester.shards(processes, progress)
     processes.wait()
@@ -315,8 +329,48 @@ def harvest(
     return Activations.open(folder)
 
 
+def checked_config(model: LanguageModel, config: HarvestConfig) -> HarvestConfig:
+    """The configuration with its layers counted from the first.
+
+    Raises:
+        RunError: a number below 1, or a context that the model cannot read.
+        ModelError: there is no such site, or the model has no tokenizer.
+    """
+    for site in config.sites:
+        site_width(model, site)
+    encoder(model)
+    for name in ("tokens", "shard_tokens", "batch_tokens"):
+        if getattr(config, name) < 1:
+            raise RunError(f"{name} is {getattr(config, name)}: it has to be 1 or more.")
+    if not 2 <= config.context <= model.n_ctx:
+        raise RunError(
+            f"The context is {config.context}: {model.name} reads 2 to {model.n_ctx} tokens."
+        )
+    target = config.target and checked_site(model, config.target)
+    return replace(config, site=checked_site(model, config.site), target=target)
+
+
+def plan_of(model: LanguageModel, source: Source, config: HarvestConfig) -> dict:
+    """All that a harvest's numbers depend on, as in its plan.json."""
+    return {
+        "model": model_identity(model),
+        "source": list(config.site),
+        "target": list(config.target) if config.target else None,
+        "text": source.identity(),
+        "tokens": config.tokens,
+        "context": config.context,
+        "shard_tokens": config.shard_tokens,
+        "batch_tokens": config.batch_tokens,
+        "outlier": config.outlier,
+    }
+
+
 def keep_plan(folder: Path, plan: dict, processes: Processes) -> None:
-    """Write what this folder is a harvest of, or check that it is the same as before."""
+    """Write what this folder is a harvest of, or check that it is the same as before.
+
+    Raises:
+        RunError: the folder holds a harvest with another setting.
+    """
     if (folder / PLAN).exists():
         before = read_json(folder / PLAN)
         differ = [key for key in plan if json.loads(json.dumps(plan[key])) != before.get(key)]
@@ -335,7 +389,7 @@ def keep_plan(folder: Path, plan: dict, processes: Processes) -> None:
 
 
 def write_manifest(harvester: Harvester, count: int, widths: list[int]) -> None:
-    """The manifest, last: from now on the harvest is complete."""
+    """Write the manifest, with which the harvest is complete."""
     plan, shards, norms = harvester.plan, [], []
     left_out = {"bos": 0, "outliers": 0}
     for index in range(count):

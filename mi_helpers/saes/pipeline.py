@@ -4,9 +4,9 @@
     python -m mi_helpers run --config config/gemma_2_2b.toml --dry-run      # hours, memory, disk
     torchrun --nproc-per-node 2 -m mi_helpers run --folder runs/two
 
-Each stage leaves files in --folder which the next one reads. A stage that was killed goes on from
-where it was, when the same command is given again. Settings come from a TOML file (`key = value`,
-the keys named as the options are, with "_" for "-") and from options, which win.
+Each stage leaves files in --folder, which the next one reads. A stage that was killed continues
+from where it was when the same command is given again. Settings come from a TOML file (`key =
+value`; the keys are the options' names, with "_" for "-") and from options, which win.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import difflib
 import os
 import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,27 +29,26 @@ from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel, site_width
 from mi_helpers.saes import estimate, processes
 from mi_helpers.saes.activations import GIB, Activations
-from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.features import FILE, collect, write_latents
-from mi_helpers.saes.harvest import check_model, harvest
+from mi_helpers.saes.files import load_coder
+from mi_helpers.saes.harvest import HarvestConfig, check_model, harvest
 from mi_helpers.saes.processes import Processes
 from mi_helpers.saes.report import as_markdown, report
 from mi_helpers.saes.sources import open_source
-from mi_helpers.saes.training import CODER, PRODUCTS, Recipe, check_recipe, train
-from mi_helpers.tinyworld.__main__ import Parser
+from mi_helpers.saes.training import CODER, PRODUCTS, TrainConfig, check_config, train
 
 HARVEST = "harvest"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 def setting(default, about: str, *only: str):
-    """A field with its help; `only` lists the values that it may have."""
+    """A field with its help; `only` lists its possible values, if not any will do."""
     return dataclasses.field(default=default, metadata={"help": about, "only": only})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run can be told; see `--help`."""
+    """All settings of a run; `--help` shows them with their defaults."""
 
     folder: str = setting("runs/demo", "where the run's files are")
     model: str = setting("", "a name, a folder, or of the hub; default: MI_MODEL, else tiny-gemma")
@@ -94,7 +94,7 @@ class Settings:
         return self.model or os.environ.get("MI_MODEL") or "tiny-gemma"
 
     def sites(self, n_layers: int) -> tuple[Key, Key | None]:
-        """What is read and what is predicted (None: the same)."""
+        """The site that is read, and the one that is predicted (None: the same)."""
         layer = n_layers // 2 if self.layer < 0 else self.layer
         alone = ("embed", "resid_final")
         first = (self.site, None if self.site in alone else layer)
@@ -102,21 +102,26 @@ class Settings:
             return first, None
         return first, (self.target, None if self.target in alone else layer)
 
-    def recipe(self, d_in: int) -> Recipe:
+    def harvest(self, n_layers: int) -> HarvestConfig:
+        """What is harvested from a model of so many layers."""
+        site, target = self.sites(n_layers)
+        return HarvestConfig(**self._fields(HarvestConfig) | {"site": site, "target": target})
+
+    def training(self, d_in: int) -> TrainConfig:
         """What is trained, on sites of this width."""
-        own = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(Recipe)
-            if hasattr(self, f.name)
-        }
-        return Recipe(**own | {"latents": self.latents or 8 * d_in})
+        return TrainConfig(**self._fields(TrainConfig) | {"latents": self.latents or 8 * d_in})
+
+    def _fields(self, kind: type) -> dict:
+        """The settings that are fields of another configuration."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
 
 
 def read_settings(given: dict, config: Path | None) -> Settings:
-    """Settings of a TOML file, then those `given`.
+    """The settings of a TOML file, overridden by those `given`.
 
     Raises:
-        RunError: no such file, not TOML, an unknown key, a value of the wrong kind.
+        RunError: there is no such file, it is not TOML, or it has an unknown key or a value of the
+            wrong kind.
     """
     found: dict = {}
     if config is not None:
@@ -168,24 +173,12 @@ class Pipeline:
         return Activations.open(self.settings.path / HARVEST)
 
     def harvest(self) -> None:
-        """Activations to disk."""
+        """Write a model's activations on text to disk."""
         s = self.settings
         source = open_source(s.text, s.seed, s.column)
-        site, target = s.sites(self.model.n_layers)
-        self.recipe_fits(site_width(self.model, site))
-        held = harvest(
-            self.model,
-            source,
-            s.path / HARVEST,
-            site,
-            target,
-            tokens=s.tokens,
-            context=s.context,
-            shard_tokens=s.shard_tokens,
-            batch_tokens=s.batch_tokens,
-            outlier=s.outlier,
-            processes=self.group,
-        )
+        config = s.harvest(self.model.n_layers)
+        self.check_training(site_width(self.model, config.site))
+        held = harvest(self.model, source, s.path / HARVEST, config, processes=self.group)
         left = held.manifest["left_out"]
         ended = "" if held.manifest["tokens"] == s.tokens else "; the text ended there"
         self.say(
@@ -193,30 +186,30 @@ class Pipeline:
             f"{left['outliers']:,} outliers."
         )
 
-    def recipe_fits(self, d_in: int) -> None:
-        """Say now what the training would say after the harvest."""
-        recipe = self.settings.recipe(d_in)
-        check_recipe(recipe, self.group)
-        if recipe.activation in ("topk", "batchtopk") and not 1 <= recipe.k <= recipe.latents:
+    def check_training(self, d_in: int) -> None:
+        """Raise now what the training would raise after the harvest."""
+        config = self.settings.training(d_in)
+        check_config(config, self.group)
+        if config.activation in ("topk", "batchtopk") and not 1 <= config.k <= config.latents:
             raise RunError(
-                f"k is {recipe.k}, and the dictionary has {recipe.latents} latents: choose 1 to "
-                f"{recipe.latents}."
+                f"k is {config.k}, and the dictionary has {config.latents} latents: choose 1 to "
+                f"{config.latents}."
             )
-        if self.settings.tokens < recipe.batch:
+        if self.settings.tokens < config.batch:
             raise RunError(
-                f"{self.settings.tokens:,} tokens are fewer than one batch of {recipe.batch:,}: "
+                f"{self.settings.tokens:,} tokens are fewer than one batch of {config.batch:,}: "
                 "harvest more, or choose a smaller --batch."
             )
 
     def train(self) -> None:
-        """The coder, from the harvest."""
+        """Train a coder on the harvest."""
         held = self.held
-        recipe = self.settings.recipe(held.d_in)
-        coder = train(held, self.settings.path, recipe, processes=self.group)
+        config = self.settings.training(held.d_in)
+        coder = train(held, self.settings.path, config, processes=self.group)
         self.say(f"{coder} is in {self.settings.path / CODER}.")
 
     def report(self) -> None:
-        """Numbers and curves."""
+        """Write report.json, report.md and curves.png about the trained coder."""
         if self.group.first:
             folder, tokens = self.settings.path, self.settings.loss_tokens
             numbers = report(folder / HARVEST, folder, self.model, tokens)
@@ -225,13 +218,13 @@ class Pipeline:
         self.group.wait()
 
     def features(self) -> None:
-        """What every latent is: numbers in features.safetensors, contexts in latents.jsonl."""
+        """Write what each latent is: features.safetensors and latents.jsonl, with contexts."""
         if self.group.first:
             folder, held = self.settings.path, self.held
             check_model(held, self.model)
             if not (folder / CODER).is_dir():
                 raise RunError(f"There is no coder in {folder}: run the training first.")
-            coder = SparseCoder.load(folder / CODER).to(self.group.device)
+            coder = load_coder(folder / CODER).to(self.group.device)
             found = collect(held, coder, progress=True)
             found.save(folder / FILE)
             write_latents(folder / "latents.jsonl", held, coder, found, self.model, progress=True)
@@ -242,56 +235,85 @@ class Pipeline:
         self.group.wait()
 
     def run(self) -> None:
-        """All stages."""
+        """Run all stages: harvest, train, report, features."""
         self.harvest()
         self._model = None  # training needs the memory, not the model
         self.train()
         self.report()
         self.features()
 
-    def dry_run(self, stages: list[str]) -> None:
-        """Time, memory and disk of the stages, measured here and now."""
+    def dry_run(self, stages: Sequence[str]) -> None:
+        """Print time, memory and disk of these stages, measured here and now."""
         s = self.settings
-        config = estimate.configuration(s.model_name)
-        dtype = DTYPES[s.dtype or str(config.dtype or "float32").removeprefix("torch.")]
-        source, target = s.sites(config.num_hidden_layers)
-        sites = [source] if target is None else [source, target]
-        cut = estimate.two_blocks(config, dtype)
-        widths = [site_width(cut, (n, None if layer is None else 1)) for n, layer in sites]
-        recipe, d_in, d_out = s.recipe(widths[0]), widths[0], widths[1] if target else None
-        self.recipe_fits(d_in)
-        made = []
-        if "harvest" in stages:
-            made.append(
-                estimate.harvest_stage(config, dtype, sites, s.tokens, s.context, s.batch_tokens)
-            )
-        if "train" in stages:
-            made.append(estimate.train_stage(recipe, d_in, d_out, s.tokens, self.group.size))
-        if "features" in stages:
-            made.append(estimate.features_stage(recipe, d_in, d_out, s.tokens))
-        names = f"{s.model_name}, {source[0]} {source[1]}" + (f" → {target[0]}" if target else "")
+        shape = estimate.configuration(s.model_name)
+        dtype = DTYPES[s.dtype or str(shape.dtype or "float32").removeprefix("torch.")]
+        plan = s.harvest(shape.num_hidden_layers)
+        cut = estimate.two_blocks(shape, dtype)
+        probe = [(name, None if layer is None else 1) for name, layer in plan.sites]
+        d_in, *d_out = (site_width(cut, site) for site in probe)
+        self.check_training(d_in)
+        training = s.training(d_in)
+        d_out = d_out[0] if d_out else None
+        made = {
+            "harvest": lambda: estimate.harvest_stage(shape, dtype, plan),
+            "train": lambda: estimate.train_stage(training, d_in, d_out, s.tokens, self.group.size),
+            "features": lambda: estimate.features_stage(training, d_in, d_out, s.tokens),
+        }
+        found = [make() for stage, make in made.items() if stage in stages]
+        names = f"{s.model_name}, {plan.site[0]} {plan.site[1]}"
+        names += f" → {plan.target[0]}" if plan.target else ""
         self.say(f"{names}, measured on this machine in {dtype}".replace("torch.", "") + ":")
-        self.say("\n".join(estimate.sentences(made, s.path)))
+        self.say("\n".join(estimate.sentences(found, s.path)))
 
     def say(self, text: str) -> None:
+        """Print, in the first process only."""
         if self.group.first:
             print(text, flush=True)
 
 
 STAGES = {
-    "harvest": ["harvest"],
-    "train": ["train"],
-    "report": [],
-    "features": ["features"],
-    "run": ["harvest", "train", "features"],
+    "harvest": ("harvest",),
+    "train": ("train",),
+    "report": ("report",),
+    "features": ("features",),
+    "run": ("harvest", "train", "report", "features"),
 }
 
 
-def parser(command: str) -> argparse.ArgumentParser:
-    """Options of a command: one per field of `Settings`."""
+def run_stage(stage: str, settings: Settings, dry_run: bool = False) -> None:
+    """Run a stage of `STAGES`, alone or with the other processes that torchrun started.
+
+    Args:
+        dry_run: print what it would take, and write nothing.
+
+    Raises:
+        RunError, ModelError, SourceError: what cannot be done, and what to do about it.
+    """
+    try:
+        pipeline = Pipeline(settings, processes.start(settings.device or None))
+        if dry_run:
+            pipeline.dry_run(STAGES[stage])
+        else:
+            getattr(pipeline, stage)()
+    finally:
+        processes.finish()
+
+
+# ----------------------------------------------------------------------------------- commands
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence."""
+
+    def error(self, message: str):
+        self.exit(2, f"{message[0].upper()}{message[1:]}{'' if message.endswith('?') else '.'}\n")
+
+
+def parser(stage: str) -> argparse.ArgumentParser:
+    """The options of a stage's command: one per field of `Settings`."""
     made = Parser(
-        prog=f"python -m mi_helpers {command}",
-        description=getattr(Pipeline, command).__doc__,
+        prog=f"python -m mi_helpers {stage}",
+        description=getattr(Pipeline, stage).__doc__,
         epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -310,40 +332,39 @@ def parser(command: str) -> argparse.ArgumentParser:
     return made
 
 
-def main(command: str, argv: list[str]) -> int:
-    """Run a stage, or estimate it; 2 for what cannot be done, in one sentence."""
-    given = vars(parser(command).parse_args(argv))
-    config, dry = given.pop("config"), given.pop("dry_run")
+def main(stage: str, argv: list[str]) -> int:
+    """`python -m mi_helpers STAGE …`: 2 for what cannot be done, in one sentence."""
+    given = vars(parser(stage).parse_args(argv))
+    config, dry_run = given.pop("config"), given.pop("dry_run")
     try:
         settings = read_settings({k: v for k, v in given.items() if v is not None}, config)
-        pipeline = Pipeline(settings, processes.start(settings.device or None))
-        if dry:
-            pipeline.dry_run(STAGES[command])
-        else:
-            getattr(pipeline, command)()
+        run_stage(stage, settings, dry_run)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    finally:
-        processes.finish()
     return 0
 
 
 def main_harvest(argv: list[str]) -> int:
+    """`python -m mi_helpers harvest …`."""
     return main("harvest", argv)
 
 
 def main_train(argv: list[str]) -> int:
+    """`python -m mi_helpers train …`."""
     return main("train", argv)
 
 
 def main_report(argv: list[str]) -> int:
+    """`python -m mi_helpers report …`."""
     return main("report", argv)
 
 
 def main_features(argv: list[str]) -> int:
+    """`python -m mi_helpers features …`."""
     return main("features", argv)
 
 
 def main_run(argv: list[str]) -> int:
+    """`python -m mi_helpers run …`."""
     return main("run", argv)

@@ -1,4 +1,4 @@
-"""What a trained coder is worth: its numbers on held-out text, and in the model's own hands.
+"""How good a trained coder is: on held-out text, and in the place of what it predicts.
 
 losses = spliced_losses(model, held, coder, texts)        # clean, spliced, zero, mean
 losses.recovered("zero")                                  # share of the loss that comes back
@@ -7,7 +7,7 @@ report("runs/demo/harvest", "runs/demo", model)           # report.json, report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from mi_helpers.layouts import NORMALIZED, Key, ModelError
 from mi_helpers.models import LanguageModel, site_reader
 from mi_helpers.saes.activations import Activations, site_name
 from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.files import load_coder
 from mi_helpers.saes.harvest import batches, check_model
 from mi_helpers.saes.processes import ALONE
 from mi_helpers.saes.progress import duration
@@ -29,7 +30,7 @@ from mi_helpers.saes.training import (
     LOG,
     RECIPE,
     SECONDS,
-    Recipe,
+    TrainConfig,
     dead_window,
     quality,
     read_log,
@@ -37,6 +38,7 @@ from mi_helpers.saes.training import (
 )
 
 LOGITS = 2**27  # numbers of logits that are computed at once
+Replacement = Callable[[Tensor, Tensor], Tensor]  # (source, target) -> what is passed on
 
 # ------------------------------------------------------------------------ splicing a coder in
 
@@ -46,15 +48,22 @@ def spliced(
     model: LanguageModel,
     source: Key,
     target: Key | None,
-    replace: Callable[[Tensor, Tensor], Tensor],
+    replace: Replacement,
     lead: int = 1,
     limit: float = float("inf"),
 ) -> Iterator[LanguageModel]:
-    """While it lasts, the model goes on with `replace(source, target)` at the target site.
+    """Inside, the model goes on with `replace(source, target)` at the target site.
 
-    Both are (batch, pos, width), heads side by side; target None means the source. The first `lead`
-    positions (BOS) stay as they are, and those whose source has a norm above `limit`: what a
-    harvest leaves out, no coder is trained on.
+    Source and target are (batch, pos, width), heads side by side.
+
+    Args:
+        target: None means the source.
+        lead: positions at the beginning that stay as they are: BOS, on which no coder is trained.
+        limit: positions whose source has a norm above it stay as they are, as a harvest leaves
+            them out.
+
+    Raises:
+        ModelError: the target is a site that the model does not pass on.
     """
     if target is None and source[0] == NORMALIZED:
         raise ModelError(f"{NORMALIZED!r} is not passed on by the model: splice a transcoder in.")
@@ -81,10 +90,14 @@ def spliced(
 
 @dataclass(frozen=True)
 class Losses:
-    """Summed -log p of n texts in nats, by what the site was replaced with; tokens (n,) predicted.
+    """Summed -log p of n texts in nats, (n,) each, by what the site was replaced with.
 
-    clean    nothing            spliced  the coder's prediction
-    zero     zeros              mean     the mean over the harvest
+    Args:
+        clean: nothing.
+        spliced: the coder's prediction.
+        zero: zeros.
+        mean: the mean over the harvest.
+        tokens: how many tokens of each text were predicted.
     """
 
     clean: Tensor
@@ -100,8 +113,13 @@ class Losses:
         return {name: float(getattr(self, name).sum()) / total for name in names}
 
     def recovered(self, against: str = "zero") -> float | None:
-        """(L_against - L_spliced) / (L_against - L_clean): 1 where the coder loses nothing, 0 where
-        it is no better than zeros (or the mean). None where that replacement does no harm."""
+        """(L_against - L_spliced) / (L_against - L_clean), or None where that divides by no harm.
+
+        1 where the coder loses nothing, 0 where it is no better than zeros (or the mean).
+
+        Args:
+            against: "zero" or "mean".
+        """
         loss = self.per_token()
         harm = loss[against] - loss["clean"]
         return (loss[against] - loss["spliced"]) / harm if harm > 0 else None
@@ -115,48 +133,80 @@ def spliced_losses(
     texts: list[list[int]],
     most: int = 4_096,
 ) -> Losses:
-    """The model's loss on texts (token ids without BOS) with the coder in it, and without.
+    """The model's losses on texts: as it is, and with the coder, zeros or the mean at the site.
 
-    most  tokens that are run at once, fewer where the vocabulary is large
+    Args:
+        texts: token ids without BOS.
+        most: tokens that are run at once; fewer where the vocabulary is large.
     """
-    bos = model.tokenizer.bos_token_id if model.tokenizer else None
-    lead = [] if bos is None else [bos]
-    limit = held.manifest["outlier"] * held.manifest["median_norm"]
     mean = held.slice(0, min(held.rows, 8_192))[1 if held.target else 0].mean(0)
-    ways: dict[str, Callable | None] = {
+    ways: dict[str, Replacement | None] = {
         "clean": None,
         "spliced": lambda source, target: predict(coder, source),
-        "zero": lambda source, target: torch.zeros_like(target),
+        "zero": zeros,
         "mean": lambda source, target: mean.to(target).expand_as(target),
     }
+    lead = len(bos_of(model))
+    tokens = torch.tensor([len(ids) + lead - 1 for ids in texts])
+    return Losses(**losses_replaced(model, held, texts, ways, most), tokens=tokens)
+
+
+@torch.no_grad()
+def losses_replaced(
+    model: LanguageModel,
+    held: Activations,
+    texts: list[list[int]],
+    ways: Mapping[str, Replacement | None],
+    most: int = 4_096,
+) -> dict[str, Tensor]:
+    """{way: summed -log p of each text in nats, (texts,)}, by what the site is replaced with.
+
+    Args:
+        held: the harvest whose sites are read and replaced, and which says what an outlier is.
+        texts: token ids without BOS.
+        ways: {name: replacement}; None leaves the model as it is.
+        most: tokens that are run at once; fewer where the vocabulary is large.
+    """
+    bos = bos_of(model)
+    limit = held.manifest["outlier"] * held.manifest["median_norm"]
     sums = {name: torch.zeros(len(texts), dtype=torch.float64) for name in ways}
-    lengths = [len(ids) + len(lead) for ids in texts]
-    tokens = torch.tensor([n - 1 for n in lengths])
+    lengths = [len(ids) + len(bos) for ids in texts]
     for batch in batches(lengths, max(1, min(most, LOGITS // model.d_vocab))):
         longest = max(lengths[i] for i in batch)
         if longest < 2:
             continue
-        ids = model.pad([lead + texts[i] for i in batch])
+        ids = model.pad([bos + texts[i] for i in batch])
         inside = torch.arange(1, longest) < torch.tensor([lengths[i] for i in batch])[:, None]
         for name, replace in ways.items():
             if replace is None:
                 loss = model.loss(ids)
             else:
-                with spliced(model, held.source, held.target, replace, len(lead), limit):
+                with spliced(model, held.source, held.target, replace, len(bos), limit):
                     loss = model.loss(ids)
             sums[name][batch] = (loss.cpu().double() * inside).sum(1)
-    return Losses(**sums, tokens=tokens)
+    return sums
+
+
+def bos_of(model: LanguageModel) -> list[int]:
+    """The id that a text begins with, or nothing."""
+    bos = model.tokenizer.bos_token_id if model.tokenizer else None
+    return [] if bos is None else [bos]
+
+
+def zeros(source: Tensor, target: Tensor) -> Tensor:
+    """The replacement that knows nothing."""
+    return torch.zeros_like(target)
 
 
 def predict(coder: SparseCoder, x: Tensor) -> Tensor:
-    """The coder's prediction of x (batch, pos, d_in), through its sparse form."""
+    """The coder's prediction from x (batch, pos, d_in), (batch, pos, d_out), by its sparse form."""
     rows = x.flatten(0, 1).to(coder.device, torch.float32)
     found = coder.decode_sparse(*coder.encode_sparse(rows), rows)
     return found.unflatten(0, x.shape[:2]).to(x.device)
 
 
 def held_out_texts(held: Activations, n_train: int, tokens: int) -> list[list[int]]:
-    """Token ids of whole pieces that lie behind row `n_train`, up to `tokens` tokens of them."""
+    """Token ids of whole pieces after row `n_train`, until there are `tokens` tokens."""
     texts: list[list[int]] = []
     total = 0
     for index, first in enumerate(held.first[:-1]):
@@ -184,20 +234,22 @@ def report(
     model: LanguageModel | None = None,
     tokens: int = 8_192,
 ) -> dict:
-    """Write report.json, report.md and curves.png into a run's folder; returns the numbers.
+    """Write report.json, report.md and curves.png into a run's folder; the numbers.
 
-    model   None leaves out the loss that is recovered
-    tokens  of held-out text on which that loss is measured
+    Args:
+        harvest, folder: of the harvest, and of the run that was trained on it.
+        model: None leaves out the loss recovered.
+        tokens: of held-out text on which that loss is measured.
 
     Raises:
-        RunError: the run is not finished; the harvest is not of this model.
+        RunError: the run is not finished, or the harvest is not of this model.
     """
     held, folder = Activations.open(harvest), Path(folder)
-    recipe = Recipe(
-        **{k: v for k, v in read_json(folder / RECIPE).items() if k in Recipe.__annotations__}
+    config = TrainConfig(
+        **{k: v for k, v in read_json(folder / RECIPE).items() if k in TrainConfig.__annotations__}
     )
-    coder = SparseCoder.load(folder / CODER)
-    log, n = read_log(folder / LOG), split(held, recipe, ALONE)
+    coder = load_coder(folder / CODER)
+    log, n = read_log(folder / LOG), split(held, config, ALONE)
     about = held.manifest
     numbers = {
         "model": about["model"]["name"],
@@ -207,12 +259,12 @@ def report(
         "left_out": about["left_out"],
         "rows_trained_on": n,
         "rows_held_out": held.rows - n,
-        "steps": recipe.steps,
-        "batch": recipe.batch,
+        "steps": config.steps,
+        "batch": config.batch,
         "latents": coder.d_latent,
         "activation": coder.activation,
         "dead": log[-1]["dead"],
-        "dead_window": dead_window(recipe, n),
+        "dead_window": dead_window(config, n),
         **quality(coder, *held.slice(n, held.rows)),
     }
     if model is not None:
@@ -230,7 +282,7 @@ def report(
 
 
 def as_markdown(numbers: dict, seconds: float | None = None) -> str:
-    """The report as a page: a table, and what each number means."""
+    """The report as Markdown: a table, and what each number means."""
     left = numbers["left_out"]
     rows = [
         ("model", numbers["model"]),
@@ -268,7 +320,7 @@ def as_markdown(numbers: dict, seconds: float | None = None) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share as per cent, or what it means that there is none."""
+    """A share in per cent, or why there is none."""
     return "no harm to recover from" if value is None else f"{value:.1%}"
 
 

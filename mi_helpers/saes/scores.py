@@ -28,18 +28,6 @@ class Firings:
     n_rows: int
     n_latents: int
 
-    def where(self, keep: np.ndarray) -> Firings:
-        """Only the rows of a mask (n_rows,), numbered anew."""
-        number = np.cumsum(keep) - 1
-        here = keep[self.row]
-        return Firings(
-            number[self.row[here]],
-            self.latent[here],
-            self.value[here],
-            int(keep.sum()),
-            self.n_latents,
-        )
-
 
 @dataclass(frozen=True)
 class Scores:

@@ -1,9 +1,12 @@
-"""Train a sparse coder on a harvest: `train` goes on from its last checkpoint when it was killed.
+"""Train a sparse coder on a harvest, or on rows in memory.
 
-    coder = train(Activations.open("runs/demo/harvest"), "runs/demo", Recipe(latents=1_152, k=16))
+    config = TrainConfig(latents=1_152, k=16)
+    coder = train(Activations.open("runs/demo/harvest"), "runs/demo", config)
+    coder = fit(x, config)                      # rows x (n, d_in) in memory, no files
 
-A run's folder holds `recipe.json` (what is trained, and on what), `log.csv`, while it lasts
-`checkpoint.safetensors`, and at the end `coder/`, in SAELens' layout.
+`train` continues from its last checkpoint when it was killed. A run's folder holds `recipe.json`
+(what is trained, and on what), `log.csv`, `checkpoint.safetensors` until the run is complete, and
+then `coder/`, in SAELens' layout.
 """
 
 from __future__ import annotations
@@ -34,13 +37,13 @@ from mi_helpers.files import (
     write_text,
 )
 from mi_helpers.layouts import hook_name
-from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.activations import GIB, Activations, Shuffled, site_name
 from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.files import load_coder, save_coder
 from mi_helpers.saes.processes import ALONE, Processes
 from mi_helpers.saes.products import Products, quickest
-from mi_helpers.saes.progress import Progress
-from mi_helpers.saes.step import SparseStep
+from mi_helpers.saes.progress import progress_bar
+from mi_helpers.saes.step import SparseStep, StepConfig
 
 RECIPE, LOG, CHECKPOINT, CODER, SECONDS = (
     "recipe.json",
@@ -57,19 +60,23 @@ PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is trained.
+class TrainConfig:
+    """What is trained, and how.
 
-    latents, k, activation, skip   the coder's: see `coders.SparseCoder`
-    products               how to multiply: "measured", once, what is fastest here; or a choice
-    sparsity               the penalty's coefficient, of relu and jumprelu: see `SparseStep`
-    dead_after             tokens without firing after which a latent is dead, and AuxK revives it
-    batch, steps           rows per step over all processes, and how many steps
-    rate                   peak learning rate; 0 means `peak_rate(latents)`
-    warm_up, decay         shares of the steps with a rising and with a falling rate
-    held_out               rows at the end of the text that are not trained on, at most a tenth
-    log_every, save_every  steps between rows of the log, and between checkpoints
-    memory                 bytes of activations in memory, per process
+    Args:
+        latents, k, activation, skip: the coder's, see `coder.SparseCoder`.
+        products: how to multiply: "measured" times the choices once and keeps the fastest;
+            "float32", "bfloat16" and "int8" are choices.
+        sparsity: coefficient of the penalty, for relu and jumprelu; see `step.SparseStep`.
+        dead_after: tokens without firing after which a latent is dead, and AuxK revives it.
+        batch: rows per step, over all processes.
+        steps: how many steps.
+        rate: peak learning rate; 0 means `peak_rate(latents)`.
+        warm_up, decay: shares of the steps in which the rate rises and falls.
+        held_out: rows at the end of the text that are not trained on, at most a tenth of all.
+        log_every, save_every: steps between rows of the log, and between checkpoints.
+        seed: of the initial weights and of the order of the rows.
+        memory: bytes of activations in memory, per process.
     """
 
     latents: int
@@ -90,86 +97,106 @@ class Recipe:
     seed: int = 0
     memory: int = 2 * GIB
 
+    def step(self, dead_after: int | None = None) -> StepConfig:
+        """The settings of a training step."""
+        dead_after = self.dead_after if dead_after is None else dead_after
+        return StepConfig(dead_after=dead_after, sparsity=self.sparsity)
+
 
 def peak_rate(latents: int) -> float:
     """The rule for the learning rate: 8e-3 up to 4,096 latents, then falling with 1/√latents."""
     return 8e-3 * min(1.0, math.sqrt(4_096 / latents))
 
 
-def new_coder(held: Activations, recipe: Recipe, device=None) -> SparseCoder:
-    """The recipe's coder, untrained; ValueError for what cannot be, such as k > latents."""
+def new_coder(config: TrainConfig, d_in: int, d_out: int | None = None) -> SparseCoder:
+    """The coder of `config`, untrained: an SAE, or with `d_out` a transcoder.
+
+    Raises:
+        ValueError: what cannot be, such as k > latents.
+    """
     return SparseCoder(
-        held.d_in,
-        recipe.latents,
-        held.d_out if held.target else None,
-        activation=recipe.activation,
-        k=recipe.k,
-        skip=recipe.skip,
-        seed=recipe.seed,
-        device=device,
+        d_in,
+        config.latents,
+        d_out,
+        activation=config.activation,
+        k=config.k,
+        skip=config.skip,
+        seed=config.seed,
     )
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """The rate of step 0, 1, …: a linear warm-up, the peak, a linear decay to nearly 0."""
-    peak = recipe.rate or peak_rate(recipe.latents)
-    rise = max(1.0, recipe.warm_up * recipe.steps)
-    fall = max(1.0, recipe.decay * recipe.steps)
-    return peak * min(1.0, (step + 1) / rise, (recipe.steps - step) / fall)
+def coder_for(held: Activations, config: TrainConfig) -> SparseCoder:
+    """`new_coder` of the widths of a harvest."""
+    return new_coder(config, held.d_in, held.d_out if held.target else None)
 
 
-def check_recipe(recipe: Recipe, processes: Processes = ALONE) -> None:
-    """What can be said of a recipe before there is a harvest.
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of step 0, 1, …: a linear rise, the peak, a linear fall to nearly 0."""
+    peak = config.rate or peak_rate(config.latents)
+    rise = max(1.0, config.warm_up * config.steps)
+    fall = max(1.0, config.decay * config.steps)
+    return peak * min(1.0, (step + 1) / rise, (config.steps - step) / fall)
+
+
+def check_config(config: TrainConfig, processes: Processes = ALONE) -> None:
+    """Check what can be checked before there is a harvest.
 
     Raises:
-        RunError: numbers below 1, a negative rate, an unknown product, a batch that cannot be
-            shared.
+        RunError: a number below 1, a negative rate, an unknown product, or a batch that the
+            processes cannot share equally.
     """
     for name in ("latents", "batch", "steps", "held_out", "dead_after", "log_every", "save_every"):
-        if getattr(recipe, name) < 1:
-            raise RunError(f"{name} is {getattr(recipe, name)}: it has to be 1 or more.")
+        if getattr(config, name) < 1:
+            raise RunError(f"{name} is {getattr(config, name)}: it has to be 1 or more.")
     for name in ("rate", "sparsity", "warm_up", "decay"):
-        if not 0 <= getattr(recipe, name) < math.inf:
-            raise RunError(f"{name} is {getattr(recipe, name)}: it has to be 0 or more.")
-    if recipe.products not in ("measured", *PRODUCTS):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise RunError(f"{name} is {getattr(config, name)}: it has to be 0 or more.")
+    if config.products not in ("measured", *PRODUCTS):
         listed = ", ".join(("measured", *PRODUCTS))
-        raise RunError(f"products is {recipe.products!r}: choose one of {listed}.")
-    if recipe.batch % processes.size:
-        raise RunError(f"A batch of {recipe.batch} cannot be shared by {processes.size} processes.")
+        raise RunError(f"products is {config.products!r}: choose one of {listed}.")
+    if config.batch % processes.size:
+        raise RunError(f"A batch of {config.batch} cannot be shared by {processes.size} processes.")
 
 
-def split(held: Activations, recipe: Recipe, processes: Processes = ALONE) -> int:
-    """How many rows are trained on: all but the held-out ones at the end of the text.
+def split(held: Activations, config: TrainConfig, processes: Processes = ALONE) -> int:
+    """The number of rows that are trained on: all but the held-out ones at the end of the text.
 
     Raises:
-        RunError: fewer than a batch; what `check_recipe` raises.
+        RunError: there are fewer than a batch, or `check_config` raises.
     """
-    check_recipe(recipe, processes)
-    n = held.rows - min(recipe.held_out, held.rows // 10)
-    if n < recipe.batch:
+    check_config(config, processes)
+    n = held.rows - min(config.held_out, held.rows // 10)
+    if n < config.batch:
         raise RunError(
-            f"The harvest has {n:,} rows to train on, fewer than one batch of {recipe.batch:,}: "
+            f"The harvest has {n:,} rows to train on, fewer than one batch of {config.batch:,}: "
             "harvest more tokens, or choose a smaller batch."
         )
     return n
 
 
-def dead_window(recipe: Recipe, n: int) -> int:
-    """Tokens without firing after which the log counts a latent as dead: at most one epoch's n."""
-    return min(recipe.dead_after, n)
+def dead_window(config: TrainConfig, n: int) -> int:
+    """Tokens without firing after which the log counts a latent as dead: at most one epoch, n."""
+    return min(config.dead_after, n)
 
 
 # ------------------------------------------------------------------------------------ metrics
 
 
 @torch.no_grad()
-def quality(coder: SparseCoder, x: Tensor, target: Tensor | None = None, chunk: int = 2_048):
-    """How well the coder predicts rows it has not seen.
+def quality(
+    coder: SparseCoder, x: Tensor, target: Tensor | None = None, chunk: int = 2_048
+) -> dict[str, float]:
+    """How well a coder predicts t = target (rows, d_out) from x (rows, d_in).
 
-    explained_variance  1 - E‖t - t̂‖² / E‖t - E t‖², over rows and numbers together
-    nmse                E‖t - t̂‖² / E‖t - E t‖²
-    relative_error      E‖t - t̂‖² / E‖t‖²
-    l0                  mean number of latents that fire per row
+    Args:
+        target: None means x, as for an SAE.
+        chunk: rows at a time.
+
+    Returns:
+        explained_variance: 1 - E‖t - t̂‖² / E‖t - E t‖², over rows and dimensions together.
+        nmse: E‖t - t̂‖² / E‖t - E t‖².
+        relative_error: E‖t - t̂‖² / E‖t‖².
+        l0: mean number of latents that fire per row.
     """
     target = x if target is None else target
     mean = target.double().mean(0).float()
@@ -194,12 +221,17 @@ def quality(coder: SparseCoder, x: Tensor, target: Tensor | None = None, chunk: 
 # --------------------------------------------------------------------------------- the run's files
 
 
-def keep_recipe(folder: Path, recipe: Recipe, held: Activations, processes: Processes) -> Products:
-    """Write what this run is, or check that it is what the folder was begun with.
+def keep_config(
+    folder: Path, config: TrainConfig, held: Activations, processes: Processes
+) -> Products:
+    """Write what this run is, or check that the folder was begun with the same; its `Products`.
 
-    How to multiply is measured once and kept, as another choice would change the last bits.
+    How to multiply is measured once and kept, because another choice would change the last bits.
+
+    Raises:
+        RunError: the folder holds a run with another setting or another harvest.
     """
-    own = json.loads(json.dumps(asdict(recipe) | {"harvest": identity(held)}))
+    own = json.loads(json.dumps(asdict(config) | {"harvest": identity(held)}))
     path = folder / RECIPE
     if path.exists():
         before = read_json(path)
@@ -215,8 +247,8 @@ def keep_recipe(folder: Path, recipe: Recipe, held: Activations, processes: Proc
     if processes.first:
         sweep(folder)
         if not path.exists():
-            chosen = PRODUCTS.get(recipe.products)
-            chosen = chosen or quickest(processes.device, held.d_in, recipe.latents)
+            chosen = PRODUCTS.get(config.products)
+            chosen = chosen or quickest(processes.device, held.d_in, config.latents)
             write_json(path, own | {CHOSEN: asdict(chosen)})
     processes.wait()
     kept = read_json(path)[CHOSEN]
@@ -224,12 +256,12 @@ def keep_recipe(folder: Path, recipe: Recipe, held: Activations, processes: Proc
 
 
 def identity(held: Activations) -> list[str]:
-    """The checksums of a harvest's shards."""
+    """The checksums of a harvest's shards: what tells it from others."""
     return [shard["sha256"] for shard in held.manifest["shards"]]
 
 
 def log_row(path: Path, row: dict) -> None:
-    """Append a row to a CSV, with a header when it is new."""
+    """Append a row to a CSV file, with a header when the file is new."""
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
@@ -239,7 +271,7 @@ def log_row(path: Path, row: dict) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a run's log as numbers; [] where there is none."""
+    """The rows of a run's log as numbers; [] where there is no log."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -247,7 +279,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def keep_log_until(path: Path, step: int) -> None:
-    """Drop what a killed run wrote after its last checkpoint, a torn last line included."""
+    """Drop what a killed run wrote after its last checkpoint, including a torn last line."""
     if not path.exists():
         return
     head, *lines = path.read_text("utf-8").splitlines(keepends=True) or [""]
@@ -258,12 +290,16 @@ def keep_log_until(path: Path, step: int) -> None:
         path.unlink()
 
 
-def save_coder(coder: SparseCoder, folder: Path, about: dict) -> None:
-    """The finished coder, whole or not at all; `about` goes into its cfg.json."""
+def finish_coder(coder: SparseCoder, folder: Path, about: dict) -> None:
+    """Write the finished coder, whole or not at all; `about` goes into its cfg.json.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written.
+    """
     temporary = folder / (CODER + PART)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        coder_files.save(coder, temporary, **about)
+        save_coder(coder, temporary, **about)
         os.replace(temporary, folder / CODER)
         flush(folder)
     except OSError as error:
@@ -271,9 +307,9 @@ def save_coder(coder: SparseCoder, folder: Path, about: dict) -> None:
 
 
 def origin(held: Activations) -> dict:
-    """What a coder's file says of where it belongs, in SAELens' words where it has any."""
+    """What a coder's file says about where it belongs, in SAELens' terms where it has any."""
     manifest = held.manifest
-    said = {
+    about = {
         "model_name": manifest["model"]["name"],
         "hook_name": hook_name(held.source),
         "site": site_name(held.source),
@@ -281,37 +317,31 @@ def origin(held: Activations) -> dict:
         "training_tokens": manifest["tokens"],
     }
     if held.target:
-        said |= {"hook_name_out": hook_name(held.target), "target": site_name(held.target)}
-    return {key: value for key, value in said.items() if value is not None}
+        about |= {"hook_name_out": hook_name(held.target), "target": site_name(held.target)}
+    return {key: value for key, value in about.items() if value is not None}
 
 
 # ------------------------------------------------------------------------------------- training
 
 
 class Run:
-    """A training run: the coder, its step, the order of the rows, and where it is."""
+    """A training run: the coder, its step, the order of the rows, and how far it is."""
 
     def __init__(
         self,
         held: Activations,
         folder: Path,
-        recipe: Recipe,
+        config: TrainConfig,
         products: Products,
         processes: Processes = ALONE,
     ):
-        self.held, self.folder, self.recipe, self.processes = held, folder, recipe, processes
-        self.n = split(held, recipe, processes)
-        self.order = Shuffled(held, self.n, recipe.seed, recipe.memory)
+        self.held, self.folder, self.config, self.processes = held, folder, config, processes
+        self.n = split(held, config, processes)
+        self.order = Shuffled(held, self.n, config.seed, config.memory)
         self.test = held.slice(self.n, held.rows)
-        self.coder = new_coder(held, recipe, processes.device)
+        self.coder = coder_for(held, config).to(processes.device)
         self.step_number, self.seconds = 0, 0.0
-        self.step = SparseStep(
-            self.coder,
-            dead_after_tokens=recipe.dead_after,
-            sparsity_coefficient=recipe.sparsity,
-            products=products,
-            processes=processes,
-        )
+        self.step = SparseStep(self.coder, config.step(), products=products, processes=processes)
 
     def begin(self) -> None:
         """Initialise from the first rows, or load the last checkpoint."""
@@ -324,38 +354,40 @@ class Run:
             if (self.folder / SECONDS).exists():
                 self.seconds = read_json(self.folder / SECONDS)["seconds"]
         else:
-            x, target = self.order.rows(0, min(self.n, max(self.recipe.batch, 8_192)))
+            x, target = self.order.rows(0, min(self.n, max(self.config.batch, 8_192)))
             self.coder.initialise(x, target)
         if self.processes.first:
             keep_log_until(self.folder / LOG, self.step_number)
 
     def advance(self) -> dict:
         """One step on this process's part of the next batch; the step's metrics."""
-        begin = self.step_number * self.recipe.batch
-        part = self.processes.share(self.recipe.batch)
+        begin = self.step_number * self.config.batch
+        part = self.processes.share(self.config.batch)
         x, target = self.order.rows(begin + part.start, begin + part.stop)
-        self.step.lr = learning_rate(self.step_number, self.recipe)
+        self.step.lr = learning_rate(self.step_number, self.config)
         device = self.processes.device
         metrics = self.step(x.to(device), None if target is None else target.to(device))
         self.step_number += 1
         return metrics
 
     def log(self, metrics: dict) -> dict:
-        """A row of the log: the batch's loss, the latents that are dead, the rest on held-out rows.
+        """Append a row to the log: the batch's loss, dead latents, `quality` on held-out rows.
 
-        Here a latent is dead when it has not fired for as many tokens as there are to train on, or
-        for `dead_after`, whichever is less.
+        A latent counts as dead here when it has not fired for `dead_window` tokens.
+
+        Raises:
+            RunError: the loss is not finite.
         """
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
             raise RunError(
                 f"The loss became {loss} at step {self.step_number}: choose a lower rate than "
-                f"{self.recipe.rate or peak_rate(self.recipe.latents):.2g}."
+                f"{self.config.rate or peak_rate(self.config.latents):.2g}."
             )
-        window = dead_window(self.recipe, self.n)
+        window = dead_window(self.config, self.n)
         row = {
             "step": self.step_number,
-            "rate": learning_rate(self.step_number - 1, self.recipe),
+            "rate": learning_rate(self.step_number - 1, self.config),
             "loss": loss,
             "dead": float((self.step.tokens_since_fired >= window).float().mean()),
             **quality(self.coder, *self.test),
@@ -364,7 +396,7 @@ class Run:
         return row
 
     def save(self, seconds: float) -> None:
-        """A checkpoint; the log is flushed to the disk before it."""
+        """Write a checkpoint, after the log has been flushed to the disk."""
         if (self.folder / LOG).exists():
             flush(self.folder / LOG)
         save_tensors(self.folder / CHECKPOINT, self.step.state_dict(), {"step": self.step_number})
@@ -374,47 +406,87 @@ class Run:
 def train(
     held: Activations,
     folder: Path | str,
-    recipe: Recipe,
+    config: TrainConfig,
     *,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> SparseCoder:
-    """The coder of `recipe`, trained on a harvest; what is in `folder` already is not done again.
+    """The coder of `config`, trained on a harvest; what is already in `folder` is not done again.
+
+    Args:
+        folder: where the run's files are, or will be.
+        processes: the processes that share each batch.
+        progress: whether a progress bar is shown.
 
     Raises:
-        RunError: too few rows, a folder with another run, a full disk, a damaged file, a loss that
-            is not finite.
-        ValueError: the coder's own, such as k larger than the dictionary.
+        RunError: too few rows, a folder with another run, a full disk, a damaged file, or a loss
+            that is not finite.
+        ValueError: what a coder cannot be, such as k larger than the dictionary.
     """
     folder = Path(folder)
-    split(held, recipe, processes)
-    new_coder(held, recipe, "meta")
-    products = keep_recipe(folder, recipe, held, processes)
+    split(held, config, processes)
+    with torch.device("meta"):
+        coder_for(held, config)  # says now what would be wrong with it
+    products = keep_config(folder, config, held, processes)
     if (folder / CODER).is_dir():
         return finished(folder, processes)
-    parameters = recipe.latents * (held.d_in + held.d_out)
+    parameters = config.latents * (held.d_in + held.d_out)
     need_space(folder, 4 * (2 * 3 + 1) * parameters, "Training, with two checkpoints,")
-    run = Run(held, folder, recipe, products, processes)
+    run = Run(held, folder, config, products, processes)
     run.begin()
-    bar = Progress("train", recipe.steps, "steps", run.step_number, progress and processes.first)
+    shown = progress and processes.first
     start = time.monotonic() - run.seconds
-    while run.step_number < recipe.steps:
-        metrics = run.advance()
-        note, last = "", run.step_number == recipe.steps
-        if processes.first and (run.step_number % recipe.log_every == 0 or last):
-            row = run.log(metrics)
-            note = f"explained variance {row['explained_variance']:.3f}, dead {row['dead']:.1%}"
-        if processes.first and (run.step_number % recipe.save_every == 0 or last):
-            run.save(time.monotonic() - start)
-        bar.to(run.step_number, note)
+    with progress_bar("train", config.steps, "steps", run.step_number, shown) as bar:
+        while run.step_number < config.steps:
+            metrics = run.advance()
+            last = run.step_number == config.steps
+            if processes.first and (run.step_number % config.log_every == 0 or last):
+                row = run.log(metrics)
+                ev, dead = row["explained_variance"], row["dead"]
+                bar.set_postfix_str(f"explained variance {ev:.3f}, dead {dead:.1%}", refresh=False)
+            if processes.first and (run.step_number % config.save_every == 0 or last):
+                run.save(time.monotonic() - start)
+            bar.update()
     if processes.first:
-        save_coder(run.coder, folder, origin(held))
+        finish_coder(run.coder, folder, origin(held))
     processes.wait()
     return finished(folder, processes)
 
 
 def finished(folder: Path, processes: Processes) -> SparseCoder:
-    """The coder of a run that is complete, which needs its checkpoint no more."""
+    """The coder of a complete run, whose checkpoint is deleted."""
     if processes.first:
         (folder / CHECKPOINT).unlink(missing_ok=True)
-    return SparseCoder.load(folder / CODER)
+    return load_coder(folder / CODER)
+
+
+# ------------------------------------------------------------------------------ rows in memory
+
+
+@torch.no_grad()
+def fit(x: Tensor, config: TrainConfig, target: Tensor | None = None) -> SparseCoder:
+    """The coder of `config`, trained on rows in memory: `train` without its files.
+
+    The products are float32, so that the same machine gives the same numbers each time; and a
+    latent is dead after at most a quarter of the run, or 100,000 tokens.
+
+    Args:
+        x: inputs (n, d_in); each step draws its rows anew, at random.
+        target: what a transcoder predicts (n, d_out); None trains an SAE of x.
+
+    Raises:
+        ValueError: k larger than the dictionary, NaN in x, or a target of another length.
+    """
+    y = x if target is None else target
+    if len(y) != len(x):
+        raise ValueError(f"There are {len(x)} rows of input and {len(y)} of target.")
+    coder = new_coder(config, x.shape[1], None if target is None else y.shape[1])
+    coder.initialise(x[:8_192], y[:8_192])
+    dead_after = min(config.dead_after, 100_000, config.steps * config.batch // 4)
+    step = SparseStep(coder, config.step(dead_after), products=PRODUCTS["float32"])
+    generator = torch.Generator().manual_seed(config.seed)
+    for number in range(config.steps):
+        step.lr = learning_rate(number, config)
+        rows = torch.randint(len(x), (config.batch,), generator=generator)
+        step(x[rows], None if target is None else y[rows])
+    return coder.folded()

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mi_helpers.lessons.lesson_06 import experiments as sae_lab
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
+from mi_helpers.saes.concepts import concept_scores
+from mi_helpers.saes.labels import labelled_tokens
+from mi_helpers.saes.training import TrainConfig, fit
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.copying import vocabulary
 from mi_helpers.tinyworld.grammar import BE_FORMS
@@ -385,12 +387,13 @@ def topic_rows(model: LanguageModel, steps: int = 1_500) -> list[Row]:
 
     On prose, at the tokens from which a perfect reader can know the topic; k = 32.
     """
+    site = ("resid_post", model.n_layers // 2)
     train, test = (
-        sae_lab.make_ground(model, tokens, seed, "tinyworld:prose")
+        labelled_tokens(model, site, tokens, seed, "tinyworld:prose")
         for seed, tokens in ((0, 250_000), (1, 60_000))
     )
-    coder = sae_lab.fit(train.x, 8 * model.d_model, 32, steps=steps)
-    scores = sae_lab.concept_scores(coder, test, test.scorable(test.names))
+    coder = fit(train.x, TrainConfig(8 * model.d_model, 32, steps=steps, batch=2_048))
+    scores = concept_scores(coder, test, test.scorable())
     rows = []
     for kind, found in scores.items():
         f1 = [best.f1 for best in found]

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 
 import numpy as np
 from torch import Tensor
 
 from mi_helpers.course.ledger import claim
 from mi_helpers.lessons.lesson_06.experiments import (
-    READ,
     K,
     around_a_word,
     at_equal_l0,
     experiment,
-    fit,
     fit_plane,
-    make_ground,
     middle,
     of_topics,
-    own_latents,
-    random_like,
     read_grid,
-    rows_of,
     select,
-    shared,
+    stream_rows,
     structure,
 )
 from mi_helpers.lessons.lesson_06.image_coding import (
-    gaussian_like,
     learn,
     localised_and_oriented,
     patches,
@@ -37,9 +29,11 @@ from mi_helpers.lessons.lesson_06.image_coding import (
     principal_components,
     whiten,
 )
-from mi_helpers.loading import load_model
-from mi_helpers.saes.harvest import harvest
-from mi_helpers.saes.sources import open_source
+from mi_helpers.lessons.shared import shipped_model
+from mi_helpers.saes.concepts import own_latents
+from mi_helpers.saes.labels import labelled_tokens
+from mi_helpers.saes.similarity import gaussian_like, random_like, share_found
+from mi_helpers.saes.training import TrainConfig, fit
 
 
 def filters_of(what: str, seed: int, n: int = 20_000) -> Tensor:
@@ -204,12 +198,7 @@ def purity_of_words_alone(seed: int) -> float:
 def gaussian_gap(seed: int) -> float:
     """Explained variance of a small SAE on real activations, less that of one on Gaussian rows of
     equal covariance: the sparse structure that the covariance does not have."""
-    model = load_model("tiny-gemma")
-    with tempfile.TemporaryDirectory() as folder:
-        source = open_source(READ, 300 + seed)
-        held = harvest(model, source, folder, middle(model), tokens=20_000, progress=False)
-        x = rows_of(held)
-    return structure(x, seed=seed)["gap"]
+    return structure(stream_rows(shipped_model(), 20_000, 300 + seed), seed=seed)["gap"]
 
 
 @claim(
@@ -224,7 +213,7 @@ def shared_beyond_chance(seed: int) -> float:
     """Two SAEs that differ in seed and text: the share of shared latents, less that of random
     directions of the same covariance."""
     one, other = (experiment(s).coder.W_dec.detach() for s in (seed, (seed + 1) % 3))
-    return shared(one, other) - shared(random_like(one, seed), other)
+    return share_found(one, other) - share_found(random_like(one, seed), other)
 
 
 def grid_rows(**wanted) -> list[dict]:
@@ -259,7 +248,7 @@ def gain_over_l1(seed: int) -> float:
 def value_ahead(seed: int) -> float:
     """The latents that are best for a topic, in lists of random words written twice: their mean
     value at a word of the topic over that at the word before it, second time. Median of topics."""
-    model, outcome = load_model("tiny-gemma"), experiment(seed)
+    model, outcome = shipped_model(), experiment(seed)
     shares = []
     for best in outcome.scores["latent"]:
         if best.concept != "norwegian":
@@ -272,16 +261,15 @@ def value_ahead(seed: int) -> float:
 @functools.cache
 def narrow_and_wide(seed: int) -> tuple[dict[str, int], dict[str, int]]:
     """`own_latents` of an SAE of 2 d_model and of one of 16 d_model, k = 8, on the same text."""
-    model = load_model("tiny-gemma")
-    with tempfile.TemporaryDirectory() as folder:
-        source = open_source(READ, 400 + seed)
-        held = harvest(model, source, folder, middle(model), tokens=100_000, progress=False)
-        x = rows_of(held)
-    ground = make_ground(model, 16_000, 500 + seed)
-    narrow, wide = (
-        fit(x, width * model.d_model, K, steps=400, batch=1_024, seed=seed) for width in (2, 16)
+    model = shipped_model()
+    x = stream_rows(model, 100_000, 400 + seed)
+    tokens = labelled_tokens(model, middle(model), 16_000, 500 + seed)
+    configs = (
+        TrainConfig(width * model.d_model, K, steps=400, batch=1_024, seed=seed)
+        for width in (2, 16)
     )
-    return own_latents(narrow, ground), own_latents(wide, ground)
+    narrow, wide = (own_latents(fit(x, config), tokens) for config in configs)
+    return narrow, wide
 
 
 @claim(

@@ -70,15 +70,6 @@ def patches(images: Sequence[np.ndarray], n: int, size: int = SIZE, seed: int = 
     return torch.tensor(x, dtype=torch.float32)
 
 
-def gaussian_like(x: Tensor, seed: int = 0) -> Tensor:
-    """Gaussian rows with the mean and the covariance of x (n, d): a control with nothing sparse."""
-    generator = torch.Generator().manual_seed(seed)
-    centre = x.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov(x.T))
-    root = vectors * values.clamp(min=0).sqrt()  # root @ root.T is the covariance
-    return centre + torch.randn(x.shape, generator=generator) @ root.T
-
-
 # ---------------------------------------------------------------------------- the sparse code
 
 

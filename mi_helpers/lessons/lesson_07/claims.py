@@ -15,7 +15,6 @@ from mi_helpers.ablation import make_batch
 from mi_helpers.circuits.replacement import Replacement, without_latents
 from mi_helpers.circuits.rules import ActivePairs, WriteEffects, active_pairs, write_effects
 from mi_helpers.layouts import NORMALIZED
-from mi_helpers.lessons.lesson_06.experiments import fit
 from mi_helpers.lessons.lesson_07.experiments import (
     ALL_LAYERS,
     Faithful,
@@ -35,21 +34,22 @@ from mi_helpers.lessons.lesson_07.experiments import (
     read_mlps,
     text_ids,
 )
-from mi_helpers.loading import load_model
-from mi_helpers.saes import files as coder_files
+from mi_helpers.lessons.shared import shipped_model
+from mi_helpers.saes.files import load_coder
+from mi_helpers.saes.training import TrainConfig, fit
 
 
 @functools.cache
 def shipped(seed: int) -> dict[tuple[str, str], Faithful]:
     """`compare` of the shipped transcoders, on text of the seed."""
-    model = load_model("tiny-gemma")
+    model = shipped_model()
     batch = make_batch(model, seed=40_000 + 1_000 * seed)
     return compare(model, batch, {"transcoder": by_coders(load_transcoders())})
 
 
 def replaced_by(seed: int, by: Mapping[int, Replacement]) -> Faithful:
     """All MLPs replaced in another way, on the text of `shipped`."""
-    model, known = load_model("tiny-gemma"), shipped(seed)[ALL_LAYERS, "transcoder"]
+    model, known = shipped_model(), shipped(seed)[ALL_LAYERS, "transcoder"]
     batch = make_batch(model, seed=40_000 + 1_000 * seed)
     return Faithful(known.clean, losses(model, batch, by), known.zero)
 
@@ -107,24 +107,22 @@ class SmallFit:
 @functools.cache
 def small_fit(seed: int) -> SmallFit:
     """Train and compare once; text and training from the seed."""
-    model = load_model("tiny-gemma")
+    model = shipped_model()
     layer = model.n_layers // 2
     x, y = read_mlps(model, 16_000, 500 + seed, [layer])[layer]
     test = read_mlps(model, 3_000, 600 + seed, [layer])[layer]
     bare = read_mlps(model, 3_000, 600 + seed, [layer], source=NORMALIZED)[layer][0]
     mixed = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
-    width = 4 * model.d_model
-    coder, control = (
-        fit(x, width, K, target=each, steps=150, batch=512, seed=seed) for each in (y, mixed)
-    )
+    config = TrainConfig(4 * model.d_model, K, steps=150, batch=512, seed=seed)
+    coder, control = (fit(x, config, each) for each in (y, mixed))
     with tempfile.TemporaryDirectory() as folder:
         place = as_published(model, coder, layer, x, Path(folder) / "transcoders")
-        loaded = coder_files.load(place)
+        loaded = load_coder(place)
     return SmallFit(
         explained(coder, *test),
         explained(control, *test),
         linear_explained(x, y, *test),
-        explained(random_features(x, y, width, K, seed), *test),
+        explained(random_features(x, y, coder.d_latent, K, seed), *test),
         explained(loaded, bare, test[1]),
         explained(of_mlp_in(model, loaded, layer), *test),
     )
@@ -153,7 +151,7 @@ def above_random(seed: int) -> float:
 def above_neurons(seed: int) -> float:
     """Explained variance of the shipped transcoders, less that of as many of the MLP's own neurons,
     in the layer where it is least."""
-    model = load_model("tiny-gemma")
+    model = shipped_model()
     coders, rows = load_transcoders(), read_mlps(model, 3_000, 600 + seed)
     return min(
         explained(coders[i], x, y) - neurons_explained(model, i, x, [K])[K]
@@ -175,7 +173,7 @@ def cost_of_jumprelu(seed: int) -> float:
 @functools.cache
 def rules_predicted(seed: int) -> list[tuple[float, float]]:
     """`predicted_tokens` of each shipped transcoder, (share, control), on text of the seed."""
-    model = load_model("tiny-gemma")
+    model = shipped_model()
     with tempfile.TemporaryDirectory() as folder:
         pages = make_pages(model, load_transcoders(), Path(folder), 8_000, seed=800 + seed)
         return [predicted_tokens(page, layer) for layer, page in pages.items()]
@@ -199,14 +197,14 @@ def words_predicted_exchanged(seed: int) -> float:
 @functools.cache
 def written_at(seed: int, layer: int) -> WriteEffects:
     """`write_effects` for 160 firings of a layer's shipped transcoder."""
-    model = load_model("tiny-gemma")
+    model = shipped_model()
     ids = [each for each in text_ids(model, 6_000, 900 + seed) if len(each) > 3][:160]
     return write_effects(model, load_transcoders()[layer], layer, ids, seed)
 
 
 def written_last(seed: int) -> float:
     """Correlation of predicted and true change of the logits, last layer, median over firings."""
-    return float(np.median(written_at(seed, load_model("tiny-gemma").n_layers - 1).own))
+    return float(np.median(written_at(seed, shipped_model().n_layers - 1).own))
 
 
 def written_first(seed: int) -> float:
@@ -216,13 +214,13 @@ def written_first(seed: int) -> float:
 
 def written_exchanged(seed: int) -> float:
     """The control of `written_last`: predictions of other latents."""
-    return float(np.median(written_at(seed, load_model("tiny-gemma").n_layers - 1).other))
+    return float(np.median(written_at(seed, shipped_model().n_layers - 1).other))
 
 
 @functools.cache
 def shipped_pairs(seed: int) -> ActivePairs:
     """`active_pairs` of three prompts of the seed."""
-    model = load_model("tiny-gemma")
+    model = shipped_model()
     texts = [model.tokenizer.decode(ids[1:13]) for ids in text_ids(model, 400, 700 + seed)[:3]]
     return active_pairs(model, load_transcoders(), texts)
 

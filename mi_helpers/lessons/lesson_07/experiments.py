@@ -3,7 +3,7 @@
     coders = load_transcoders()                       # one for each MLP of tiny-gemma
     rows = read_mlps(model, 20_000, seed=1)           # {layer: (MLP inputs, MLP outputs)}
     x, y = rows[3]
-    coder = fit(x, 1_152, 16, target=y)               # with target=None it would be an SAE of x
+    coder = fit(x, TrainConfig(1_152, 16), y)         # without y it would be an SAE of x
 
 `python -m mi_helpers make-transcoders` (`main`) makes what ships in data/transcoders: for each
 layer one TopK transcoder without and one with a skip path, in SAELens' layout.
@@ -38,16 +38,17 @@ from mi_helpers.circuits.replacement import (
 from mi_helpers.circuits.rules import token_inputs, top_input_tokens
 from mi_helpers.files import DATA
 from mi_helpers.layouts import norm_gain
-from mi_helpers.lessons.lesson_06.experiments import READ, fit
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel, read_sites
-from mi_helpers.saes import files as coder_files
 from mi_helpers.saes.coder import SparseCoder, explained_variance
 from mi_helpers.saes.features import collect, context, logit_effects
 from mi_helpers.saes.figures import Page
-from mi_helpers.saes.harvest import batches, harvest
+from mi_helpers.saes.files import load_coder, save_coder
+from mi_helpers.saes.harvest import HarvestConfig, batches, harvest
 from mi_helpers.saes.sources import open_source
+from mi_helpers.saes.training import TrainConfig, fit
 
+READ = "tinyworld"  # text to train on
 SHIPPED = DATA / "transcoders"
 KINDS = {"plain": False, "skip": True}  # name of the folder: whether there is a skip path
 WIDTH, K = 8, 16  # latents in units of d_model, and how many of them fire per token
@@ -294,15 +295,9 @@ def make_pages(
     """{layer: a harvest of MLP inputs, and where each latent fires}: what a rule is drawn from."""
     pages = {}
     for layer, coder in by_layer(coders).items():
-        held = harvest(
-            model,
-            open_source(READ, seed),
-            folder / f"layer_{layer}",
-            (SOURCE, layer),
-            (TARGET, layer),
-            tokens=tokens,
-            progress=False,
-        )
+        config = HarvestConfig((SOURCE, layer), (TARGET, layer), tokens)
+        place, source = folder / f"layer_{layer}", open_source(READ, seed)
+        held = harvest(model, source, place, config, progress=False)
         pages[layer] = Page(held, coder, collect(held, coder), model)
     return pages
 
@@ -434,7 +429,7 @@ def load_transcoders(skip: bool = False, folder: Path = SHIPPED) -> list[SparseC
             f"There are no transcoders in {folder.name}/{place.name}: "
             "python -m mi_helpers make-transcoders makes them."
         )
-    return [coder_files.load(path) for path in layers]
+    return [load_coder(path) for path in layers]
 
 
 def coders_for(
@@ -448,7 +443,8 @@ def coders_for(
     if "gemma-2-2b" in model.name:
         return gemma_scope(model, layers)
     rows = read_mlps(model, 20_000, layers=layers) if rows is None else rows
-    return {i: fit(rows[i][0], 4 * model.d_model, K, target=rows[i][1], steps=200) for i in layers}
+    config = TrainConfig(4 * model.d_model, K, steps=200, batch=2_048)
+    return {i: fit(rows[i][0], config, rows[i][1]) for i in layers}
 
 
 def gemma_scope(model: LanguageModel, layers: Sequence[int]) -> dict[int, SparseCoder]:
@@ -456,13 +452,13 @@ def gemma_scope(model: LanguageModel, layers: Sequence[int]) -> dict[int, Sparse
     `mlp_in`. Each is 302 MB to download, once, and as much memory."""
     path = "layer_{}/width_16k/average_l0_{}"
     return {
-        i: of_mlp_in(model, coder_files.load(SCOPE, path.format(i, SCOPE_L0[i])), i) for i in layers
+        i: of_mlp_in(model, load_coder(SCOPE, path.format(i, SCOPE_L0[i])), i) for i in layers
     }
 
 
 def save_transcoder(coder: SparseCoder, folder: Path, layer: int, model: LanguageModel, **more):
     """Write one transcoder, in half precision, with what it reads and predicts."""
-    return coder_files.save(
+    return save_coder(
         coder.folded().half(),
         folder / ("skip" if coder.skip else "plain") / f"layer_{layer}",
         model_name=model.name,
@@ -499,9 +495,10 @@ def make_transcoders(
     say(f"read {len(next(iter(rows.values()))[0]):,} rows in {time.monotonic() - start:.0f} s")
     for kind in kinds:
         for layer, (x, y) in rows.items():
-            coder = fit(
-                x, WIDTH * model.d_model, K, target=y, skip=KINDS[kind], steps=steps, batch=batch
+            config = TrainConfig(
+                WIDTH * model.d_model, K, skip=KINDS[kind], steps=steps, batch=batch
             )
+            coder = fit(x, config, y)
             save_transcoder(coder, folder, layer, model, training_tokens=steps * batch)
             say(f"{kind}, layer {layer}: {time.monotonic() - start:.0f} s")
     return sorted(path for path in folder.rglob("*") if path.is_file())
