@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from mi_helpers.attribution import frozen_scale
 from mi_helpers.layouts import ModelError, norm_gain
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes.report import predict, spliced
@@ -60,11 +61,7 @@ class FrozenNorm:
     @classmethod
     def of(cls, norm: nn.Module, x: Tensor) -> FrozenNorm:
         """`norm` as it acts on x (pos, d_model)."""
-        centred = isinstance(norm, nn.LayerNorm)
-        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-        x = x.float()
-        x = x - x.mean(-1, keepdim=True) if centred else x
-        scale = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+        scale, centred = frozen_scale(norm, x.float())
         shift = getattr(norm, "bias", None)
         gain = norm_gain(norm).float()
         return cls(scale, gain, None if shift is None else shift.float(), centred)

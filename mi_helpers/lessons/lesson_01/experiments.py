@@ -92,8 +92,8 @@ PHASE = Training(restarts=8, steps=500, batch=64, lr=0.04)  # of `phase_diagram`
 def chance_of_both(density: Tensor, correlation: Tensor) -> Tensor:
     """P(both features of a pair are on), each being on with probability q = density.
 
-    0 is independence, q². 1 is q: always together. -1 is max(0, 2q - 1): never together, or as
-    seldom as the density allows. Between these it is linear.
+    A correlation of 0 is independence, q²; 1 is q, always together; -1 is max(0, 2q - 1), never
+    together, or as seldom as the density allows. Between these it is linear.
     """
     most, least = density, (2 * density - 1).clamp(min=0)
     end = torch.where(correlation >= 0, most, least)
@@ -115,12 +115,14 @@ def sample(
     generator: torch.Generator | None = None,
     blanks: bool = True,
 ) -> Tensor:
-    """Inputs x (instances, batch, n_features), for sparsities (instances,).
+    """Inputs x for sparsities (instances,), (instances, batch, n_features).
 
-    Features 2k and 2k + 1 are a pair; `correlation` in [-1, 1] says how they go together (see
-    `chance_of_both`). With blanks=False the same distribution *given x ≠ 0*, exactly: at high
-    sparsity nearly all inputs are blank and teach nothing. The random numbers are shared by all
-    instances, which saves time; instances of one call are therefore not independent samples.
+    All instances share the random numbers, which saves time: they are not independent samples.
+
+    Args:
+        correlation: of the pairs (0, 1), (2, 3), …, in [-1, 1]: see `chance_of_both`.
+        blanks: False gives the same distribution *given x ≠ 0*, exactly: at high sparsity nearly
+            all inputs are blank and teach nothing.
     """
     density = (1 - sparsity)[:, None, None]  # (instances, 1, 1)
     both = chance_of_both(density, torch.as_tensor(correlation).reshape(-1, 1, 1))
@@ -147,7 +149,7 @@ def sample(
 def reconstruct(
     x: Tensor, W: Tensor, b: Tensor, output: str = "relu", hidden: str = "linear"
 ) -> Tensor:
-    """x̂ = ReLU(W W^T x + b) for every instance; x (instances or 1, batch, n_features)."""
+    """x̂ = ReLU(W W^T x + b) for inputs x (instances or 1, batch, n_features), of their shape."""
     h = x.expand(len(W), -1, -1) @ W  # (instances, batch, n_hidden)
     if hidden == "relu":
         h = h.clamp(min=0)
@@ -156,18 +158,20 @@ def reconstruct(
 
 
 def weighted_loss(x: Tensor, x_hat: Tensor, importance: Tensor) -> Tensor:
-    """Σ_i I_i (x_i - x̂_i)², the mean over the batch; importance (instances, n_features)."""
+    """Σ_i I_i (x_i - x̂_i)², the mean over the batch, (instances,); importance (instances, n)."""
     return (importance[:, None] * (x - x_hat) ** 2).sum(-1).mean(-1)
 
 
 def gradients(
     W: Tensor, b: Tensor, x: Tensor, weight: Tensor, output: str = "relu", hidden: str = "linear"
 ) -> tuple[Tensor, Tensor]:
-    """Half the gradient of Σ weight (x - x̂)², summed over the batch, by W and by b; by hand.
+    """Half the gradient of Σ weight (x - x̂)², summed over the batch, by W and by b, in closed form.
 
     W occurs twice, so its gradient is a sum: with δ = weight (x̂ - x), zero where the output's ReLU
-    is off, it is δ^T h for the reading and x^T (δ W) for the writing. x has one row of data per
-    instance (instances, batch, n_features); weight is (instances, 1, n_features).
+    is off, it is δ^T h for the reading and x^T (δ W) for the writing.
+
+    Args:
+        x: (instances, batch, n_features); weight: (instances, 1, n_features).
     """
     h = x @ W
     awake = h > 0 if hidden == "relu" else None
@@ -184,7 +188,7 @@ def gradients(
 
 @on_one_core
 def expected_loss(toys: Toys, samples: int = 8192, seed: int = 1_000_003) -> Tensor:
-    """The loss of every instance (instances,), on fresh inputs; blank ones are counted exactly."""
+    """The loss of every instance on fresh inputs, (instances,); blank ones are counted exactly."""
     generator = torch.Generator().manual_seed(seed)
     n_features, rows = toys.W.shape[1], 1024
     blank = chance_of_blank(toys.sparsity, toys.correlation, n_features)
@@ -200,7 +204,7 @@ def expected_loss(toys: Toys, samples: int = 8192, seed: int = 1_000_003) -> Ten
 
 
 def distinct(sparsity: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as they are, or with one entry each where all instances have the same."""
+    """Both as they are, or with one entry each if all instances have the same."""
     same = bool((sparsity == sparsity[0]).all() and (correlation == correlation[0]).all())
     return (sparsity[:1], correlation[:1]) if same else (sparsity, correlation)
 
@@ -401,7 +405,7 @@ def closed_form_losses(density, importance) -> Tensor:
 
         L = q² (1 + r) / 6
 
-    Superposition pays q² where ignoring pays q: it wins as soon as q is small enough.
+    Superposition costs q² where ignoring costs q: it wins when q is small enough.
     """
     q, r = torch.broadcast_tensors(
         torch.as_tensor(density, dtype=torch.float64),
@@ -414,7 +418,7 @@ def closed_form_losses(density, importance) -> Tensor:
 def critical_density(importance) -> Tensor:
     """The density below which the antipodal pair wins: q = 4r / (2 + 5r) for r ≤ 1.
 
-    It solves r (q/3 - q²/4) = q² (1 + r) / 6. For r > 1 the features change roles: 1/r for r.
+    It solves r (q/3 - q²/4) = q² (1 + r) / 6. For r > 1 the features exchange roles: 1/r for r.
     """
     r = torch.as_tensor(importance, dtype=torch.float64)
     r = torch.minimum(r, 1 / r)
@@ -422,9 +426,9 @@ def critical_density(importance) -> Tensor:
 
 
 def solution_found(W: Tensor) -> Tensor:
-    """Which of SOLUTIONS trained weights W (instances, 2, 1) are, as 0, 1 or 2.
+    """The place in SOLUTIONS, 0, 1 or 2, of trained weights W (instances, 2, 1), (instances,).
 
-    Both, when the shorter of the two is more than half as long as the longer.
+    Both, if the shorter of the two is more than half as long as the longer.
     """
     first, second = W.norm(dim=-1).unbind(-1)  # (instances,)
     both = torch.minimum(first, second) > 0.5 * torch.maximum(first, second)
@@ -435,10 +439,13 @@ def solution_found(W: Tensor) -> Tensor:
 def exact_loss(
     W: Tensor, b: Tensor, density: Tensor, importance: Tensor, points: int = 64
 ) -> Tensor:
-    """The expected loss of n = 2, m = 1 models (instances,), with no sampling noise.
+    """The expected loss of n = 2, m = 1 models, without sampling noise, (instances,).
 
     A sum over the four cases (none, first, second, both present), and in each over midpoints of
-    [0, 1]. W (instances, 2, 1), b (instances, 2), density and importance (instances,).
+    [0, 1].
+
+    Args:
+        W: (instances, 2, 1); b: (instances, 2); density, importance: (instances,).
     """
     t = (torch.arange(points) + 0.5) / points
     none = torch.zeros(1)
@@ -460,7 +467,7 @@ def phase_diagram(
     importances: Sequence[float] | Tensor,
     training: Training = PHASE,
 ) -> Toys:
-    """n = 2, m = 1 trained at every density and importance; instances run over densities first."""
+    """Models with n = 2, m = 1, trained at every density and importance, density by density."""
     q = torch.as_tensor(densities, dtype=torch.float32)
     r = torch.as_tensor(importances, dtype=torch.float32)
     weights = torch.stack([torch.ones_like(r), r], 1).repeat(len(q), 1)
@@ -478,11 +485,11 @@ def variance(sparsity) -> Tensor:
 
 
 def linear_optimum(importance: Tensor, n_hidden: int, sparsity) -> Tensor:
-    """The lowest loss of the model without ReLU, in closed form (…): Var x · Σ I of the rest.
+    """The lowest loss of the model without ReLU: Var x · Σ I of the features left out, (…).
 
     Without the ReLU, x̂ = W W^T x + b can at best project onto m directions, and the bias takes the
-    mean: the error is the variance that is left out, weighted by importance. Independent features
-    of one variance: the best m directions are the m most important features themselves. This is
+    mean: the error is the variance that is left out, weighted by importance. For independent
+    features of equal variance the best m directions are the m most important features. This is
     principal component analysis; sharing a dimension never pays, whatever the sparsity.
     """
     left_out = importance.double().sort(-1, descending=True).values[..., n_hidden:].sum(-1)

@@ -1,6 +1,6 @@
 """The figures of lesson 01: weights and measurements in, Figure out. Only `explorer` trains.
 
-Each names the figure of "Toy Models of Superposition" (Elhage and others, 2022) that it realises.
+"The paper" is Elhage et al. 2022, Toy Models of Superposition.
 """
 
 import functools
@@ -40,7 +40,8 @@ SPARSITIES = (0.01, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # what the explo
 
 
 def colours(count: int) -> np.ndarray:
-    """One colour per feature, dark for the first, from the map for amounts without its palest."""
+    """One colour per feature, (count, 4), dark for the first: the map for amounts, less its palest
+    end."""
     return colormaps[AMOUNT](np.linspace(0, 0.85, max(count, 2)))[:count]
 
 
@@ -48,7 +49,7 @@ def colours(count: int) -> np.ndarray:
 
 
 def draw_directions(axes, W: np.ndarray, reach: float = 1.35) -> None:
-    """A line from the origin to each row of W (n, 2), with the feature's number at the tip."""
+    """Draw a line from the origin to each row of W (n, 2), with the feature's number at the tip."""
     W = turned(W)
     axes.add_patch(Circle((0, 0), 1, fill=False, color="0.75", linewidth=1))
     tint = colours(len(W))
@@ -63,7 +64,7 @@ def draw_directions(axes, W: np.ndarray, reach: float = 1.35) -> None:
 
 
 def tip_names(tips: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """A label and a place for each tip (n, 2) off the origin; tips that coincide share one."""
+    """(label, place) of each tip (n, 2) off the origin; tips at one place share a label."""
     far = [i for i in range(len(tips)) if np.linalg.norm(tips[i]) > 0.15]
     names = []
     while far:
@@ -75,9 +76,15 @@ def tip_names(tips: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 @style()
 def directions(W, titles: Sequence[str], title: str = "") -> Figure:
-    """One panel per model of W (instances, n, 2): each feature's direction in the hidden plane.
+    """One panel per toy model: each feature's direction in the hidden plane; the circle is at 1.
 
-    The circle has radius 1. Realises the paper's first figure, in its introduction.
+    Args:
+        W: (instances, n, 2); titles: of the instances.
+
+    Raises:
+        ValueError: W of another shape, or not one title per instance.
+
+    Source: the paper's first figure, in its introduction.
     """
     W = as_array(W)
     if W.ndim != 3 or W.shape[-1] != 2 or len(W) != len(titles):
@@ -105,10 +112,10 @@ def turned(W: np.ndarray) -> np.ndarray:
 
 
 def upright(W: np.ndarray) -> np.ndarray:
-    """W (n, 3) in a frame whose third axis is worth looking along, or up to.
+    """W (n, 3), turned so that its third axis is the axis of the shape, (n, 3).
 
-    With six corners or more, it is the axis that all corners are most nearly equally far along,
-    one half this way, the other half that way. With fewer it goes through the first corner.
+    With six corners or more, the axis splits them into two halves at distances along it that are as
+    equal as possible. With fewer, it goes through the first corner.
     """
     axis = W[0]
     if len(W) >= 6:
@@ -121,10 +128,10 @@ def upright(W: np.ndarray) -> np.ndarray:
 
 
 def flat(W: np.ndarray) -> np.ndarray:
-    """Rows of W (n, m) as points of a plane (n, 2).
+    """Rows of W (n, m) as points of a plane, (n, 2).
 
-    Two dimensions are turned (see above), three are seen from an angle at which no corner hides
-    another, and of more only the two main axes are kept.
+    Two dimensions are turned (see `turned`), three are seen from an angle at which no corner hides
+    another, and of more the two main axes are kept.
     """
     if W.shape[1] == 1:
         return turned(np.concatenate([W, np.zeros_like(W)], axis=1))
@@ -142,10 +149,14 @@ def flat(W: np.ndarray) -> np.ndarray:
 
 @style()
 def geometries(shapes: Mapping[str, tuple], title: str = "") -> Figure:
-    """One panel per entry {name: (W (n, m), text)}: the corners, joined where they interfere.
+    """One panel per shape: its corners, joined where they interfere.
 
-    Joined are nearest neighbours whose |cos| is above 0.1; `text` stands below the name. Realises
-    the drawings beside the paper's figure of feature dimensionality.
+    Nearest neighbours are joined if their |cos| is above 0.1.
+
+    Args:
+        shapes: {name: (W (n, m), text below the name)}.
+
+    Source: the drawings beside the paper's figure of feature dimensionality.
     """
     picture, axes = figure(min(14, 2.7 * len(shapes)), 3.4, 1, len(shapes), squeeze=False)
     for each, (name, (W, text)) in zip(axes[0], shapes.items(), strict=True):
@@ -173,10 +184,14 @@ def geometries(shapes: Mapping[str, tuple], title: str = "") -> Figure:
 
 @style()
 def sticky(density, per_feature, D, bands: Mapping[str, float], title: str = "") -> Figure:
-    """Left D* = m/‖W‖²_F over 1/(1 - S), right every feature's dimensionality, with the bands.
+    """Left, D* = m/‖W‖²_F over 1/(1 - S); right, every feature's dimensionality, with the bands.
 
-    density (instances,), per_feature (instances,), D (instances, n); features with D below 0.02
-    are not drawn. Realises the paper's two figures on feature dimensionality.
+    Args:
+        density, per_feature: 1 - S and D*, (instances,).
+        D: (instances, n); features with D below 0.02 are not drawn.
+        bands: {name: dimensionality}, horizontal lines.
+
+    Source: the paper's two figures on feature dimensionality.
     """
     x, per_feature, D = 1 / as_array(density), as_array(per_feature), as_array(D)
     picture, (left, right) = figure(12, 4.8, 1, 2)
@@ -223,10 +238,14 @@ PHASE_COLOURS = ("#56B4E9", "#F5F5F5", "#E69F00")  # first only, both, second on
 def phase_maps(
     maps: Mapping[str, np.ndarray], densities, importances, boundary: tuple | None = None
 ) -> Figure:
-    """One panel per map {title: kinds (densities, importances)}, each kind 0, 1 or 2.
+    """One panel per map of solutions; each cell has a mark, so that colour is not needed.
 
-    Each cell carries a mark, so that colour is not needed. boundary: (importances, densities) of a
-    line. Realises the paper's phase diagram, in "Superposition as a Phase Change".
+    Args:
+        maps: {title: kinds (densities, importances)}, each kind 0, 1 or 2, as in SOLUTIONS.
+        densities, importances: of the rows and the columns.
+        boundary: (importances, densities) of a line.
+
+    Source: the paper's phase diagram, in "Superposition as a Phase Change".
     """
     q, r = as_array(densities), as_array(importances)
     picture, axes = figure(5.6 * len(maps), 5.2, 1, len(maps), squeeze=False, sharey=True)
@@ -262,10 +281,14 @@ def phase_maps(
 
 @style()
 def neurons(W, titles: Sequence[str], title: str = "") -> Figure:
-    """One panel per model of W (instances, n, m): what each hidden neuron responds to.
+    """One panel per toy model: what each hidden neuron responds to.
 
-    Rows are features, columns neurons, and the number is the weight. Realises the paper's figures
-    of "Superposition in a Privileged Basis".
+    Rows are features, columns neurons, and the number is the weight.
+
+    Args:
+        W: (instances, n, m); titles: of the instances.
+
+    Source: the paper's figures of "Superposition in a Privileged Basis".
     """
     W = as_array(W)
     picture, axes = figure(min(14, 4.2 * len(W)), 4.8, 1, len(W), squeeze=False, sharey=True)
@@ -297,10 +320,12 @@ def neurons(W, titles: Sequence[str], title: str = "") -> Figure:
 
 @style()
 def packing(series: Mapping[str, tuple], title: str = "", mark: tuple | None = None) -> Figure:
-    """How many directions fit, over the dimension: {label: (dimensions, counts)}, both axes log.
+    """How many directions fit, over the dimension; both axes are logarithmic.
 
-    Series of up to 12 points are drawn with markers, longer ones as lines; infinite counts are
-    left out. mark: (dimension, text) of a vertical line.
+    Args:
+        series: {label: (dimensions, counts)}; up to 12 points are drawn with markers, more of them
+            as a line; infinite counts are left out.
+        mark: (dimension, text) of a vertical line.
     """
     picture, axes = figure(9, 5.4)
     for index, (label, (m, counts)) in enumerate(series.items()):
@@ -333,10 +358,10 @@ QUICK = superposition.Training(restarts=8, steps=200, batch=64, lr=0.08, samples
 def answer(
     features: int, hidden: int, sparsity: float, decay: float, correlation: float
 ) -> superposition.Toys:
-    """The toy model of the explorer's settings: trained here and now, the best of 8 restarts.
+    """The toy model of the explorer's settings, trained as `QUICK` says; the seed is fixed.
 
-    200 steps on 64 inputs each, none of them blank; the fixed seed makes it a pure function, and
-    what was trained once is remembered.
+    Raises:
+        ValueError: a decay outside (0, 1], or settings that make no model.
     """
     if not 0 < decay <= 1:
         raise ValueError(f"An importance decay of {decay:g} was given: take a number in (0, 1].")
@@ -359,10 +384,12 @@ def explorer(
     decay: float = 1.0,
     correlation: float = 0.0,
 ) -> Figure:
-    """Train a toy model with these settings and show its directions, its overlaps and its D_i.
+    """A toy model, trained with these settings: its directions, its overlaps and its D_i.
 
-    ValueError, with a sentence, for settings that make no model. Drawn with few artists: this is
-    called at every step of a slider.
+    Drawn with few artists, as it is called at every step of a slider.
+
+    Raises:
+        ValueError: settings that make no model.
     """
     toys = answer(features, hidden, sparsity, round(decay, 4), round(correlation, 4))
     W, D = toys.W[0], geometry.dimensionality(toys.W[0])
@@ -380,7 +407,7 @@ def explorer(
 
 
 def sliders() -> dict:
-    """The explorer's controls, as `mi_helpers.widgets.explore` takes them."""
+    """The explorer's controls, for `mi_helpers.widgets.explore`."""
     return {
         "features": ipywidgets.IntSlider(5, min=2, max=10),
         "hidden": ipywidgets.IntSlider(2, min=2, max=5, description="hidden dimensions"),
@@ -396,14 +423,14 @@ def sliders() -> dict:
 
 @functools.lru_cache(maxsize=4096)
 def outline(text: str, size: float, align: str) -> Path:
-    """A text as the outline of its letters, in inches, around its anchor."""
+    """The outline of a text's letters, in inches, around its anchor."""
     path = TextPath((0, 0), text, size=size)
     shift = {"left": 0, "center": -0.5, "right": -1}[align] * path.vertices[:, 0].max()
     return path.transformed(Affine2D().translate(shift, -0.36 * size).scale(1 / 72))
 
 
 def words(sheet, places, size: float = 13, align: str = "center", colour: str = "black") -> None:
-    """Write [(x, y, text), …] as one patch: ten times faster than as many text artists."""
+    """Write [(x, y, text), …] as one patch, in a tenth of the time of as many text artists."""
     drawn = [
         outline(text, size, align).transformed(Affine2D().translate(x, y)) for x, y, text in places
     ]
@@ -413,7 +440,7 @@ def words(sheet, places, size: float = 13, align: str = "center", colour: str = 
 
 
 def sketch_directions(sheet, W: np.ndarray) -> None:
-    """The explorer's left part: an arrow per feature, and the circle of radius 1."""
+    """Draw the explorer's left part: an arrow per feature, and the circle of radius 1."""
     middle, inch = np.array([1.7, 1.75]), 1.05  # inches per unit of W
     tips, tint = flat(W) * inch, colours(len(W))
     sheet.add_patch(Circle(middle, inch, fill=False, color="0.75", linewidth=1))
@@ -430,7 +457,7 @@ def sketch_directions(sheet, W: np.ndarray) -> None:
 
 
 def sketch_overlaps(sheet, gram: np.ndarray) -> None:
-    """The explorer's middle part: W W^T, from -1 (orange) through 0 (white) to 1 (violet)."""
+    """Draw the explorer's middle part: W W^T, from -1 (orange) through 0 (white) to 1 (violet)."""
     left, bottom, side, count = 3.75, 0.55, 2.6, len(gram)
     box = (left, left + side, bottom, bottom + side)
     sheet.imshow(gram, cmap=EFFECT, vmin=-1, vmax=1, extent=box, interpolation="nearest")
@@ -447,7 +474,7 @@ def sketch_overlaps(sheet, gram: np.ndarray) -> None:
 
 
 def sketch_dimensionalities(sheet, D: np.ndarray) -> None:
-    """The explorer's right part: a bar per feature, D_i from 0 to 1, with its value."""
+    """Draw the explorer's right part: a bar per feature, D_i from 0 to 1, with its value."""
     left, bottom, width, height, count = 7.05, 0.55, 1.9, 2.6, len(D)
     rows = bottom + height * (1 - (np.arange(count) + 0.5) / count)
     bars = [[(left, y), (left + width * d, y)] for y, d in zip(rows, D, strict=True)]

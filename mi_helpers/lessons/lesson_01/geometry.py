@@ -31,8 +31,7 @@ def overlaps(W: Tensor) -> Tensor:
 def dimensionality(W: Tensor) -> Tensor:
     """D_i = ‖W_i‖² / Σ_j (Ŵ_i · W_j)²  (…, n_features): the share of a dimension that i has.
 
-    1 is a dimension of its own, 1/2 one shared with an opposite feature, 0 none. From "Toy Models
-    of Superposition", section "The Geometry of Superposition".
+    1 is a dimension of its own, 1/2 one shared with an opposite feature, 0 none.
     """
     return W.square().sum(-1) / overlaps(W).square().sum(-1).clamp(min=1e-12)
 
@@ -43,16 +42,16 @@ def represented(W: Tensor) -> Tensor:
 
 
 def dimensions_per_feature(W: Tensor) -> Tensor:
-    """D* = m / ‖W‖²_F  (…): hidden dimensions per represented feature, as these have ‖W_i‖ ≈ 1."""
+    """D* = m / ‖W‖²_F  (…): hidden dimensions per represented feature (these have ‖W_i‖ ≈ 1)."""
     return W.shape[-1] / W.square().sum((-2, -1))
 
 
 def favourite_share(W: Tensor, hidden: str = "relu") -> Tensor:
-    """How much of each hidden neuron's response belongs to one feature (…, n_hidden), 0 to 1.
+    """max_i r² / Σ_i r²: how much of each hidden neuron's response one feature has, (…, n_hidden).
 
-    Feature i alone, at 1, makes neuron k respond with r = ReLU(W_ik), or |W_ik| where the hidden
-    layer is linear: max_i r² / Σ_i r². A neuron at 1 is monosemantic; an average of several
-    features is far below. A neuron that responds to nothing has 0.
+    r is the neuron's response to feature i alone, at 1: ReLU(W_ik), or |W_ik| where the hidden
+    layer is linear. A neuron at 1 is monosemantic, one that responds to several features is far
+    below, one that responds to nothing is at 0.
     """
     response = W.clamp(min=0) if hidden == "relu" else W.abs()
     squares = response.square()
@@ -68,11 +67,11 @@ def random_directions(n: int, m: int, generator: torch.Generator | None = None) 
 
 
 def expected_interference(n: int, m: int, p: float = 1.0) -> float:
-    """p (n - 1) / m: the squared interference to expect among n random unit vectors.
+    """p (n - 1) / m: the expected squared interference among n random unit vectors.
 
-    A component of a random unit vector has mean square 1/m, as m of them sum to 1; so has the dot
-    product of two. Of n - 1 others, a share p is on (at 1) at a time. Their dot products have mean
-    zero and are uncorrelated, so the squares add up.
+    A component of a random unit vector has mean square 1/m, since m of them sum to 1; so has the
+    dot product of two. Of the n - 1 others, a share p is on (at 1) at a time. Their dot products
+    have mean zero and are uncorrelated, so the squares add up.
     """
     return p * (n - 1) / m
 
@@ -81,9 +80,12 @@ def expected_interference(n: int, m: int, p: float = 1.0) -> float:
 def measured_interference(
     n: int, m: int, p: float, samples: int = 500, draws: int = 10, seed: int = 0
 ) -> float:
-    """The same by experiment: mean over inputs and features of (Σ_{j≠i} x_j Ŵ_j · Ŵ_i)².
+    """The same, measured: the mean over inputs and features of (Σ_{j≠i} x_j Ŵ_j · Ŵ_i)².
 
-    Averaged over several draws of the directions, as one draw has a few per cent of luck in it.
+    Averaged over several draws of the directions, since one draw is off by a few per cent.
+
+    Args:
+        samples: inputs per draw of the directions.
     """
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
@@ -99,19 +101,19 @@ def measured_interference(
 
 
 def polygon(n: int) -> Tensor:
-    """The corners of a regular n-gon (n, 2), at distance 1."""
+    """The corners of a regular n-gon at distance 1, (n, 2)."""
     angle = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
     return torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def tetrahedron() -> Tensor:
-    """The corners of a regular tetrahedron (4, 3): every second corner of a cube."""
+    """The corners of a regular tetrahedron, (4, 3): every second corner of a cube."""
     corners = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
     return unit(corners.double())
 
 
 def square_antiprism() -> Tensor:
-    """Two squares (8, 3), one above the other, turned by 45°, with z² = 1/3.
+    """Two squares, one above the other and turned by 45°, with z² = 1/3, (8, 3).
 
     At this height the squares of the coordinates sum to 8/3 in every direction, so that all
     dimensionalities are 3/8.

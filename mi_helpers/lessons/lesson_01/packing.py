@@ -1,8 +1,8 @@
 """Almost orthogonal directions: how many fit into m dimensions with every |cos| ≤ ε.
 
-Orthogonal directions are m at most. Allow a small angle error, and there are many more: how many
-more is bounded from above (Welch), from below (a counting argument), shown by a construction
-(polynomial phases), and found by a search (repulsion).
+At most m directions are orthogonal. With a small error in the angle there are many more: how many
+is bounded from above (Welch), from below (a counting argument), shown by a construction (polynomial
+phases), and found by a search (repulsion).
 """
 
 import math
@@ -15,7 +15,7 @@ from mi_helpers.lessons.shared import on_one_core
 
 
 def cosines(V: Tensor) -> Tensor:
-    """The |cos| of all pairs of rows of V (n, m) as (n, n), 0 on the diagonal and for rows of 0."""
+    """The |cos| of all pairs of rows of V (n, m), (n, n), 0 on the diagonal and for rows of 0."""
     V = V / V.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return (V @ V.T).abs().fill_diagonal_(0)
 
@@ -26,10 +26,12 @@ def largest_cosine(V: Tensor) -> float:
 
 
 def welch_bound(m: int, epsilon: float) -> float:
-    """No more than m (1 - ε²) / (1 - m ε²) directions fit, where m < 1/ε²; inf where m is larger.
+    """The most directions that can fit: m (1 - ε²) / (1 - m ε²) for m < 1/ε², else infinity.
 
     The Gram matrix of n unit vectors has trace n and rank ≤ m, so the sum of its squares is at
-    least n²/m. It is at most n + n (n - 1) ε². Solve for n (Welch, 1974).
+    least n²/m. It is at most n + n (n - 1) ε². Solve for n.
+
+    Source: Welch 1974.
     """
     room = 1 - m * epsilon**2
     return m * (1 - epsilon**2) / room if room > 0 else math.inf
@@ -45,10 +47,10 @@ def chance_too_close(m: int, epsilon: float) -> float:
 
 
 def greedy_bound(m: int, epsilon: float) -> float:
-    """At least max(m, 1/P) directions fit, with P = `chance_too_close`.
+    """A number of directions that fit for certain: max(m, 1/P) with P = `chance_too_close`.
 
     Add directions one by one, each anywhere not too close to those before. While n P < 1, the
-    forbidden regions, of share P each, cannot cover the sphere, so there is room for another: one
+    forbidden regions, of share P each, cannot cover the sphere, so there is room for another: this
     stops at n ≥ 1/P at the earliest (Gilbert's and Varshamov's argument for codes). An orthonormal
     basis gives m.
     """
@@ -62,6 +64,9 @@ def polynomial_phases(p: int, degree: int = 2) -> Tensor:
     f(t) = a_1 t + … + a_d t^d modulo p; real and imaginary parts make 2p real numbers. Two vectors
     meet in the mean of exp(2πi g(t) / p) over t, where g is the difference of their polynomials,
     and by Weil's bound its modulus is at most (d - 1)/√p. Each vector times i is one more.
+
+    Raises:
+        ValueError: p is no prime larger than the degree.
     """
     if p <= degree or any(p % k == 0 for k in range(2, math.isqrt(p) + 1)):
         raise ValueError(f"p = {p} was given: take a prime larger than the degree, {degree}.")
@@ -85,7 +90,7 @@ def constructed(m: int, epsilon: float) -> float:
 
 @on_one_core
 def pack(n: int, m: int, epsilon: float = 0.1, steps: int = 600, seed: int = 0) -> Tensor | None:
-    """n unit vectors in m dimensions (n, m) with every |cos| ≤ ε, or None where none were found.
+    """n unit vectors in m dimensions, (n, m), with every |cos| ≤ ε, or None if none were found.
 
     Random directions, pushed apart: gradient descent (Adam) on Σ max(0, |cos| - ε)², projected back
     to the sphere after each step.
@@ -109,7 +114,7 @@ def pack(n: int, m: int, epsilon: float = 0.1, steps: int = 600, seed: int = 0) 
 
 
 def most_packed(m: int, epsilon: float = 0.1, steps: int = 600, seed: int = 0) -> int:
-    """The most directions that `pack` finds in m dimensions: doubling, then halving the gap."""
+    """The most directions that `pack` finds in m dimensions, by doubling, then halving the gap."""
     good, step = m, max(1, m // 4)  # an orthonormal basis always fits
     limit = welch_bound(m, epsilon)
     while good + step <= limit and pack(good + step, m, epsilon, steps, seed) is not None:

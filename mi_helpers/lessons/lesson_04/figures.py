@@ -1,4 +1,4 @@
-"""The figures of lesson 04: what a lens says in, Figure out. Only `LensViewer` runs the model."""
+"""The figures of lesson 04: a lens' readings in, Figure out. Only `LensViewer` runs the model."""
 
 import functools
 from collections.abc import Sequence
@@ -24,15 +24,19 @@ LENSES = ("logit lens", "tuned lens")
 
 
 def shown(token: str, most: int = 11) -> str:
-    """A token as it is printed in a cell: its space as it is, the invisible made visible."""
+    """A token as a cell shows it: spaces stay, other invisible characters become visible."""
     text = token.replace("\n", "↵").replace("\t", "⇥").replace("�", "·").replace("$", r"\$")
     text = "".join(letter if letter.isprintable() else "·" for letter in text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def draw_grid(axes, tokens: Sequence[str], names: Sequence[str], tops, p) -> None:
-    """The likeliest token in each cell, depths upwards, positions to the right, coloured by its
-    probability."""
+    """Draw the likeliest token of each cell, coloured by its probability.
+
+    Args:
+        tokens: of the positions, to the right; names: of the depths, upwards.
+        tops: likeliest tokens as text; p: their probabilities; both (depths, positions).
+    """
     p = as_array(p)
     axes.pcolormesh(p, cmap=AMOUNT, vmin=0, vmax=1, edgecolors="white", linewidth=1)
     for (row, column), value in np.ndenumerate(p):
@@ -49,7 +53,8 @@ def draw_grid(axes, tokens: Sequence[str], names: Sequence[str], tops, p) -> Non
 def lens_table(names: Sequence[str], words: Sequence[Sequence[str]], p) -> str:
     """A Markdown table: one row per depth, the likeliest tokens with their probabilities.
 
-    words, p  (depths, k), the likeliest first
+    Args:
+        names: of the depths; words, p: tokens and probabilities, (depths, k), the likeliest first.
     """
     p = as_array(p)
     lines = ["| after block | " + " | ".join(map(str, range(1, p.shape[1] + 1))) + " |"]
@@ -61,7 +66,7 @@ def lens_table(names: Sequence[str], words: Sequence[Sequence[str]], p) -> str:
 
 
 def written(token: str) -> str:
-    """A token as Markdown code, its space as ␣, so that it can stand in a table."""
+    """A token as Markdown code that can stand in a table, its space as ␣."""
     return (
         "`" + token.replace(" ", "␣").replace("\n", "↵").replace("`", "ˋ").replace("|", "∣") + "`"
     )
@@ -71,10 +76,16 @@ def written(token: str) -> str:
 def lens_grid(
     tokens: Sequence[str], names: Sequence[str], tops: Sequence[Sequence[str]], p, title: str = ""
 ) -> Figure:
-    """What the lens reads at each depth and position: the figure of the logit lens post (2020).
+    """The lens' likeliest token at each depth and position.
 
-    tokens  of the prompt, one per column; names of the depths, one per row, the first lowest
-    tops    (depths, columns) likeliest tokens as text; p their probabilities, same shape
+    Args:
+        tokens: of the prompt, one per column; names: of the depths, one per row, the first lowest.
+        tops: likeliest tokens as text; p: their probabilities; both (depths, columns).
+
+    Raises:
+        ValueError: p of another shape.
+
+    Source: nostalgebraist 2020, interpreting GPT: the logit lens.
     """
     p = as_array(p)
     if p.shape != (len(names), len(tokens)):
@@ -89,7 +100,7 @@ def lens_grid(
 
 @dataclass(frozen=True)
 class Seen:
-    """All that the viewer shows of one prompt under one lens.
+    """What the viewer shows of one prompt with one lens.
 
     tokens (columns,); p, ids (depths, columns, 5); stream (depths, columns, d_model)
     """
@@ -101,7 +112,7 @@ class Seen:
 
 
 class LensViewer:
-    """The lens on a typed prompt, as a figure of its controls: `explore(viewer.figure, ...)`."""
+    """A lens on a typed prompt, as a figure of its controls: `explore(viewer.figure, ...)`."""
 
     def __init__(self, model: LanguageModel, tuned: TunedLens | None = None):
         self.model, self.lenses = model, dict(zip(LENSES, (None, tuned), strict=True))
@@ -143,11 +154,13 @@ class LensViewer:
         follow: str = "",
     ) -> Figure:
         """Above, the likeliest token at each depth and position; below, the five likeliest in the
-        framed cell, and the ranks of the final answer and of a token of one's own choice.
+        framed cell, and the ranks of the final answer and of a chosen token.
 
-        layer   the depth of the framed cell: -1 the embedding, else the block just left
-        back    its position, counted back from the last token
-        follow  a word whose rank is drawn, too; "" for none
+        Args:
+            layer: the depth of the framed cell: -1 the embedding, else the block just left.
+            back: its position, counted back from the last token.
+            lens: one of `LENSES`.
+            follow: a word whose rank is drawn, too; "" for none.
 
         Raises:
             ValueError: a prompt that is empty or too long, a position before its first token, an
@@ -174,7 +187,7 @@ class LensViewer:
         return self.draw(seen, depth, column, traces, self.grid(prompt, lens))
 
     def _grid(self, prompt: str, lens: str) -> np.ndarray:
-        """The upper panel as pixels (height, width, 4): it stays while the sliders move."""
+        """The upper panel as pixels (height, width, 4), which stay while the sliders move."""
         seen = self.see(prompt, lens)
         picture = Picture(figsize=(WIDE, self.high), layout="none", dpi=DPI)
         canvas = FigureCanvasAgg(picture)
@@ -187,7 +200,11 @@ class LensViewer:
         return np.asarray(canvas.buffer_rgba()).copy()
 
     def draw(self, seen: Seen, depth: int, column: int, traces: dict, grid: np.ndarray) -> Figure:
-        """The three panels from what was read."""
+        """The three panels, with the frame at a depth and a column.
+
+        Args:
+            traces: {label: ranks (depths,)}; grid: as from `_grid`.
+        """
         total = self.high + LOW
         picture = Picture(figsize=(WIDE, total), layout="none")
         upper = picture.add_axes((0, LOW / total, 1, self.high / total))
@@ -219,7 +236,7 @@ class LensViewer:
         return picture
 
     def draw_likeliest(self, axes, seen: Seen, depth: int, column: int) -> None:
-        """The five likeliest tokens of one cell as bars."""
+        """Draw the five likeliest tokens of one cell as bars."""
         words = [shown(self.word(int(token))) for token in seen.ids[depth, column]]
         p = as_array(seen.p[depth, column])
         drawn = axes.barh(range(len(p)), p, color=OKABE_ITO[0])
