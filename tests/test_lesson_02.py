@@ -23,6 +23,7 @@ from mi_helpers.tinyworld.world import World
 from mi_helpers.widgets import corners
 
 WORLD = World()
+SERIES = ("probe", "control task", "untrained model", "two tokens")
 
 
 def texts(family, n=40, seed=0, held=(), **choices):
@@ -180,7 +181,7 @@ def test_a_scan_has_a_bar_for_every_control(model, tokenizer):
     sites = probes.some_layers(model, 2)
     train, test = texts("agreement", 200, 0), texts("agreement", 200, 1)
     found = experiments.scan(model, blank, "head", train, test, sites)
-    assert tuple(found) == experiments.SERIES
+    assert tuple(found) == SERIES
     assert all(list(series) == sites for series in found.values())
     assert all(0 <= value <= 1 for series in found.values() for value in series.values())
     assert len(set(found["two tokens"].values())) == 1
@@ -339,7 +340,7 @@ def test_the_toy_is_what_it_says():
 
 
 NAMES = ["embed", "0", "1"]
-SCANS = {kind: {s: [0.1, 0.5, 1.0] for s in experiments.SERIES} for kind in ("number", "voice")}
+SCANS = {kind: {s: [0.1, 0.5, 1.0] for s in SERIES} for kind in ("number", "voice")}
 
 
 def test_the_explorer_draws_in_every_corner():

@@ -69,9 +69,6 @@ def two_tokens(model: LanguageModel, train: Readings, test: Readings) -> float:
     return fit_probe(bags[0], train.y, C=1.0).score(bags[1], test.y)
 
 
-SERIES = ("probe", "control task", "untrained model", "two tokens")
-
-
 def scan(
     model: LanguageModel,
     blank: LanguageModel,
