@@ -9,9 +9,7 @@ A node has the name that the field's viewers give it: "E_812_3" is an embedding 
 position 3), "2_57_3" a feature (layer 2, latent 57, position 3), "2_-1_3" the error of layer 2 at
 position 3, "7_91_9" a logit (token 91 at position 9, in a model with 6 layers).
 
-Source: Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models",
-sections "Constructing an Attribution Graph" and "Attribution Graph Evaluation", and the appendix on
-pruning, with its pseudocode.
+Source: Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
 """
 
 from __future__ import annotations
@@ -26,8 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EMBEDDING, FEATURE, ERROR, LOGIT = KINDS = ("embedding", "feature", "error", "logit")
-
-# ---------------------------------------------------------------------------------------- nodes
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,8 @@ class EdgeError:
     """How far Σ incoming edges + bias is from a node's value, at most, over all nodes.
 
     absolute  max |Σ edges + bias - value|
-    relative  the same, divided by the node's |value|
-    scaled    the same, divided by the node's Σ |edges| + |bias|, to which rounding is proportional
+    relative  the same over |value|
+    scaled    the same over Σ |edges| + |bias|, to which rounding is proportional
     """
 
     absolute: float
@@ -141,14 +137,12 @@ class Graph:
         check_order(self.adjacency)
         influence = node_influence(self.adjacency, self.probabilities)
         sums = self.mask(FEATURE) | self.mask(LOGIT)
-        computed = {
-            "influence": influence,
-            "cumulative": cumulative_influence(influence),
-            "missing": torch.zeros_like(self.bias),
-            "edge_error": edge_error(self.adjacency, self.bias, self.values, sums),
-        }
-        for name, value in computed.items():
-            object.__setattr__(self, name, value)
+        self.__dict__.update(  # the class is frozen for everybody else
+            influence=influence,
+            cumulative=cumulative_influence(influence),
+            missing=torch.zeros_like(self.bias),
+            edge_error=edge_error(self.adjacency, self.bias, self.values, sums),
+        )
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{int(self.mask(kind).sum())} {kind}s" for kind in KINDS)
@@ -167,10 +161,6 @@ class Graph:
         """{node name, or a logit's text: its place in `nodes`}."""
         texts = zip(self.target_names, range(self.first_logit, len(self)), strict=False)
         return dict(texts) | {node.id: i for i, node in enumerate(self.nodes)}
-
-    @cached_property
-    def _kinds(self) -> Tensor:
-        return torch.tensor([KINDS.index(node.kind) for node in self.nodes], dtype=torch.int8)
 
     def index(self, node: Node | str | int) -> int:
         """The place of a node in `nodes`, given the node, its name, a logit's text, or its place.
@@ -192,7 +182,7 @@ class Graph:
 
     def mask(self, kind: str) -> Tensor:
         """(n,), True at the nodes of that kind."""
-        return self._kinds == KINDS.index(kind)
+        return torch.tensor([node.kind == kind for node in self.nodes], dtype=torch.bool)
 
     def features(self) -> list[Node]:
         """The feature nodes, those with the most influence first."""
@@ -236,10 +226,8 @@ class Graph:
         given = {key.id if isinstance(key, Node) else key: text for key, text in labels.items()}
         own = dict(self.labels)
         for node in self.nodes:
-            text = given.get(node.id)
-            if text is None and node.kind == FEATURE:
-                text = given.get((node.layer, node.index))
-            if text is not None:
+            latent = (node.layer, node.index) if node.kind == FEATURE else None
+            if (text := given.get(node.id, given.get(latent))) is not None:
                 own[node.id] = text
         return replace(self, labels=own)
 
@@ -252,13 +240,12 @@ class Graph:
         kept = adjacency[keep][:, keep]
         missing = self.missing[keep] + self.adjacency[keep].abs().sum(1) - kept.abs().sum(1)
         places, last = keep.nonzero()[:, 0].tolist(), self.first_logit
-        names = {self.nodes[i].id for i in places}
-        groups = {
-            text: tuple(n for n in ids if n in names) for text, ids in self.supernodes.items()
-        }
+        nodes = tuple(self.nodes[i] for i in places)
+        names = {node.id for node in nodes}
+        groups = {t: tuple(n for n in ids if n in names) for t, ids in self.supernodes.items()}
         return replace(
             self,
-            nodes=tuple(self.nodes[i] for i in places),
+            nodes=nodes,
             adjacency=kept,
             **{f: getattr(self, f)[keep] for f in ("bias", "values", "influence", "cumulative")},
             missing=missing.clamp(min=0),
@@ -271,7 +258,7 @@ class Graph:
 
 
 def check_order(adjacency: Tensor) -> None:
-    """ValueError unless every edge goes from an earlier node to a later one."""
+    """Raises ValueError unless every edge goes from an earlier node to a later one."""
     n = len(adjacency)
     if adjacency.shape != (n, n) or bool(adjacency.triu().any()):
         raise ValueError(
@@ -299,8 +286,7 @@ def edge_error(adjacency: Tensor, bias: Tensor, values: Tensor, targets: Tensor)
 
 
 def normalised(adjacency: Tensor, missing: Tensor | None = None) -> Tensor:
-    """|edges| (n, n) over their sum into each node, with `missing` (n,) in that sum; 0 into a node
-    without edges."""
+    """|edges| (n, n) over their sum into each node, to which `missing` (n,) is added."""
     size = adjacency.abs()
     total = size.sum(1) if missing is None else size.sum(1) + missing
     return size.div_(torch.where(total > 0, total, 1.0)[:, None])
@@ -413,8 +399,8 @@ def prune(graph: Graph, node_threshold: float = 0.8, edge_threshold: float = 0.9
             "The graph has no feature nodes, so there is nothing to prune: are the transcoders "
             "those of this model?"
         )
-    always = graph.mask(EMBEDDING) | graph.mask(LOGIT)
-    small = graph.subgraph(_fewest(graph.influence, node_threshold) | always)
+    keep = _fewest(graph.influence, node_threshold) | graph.mask(EMBEDDING) | graph.mask(LOGIT)
+    small = graph.subgraph(keep)
     score = edge_scores(small.adjacency, small.probabilities)
     strong = _fewest(score.flatten(), edge_threshold).view_as(score)
     edges = torch.where(strong, small.adjacency, 0.0)
