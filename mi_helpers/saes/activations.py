@@ -28,11 +28,13 @@ AGAIN = "Run the harvest again: it makes that shard anew and keeps the others."
 class Shard:
     """Rows of activations, and the texts that they come from.
 
-    source (rows, d_in), target (rows, d_out) or None: bfloat16
-    piece, at (rows,)     row r is token `at[r]` of piece `piece[r]`
-    ids (tokens,)         token ids of all pieces one after another, without BOS
-    start (pieces + 1,)   piece p is ids[start[p] : start[p + 1]]
-    document, offset (pieces,)   the number of its text in the source, and its first token's in that
+    Args:
+        source, target: (rows, d_in) and (rows, d_out) or None, bfloat16.
+        piece, at: (rows,); row r is token `at[r]` of piece `piece[r]`.
+        ids: (tokens,), the token ids of all pieces one after another, without BOS.
+        start: (pieces + 1,); piece p is ids[start[p] : start[p + 1]].
+        document, offset: (pieces,), the number of a piece's text in the source, and the number of
+            its first token in that text.
     """
 
     source: Tensor
@@ -51,7 +53,7 @@ class Shard:
 
     @property
     def place(self) -> Tensor:
-        """(rows, 2): the document of each row, and its token's number in that document."""
+        """The document of each row, and its token's number in that document: (rows, 2)."""
         return torch.stack([self.document[self.piece], self.offset[self.piece] + self.at], 1)
 
     def text(self, piece: int) -> Tensor:
@@ -60,7 +62,12 @@ class Shard:
 
 
 class Activations:
-    """A finished harvest. `manifest` says what it is of; `rows` counts all shards together."""
+    """A finished harvest.
+
+    Args:
+        folder: where its shards are.
+        manifest: what it is of.
+    """
 
     def __init__(self, folder: Path, manifest: dict):
         self.folder, self.manifest = folder, manifest
@@ -80,7 +87,7 @@ class Activations:
 
     @classmethod
     def open(cls, folder: Path | str) -> Activations:
-        """A harvest that is complete.
+        """The finished harvest in a folder.
 
         Raises:
             RunError: there is none, or its manifest and shards disagree.
@@ -104,16 +111,20 @@ class Activations:
 
     @property
     def source(self) -> tuple[str, int | None]:
-        """Site and layer that a coder reads."""
+        """The site and layer that a coder reads."""
         return tuple(self.manifest["source"])
 
     @property
     def target(self) -> tuple[str, int | None] | None:
-        """Site and layer that it predicts; None where that is what it reads."""
+        """The site and layer that a coder predicts; None where it predicts what it reads."""
         return tuple(self.manifest["target"]) if self.manifest["target"] else None
 
     def shard(self, index: int) -> Shard:
-        """Shard `index`, checked against its checksum when it is first read."""
+        """Shard `index`, compared with its checksum when it is first read.
+
+        Raises:
+            RunError: it is missing, or damaged.
+        """
         path = self.folder / self.manifest["shards"][index]["file"]
         tensors, _ = load_tensors(path, check=index not in self._checked, advice=AGAIN)
         self._checked.add(index)
@@ -125,14 +136,18 @@ class Activations:
         return torch.cat([self.shard(index).tokens for index in range(len(self.sizes))])
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(shard, row in it) of a row."""
+        """(shard, row in it) of a row.
+
+        Raises:
+            RunError: there is no such row.
+        """
         if not 0 <= row < self.rows:
             raise RunError(f"Row {row} is out of range: the harvest has {self.rows:,} rows.")
         shard = next(i for i, first in enumerate(self.first[1:]) if row < first)
         return shard, row - self.first[shard]
 
     def slice(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """Rows begin … end - 1 in the order of the text: source and target, float32."""
+        """Rows begin … end - 1 in the order of the text: source and target (or None), float32."""
         parts: list[tuple[Tensor, Tensor | None]] = []
         for index, first in enumerate(self.first[:-1]):
             low, high = max(begin - first, 0), min(end - first, self.sizes[index])
@@ -152,12 +167,16 @@ def site_name(site: tuple[str, int | None]) -> str:
 
 
 class Shuffled:
-    """An endless shuffled order of the first `n` rows, of which a bounded part is in memory.
+    """An endless shuffled order of a harvest's first rows, a bounded part of which is in memory.
 
-    In each epoch the shards are shuffled and put together into groups of at most `memory` bytes;
-    the rows of a group are shuffled. The order depends on the seed, `n` and `memory` alone, so rows
-    `begin` … `end` - 1 of it can be asked for at any time: a killed run goes on where it was, and
-    several processes can each take a part of a batch.
+    In each epoch the shards are shuffled and divided into groups of at most `memory` bytes, and the
+    rows of each group are shuffled. The order depends on the arguments alone, so that any part of
+    it can be asked for at any time: a killed run continues where it was, and each of several
+    processes takes a part of a batch.
+
+    Args:
+        n: how many rows, from the first; an epoch has each of them once.
+        memory: bytes of activations in memory.
     """
 
     def __init__(self, held: Activations, n: int, seed: int = 0, memory: int = 2 * GIB):
@@ -183,14 +202,15 @@ class Shuffled:
         return self._order[1]
 
     def count(self, group: list[int]) -> int:
+        """The number of rows in a group."""
         return sum(self.sizes[shard] for shard in group)
 
     def generator(self, epoch: int, group: int) -> torch.Generator:
-        """Seeded for one epoch's order of shards (group -1) or one group's order of rows."""
+        """The generator of an epoch's order of shards (group -1), or of a group's order of rows."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 65_537 + group + 1)
 
     def rows(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """Rows of the order: source (end - begin, d_in) and target, or None; float32."""
+        """Rows begin … end - 1 of the order: source (rows, d_in) and target (or None), float32."""
         parts = []
         while begin < end:
             epoch, at = divmod(begin, self.n)
@@ -219,7 +239,7 @@ class Shuffled:
         return source[chosen].float(), None if target is None else target[chosen].float()
 
     def load(self, group: list[int]) -> tuple[list[int], Tensor, Tensor | None]:
-        """A group's rows in memory; the group before it is let go first."""
+        """A group's rows, in memory; those of the group before it are dropped first."""
         if self._loaded is None or self._loaded[0] != group:
             self._loaded = None
             n, held = self.count(group), self.held

@@ -121,7 +121,7 @@ class SparseCoder(nn.Module):
     # ---- from activations to latents
 
     def read(self, x: Tensor) -> Tensor:
-        """s_in x - b_dec, or s_in x where b_dec is not subtracted: what W_enc reads, (..., d_in).
+        """What W_enc reads: s_in x - b_dec, or s_in x where b_dec is not subtracted, (..., d_in).
 
         Raises:
             ValueError: the last axis is not d_in.
@@ -137,14 +137,14 @@ class SparseCoder(nn.Module):
         return torch.addcmul(-self.b_dec, x, self.scale_in)
 
     def encode_pre_act(self, x: Tensor, latents: Sequence[int] | Tensor | None = None) -> Tensor:
-        """pre = (s_in x - b_dec) @ W_enc + b_enc, (..., d_latent), or of these latents only."""
+        """pre = (s_in x - b_dec) @ W_enc + b_enc (..., d_latent), or that of some latents only."""
         if latents is None:
             return self.read(x) @ self.W_enc + self.b_enc
         latents = self.check_latents(latents)
         return self.read(x) @ self.W_enc[:, latents] + self.b_enc[latents]
 
     def encode(self, x: Tensor) -> Tensor:
-        """f (..., d_latent): activation of the pre-activations, 0 where a latent does not fire."""
+        """f = activation(pre) (..., d_latent), 0 where a latent does not fire."""
         pre = self.encode_pre_act(x)
         if self.activation == "topk":
             values, indices = pre.topk(self.k, dim=-1)
@@ -157,9 +157,9 @@ class SparseCoder(nn.Module):
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(indices, values) of the latents that fire, the largest first: both (..., n).
 
-        n is k for topk, else the largest number of latents that fire in one row; places that are
-        not used have the value 0. The values are those of `encode`, without its (..., d_latent)
-        tensor, so this is for many rows; gradients do not pass.
+        n is k for topk, else the largest number of latents that fire in a row; unused places have
+        the value 0. The values are those of `encode`, but no (..., d_latent) tensor is made, and no
+        gradients pass.
         """
         u = self.read(x).reshape(-1, self.d_in)  # (rows, d_in)
         if self.activation == "topk":
@@ -186,24 +186,24 @@ class SparseCoder(nn.Module):
     # ---- from latents to predictions
 
     def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
-        """x̂ (..., d_out) from dense latents f (..., d_latent); x is needed by a skip path only."""
-        return (f @ self.W_dec + self.b_dec + self._around(x)) / self.scale_out
+        """x̂ (..., d_out) from dense latents f (..., d_latent); only a skip path needs x."""
+        return (f @ self.W_dec + self.b_dec + self.skip_path(x)) / self.scale_out
 
     def decode_sparse(self, indices: Tensor, values: Tensor, x: Tensor | None = None) -> Tensor:
-        """x̂ (..., d_out) from the latents that fire (..., n): `decode` without the zeros."""
+        """`decode` from the latents that fire: indices and values (..., n)."""
         self.check_latents(indices)
         flat = (t.reshape(-1, t.shape[-1]) for t in (indices, values))
         sums = weighted_sums(self.W_dec, *flat).view(*indices.shape[:-1], self.d_out)
-        return (sums + self.b_dec + self._around(x)) / self.scale_out
+        return (sums + self.b_dec + self.skip_path(x)) / self.scale_out
 
-    def _around(self, x: Tensor | None) -> Tensor | float:
-        """What the skip path adds, before the scale; 0 without one or without x."""
+    def skip_path(self, x: Tensor | None) -> Tensor | float:
+        """s_in x @ W_skip^T (..., d_out); 0 without a skip path or without x."""
         if not self.skip or x is None:
             return 0.0
         return (x.to(self.W_dec.dtype) * self.scale_in) @ self.W_skip.T
 
     def forward(self, x: Tensor) -> Tensor:
-        """x̂ (..., d_out): what the coder predicts from x (..., d_in)."""
+        """x̂ (..., d_out), what the coder predicts from x (..., d_in)."""
         return self.decode(self.encode(x), x)
 
     # ---- before and after training
@@ -212,8 +212,11 @@ class SparseCoder(nn.Module):
     def initialise(self, x: Tensor, target: Tensor | None = None) -> SparseCoder:
         """Set the scales and b_dec from a sample of inputs (rows, d_in) and targets (rows, d_out).
 
-        The scales make the mean squared norms 1; b_dec becomes the geometric median of the scaled
-        targets. The decoder's rows stay random.
+        The scales make the mean squared norms 1, and b_dec becomes the geometric median of the
+        scaled targets.
+
+        Raises:
+            ValueError: the sample holds NaN or infinity.
         """
         target = x if target is None else target
         check_finite(x, "inputs"), check_finite(target, "targets")
@@ -232,12 +235,10 @@ class SparseCoder(nn.Module):
     def folded(self) -> SparseCoder:
         """A coder with the same predictions and scales of 1, its latents in units of the target.
 
-        relu, topk and a threshold that is scaled along commute with a positive factor, so
-
             f' = f / s_out    W_enc' = W_enc s_in / s_out    b_enc', b_dec', threshold' = · / s_out
 
-        and the decoder's rows keep their norm. (Where s_in ≠ s_out and b_dec is subtracted from the
-        input, b_enc' takes up the difference.)
+        as activations commute with a positive factor. The decoder's rows keep their norm. (Where
+        s_in ≠ s_out and b_dec is subtracted from the input, b_enc' makes up for the difference.)
         """
         new = copy.deepcopy(self)
         s_out = self.scale_out
@@ -276,10 +277,11 @@ class SparseCoder(nn.Module):
 
 @torch.no_grad()
 def explained_variance(x: Tensor, x_hat: Tensor) -> float:
-    """1 - E‖x - x̂‖² / E‖x - x̄‖², over rows and numbers together; x, x̂ (..., d).
+    """1 - E‖x - x̂‖² / E‖x - x̄‖², over rows and dimensions together, for x, x̂ (..., d).
 
-    Other definitions are in use, and give other numbers for the same coder: a mean over dimensions
-    of 1 - Var(x_i - x̂_i) / Var(x_i), or E‖x‖² below the line, which counts the mean as explained.
+    Other definitions are in use and give other numbers for the same coder: the mean over dimensions
+    of 1 - Var(x_i - x̂_i) / Var(x_i), or E‖x‖² as the denominator, which counts the mean as
+    explained.
     """
     x, x_hat = (t.detach().flatten(0, -2).double() for t in (x, x_hat))
     return float(1 - (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
@@ -303,8 +305,15 @@ def shrinkage(x: Tensor, x_hat: Tensor) -> float:
 def geometric_median(x: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The point (d,) whose summed distance to the rows of x (n, d) is least.
 
-    Weiszfeld's iteration: from the mean, again and again the mean of the rows weighted by
-    1 / distance. Unlike the mean it is hardly moved by a few outlying rows.
+    Weiszfeld's iteration begins at the mean and repeats the mean of the rows weighted by
+    1 / distance. A few outlying rows hardly move it.
+
+    Args:
+        steps: at most.
+        tolerance: it stops when it moves by less than this, relative to its norm.
+
+    Raises:
+        ValueError: there are no rows, or x is no matrix.
     """
     if x.ndim != 2 or not len(x):
         raise ValueError(
@@ -322,7 +331,11 @@ def geometric_median(x: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Te
 
 
 def check_finite(x: Tensor, what: str = "activations") -> None:
-    """ValueError, naming the first row, where there is NaN or infinity in x (rows, d)."""
+    """Check that x (rows, d) has no NaN or infinity.
+
+    Raises:
+        ValueError: it has; the first such row is named.
+    """
     if not torch.isfinite(x.sum()):  # one pass without a mask; a sum may overflow, so look again
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten()
         if len(bad):

@@ -46,7 +46,7 @@ def fires(coder, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def chunks(held: Activations, size: int = 4_096) -> Iterator[tuple[int, Tensor, np.ndarray]]:
     """(first row, source (rows, d_in), piece of each row) in order, about `size` rows at a time.
 
-    No piece of text is cut in two; pieces are numbered over all shards.
+    No piece of text is cut in two. Pieces are numbered through all shards.
     """
     piece_base = 0
     for index, first in enumerate(held.first[:-1]):
@@ -63,13 +63,17 @@ def chunks(held: Activations, size: int = 4_096) -> Iterator[tuple[int, Tensor, 
 
 
 def firings(coder, x: Tensor) -> Firings:
-    """Every firing of a coder on rows x (n, d_in): 12 bytes for each of n × L0."""
+    """Every firing of a coder on rows x (n, d_in): 12 bytes for each."""
     row, latent, value = fires(coder, x)
     return Firings(row, latent, value, len(x), coder.d_latent)
 
 
 def check_coder(held: Activations, coder) -> None:
-    """RunError when a coder does not read what was harvested."""
+    """Check that a coder reads what was harvested.
+
+    Raises:
+        RunError: it reads another width.
+    """
     if coder.d_in != held.d_in:
         raise RunError(
             f"The coder reads {coder.d_in} numbers, the harvest in {held.folder} has {held.d_in} "
@@ -81,10 +85,10 @@ def check_coder(held: Activations, coder) -> None:
 
 
 class Highest:
-    """The `n` highest keys of each latent with their rows and values, added in rising row order.
+    """The n highest keys of each latent, with their rows and values.
 
-    key (latents, n) from high to low, -inf where there are fewer; row (latents, n), -1 there.
-    Of equal keys, the row that comes first in the text is kept.
+    `key` (latents, n) goes from high to low, -inf where there are fewer; `row` (latents, n) is -1
+    there. Entries are added in rising order of rows, and of equal keys the first row is kept.
     """
 
     def __init__(self, n_latents: int, n: int):
@@ -94,7 +98,7 @@ class Highest:
         self.value = np.zeros((n_latents, n), np.float32)
 
     def add(self, latent, key, row, value, group=None) -> None:
-        """Entries (m,); of those with one latent and one `group`, only the highest counts."""
+        """Add entries (m,); of those with the same latent and `group`, only the highest counts."""
         may = key > self.key[latent, -1]
         latent, key, row, value = (each[may] for each in (latent, key, row, value))
         order = np.lexsort((row, -key, latent))
@@ -125,8 +129,10 @@ class Highest:
 
 
 def scramble(latent: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) for each (latent, row) that looks random (splitmix64): the highest of
-    these are a fair sample, whatever the order and the chunks they come in."""
+    """A number in [0, 1) for each (latent, row) that looks random (splitmix64).
+
+    The rows with the highest are a fair sample, whatever the order and the chunks they come in.
+    """
     with np.errstate(over="ignore"):
         z = row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z += (latent.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
@@ -137,7 +143,7 @@ def scramble(latent: np.ndarray, row: np.ndarray) -> np.ndarray:
 
 
 def bin_of(value: np.ndarray) -> np.ndarray:
-    """Histogram bin of positive values: four per octave, 2⁻¹⁶ to 2¹⁶, the ends taking the rest."""
+    """The histogram bin of positive values: four per octave from 2⁻¹⁶ to 2¹⁶, open at the ends."""
     return np.clip(np.floor(PER_OCTAVE * np.log2(value)) + BINS // 2, 0, BINS - 1).astype(np.int64)
 
 
@@ -148,13 +154,13 @@ def bin_edges() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Features:
-    """All latents over `rows` tokens. Arrays by latent:
+    """Where and how strongly each of F latents fires, over `rows` tokens.
 
-    count (F,)                   tokens that it fires at
-    total (F,)                   sum of its values there
-    histogram (F, 128)           firings per `bin_edges` bin
-    top_row, top_value (F, 20)   its highest firings, one per piece of text; row -1: no more
-    sample_row, sample_value (F, 100)   a fair sample of its firings, from high to low
+    Args:
+        count, total: (F,), the number of tokens at which it fires, and the sum of its values.
+        histogram: (F, 128), firings per bin of `bin_edges`.
+        top_row, top_value: (F, 20), its highest firings, one per piece of text; row -1: no more.
+        sample_row, sample_value: (F, 100), a fair sample of its firings, from high to low.
     """
 
     rows: int
@@ -168,25 +174,30 @@ class Features:
 
     @property
     def n_latents(self) -> int:
+        """The number of latents, F."""
         return len(self.count)
 
     @property
     def frequency(self) -> np.ndarray:
-        """Share of tokens at which each latent fires, (F,)."""
+        """The share of tokens at which each latent fires, (F,)."""
         return self.count / self.rows
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean value of each latent where it fires, (F,); 0 where it never does."""
+        """The mean value of each latent where it fires, (F,); 0 where it never does."""
         return self.total / np.maximum(self.count, 1)
 
     @property
     def dead(self) -> float:
-        """Share of latents that never fire."""
+        """The share of latents that never fire."""
         return float((self.count == 0).mean())
 
     def check(self, latent: int) -> int:
-        """The latent's number; ValueError when there is none such."""
+        """The latent's number.
+
+        Raises:
+            ValueError: there is no such latent.
+        """
         if not 0 <= latent < self.n_latents:
             raise ValueError(
                 f"There is no latent {latent}: this coder has latents 0 to {self.n_latents - 1}."
@@ -204,19 +215,26 @@ class Features:
         ]
 
     def save(self, path: Path) -> None:
-        """To a safetensors file."""
+        """Write to a safetensors file."""
         arrays = {name: torch.from_numpy(v) for name, v in vars(self).items() if name != "rows"}
         save_tensors(Path(path), arrays, {"rows": self.rows})
 
     @classmethod
     def load(cls, path: Path) -> Features:
-        """From `save`; RunError when it is damaged."""
+        """Read what `save` wrote.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
         tensors, about = load_tensors(Path(path), advice="Run the features again.")
         return cls(about["rows"], **{name: tensor.numpy() for name, tensor in tensors.items()})
 
 
 def collect(held: Activations, coder, progress: bool = False) -> Features:
-    """One pass over the harvest in the order of the text.
+    """The `Features` of a coder, in one pass over the harvest.
+
+    Args:
+        progress: whether a progress bar is shown.
 
     Raises:
         RunError: the coder does not fit, or a shard is damaged.
@@ -250,7 +268,7 @@ def collect(held: Activations, coder, progress: bool = False) -> Features:
 
 
 def token_purity(features: Features, tokens: np.ndarray, least: int = 10) -> np.ndarray:
-    """Of each latent's highest firings, the share at the token that is commonest among them.
+    """The share of each latent's highest firings that are at their commonest token.
 
     Args:
         tokens: (rows,), the token of each row of the harvest.
@@ -266,7 +284,7 @@ def token_purity(features: Features, tokens: np.ndarray, least: int = 10) -> np.
 
 @dataclass(frozen=True)
 class Context:
-    """A token in its text: tokens[at] is where the latent has `value`; row is its row."""
+    """A token in its text: at tokens[at], which is `row` of the harvest, the latent has `value`."""
 
     tokens: list[str]
     at: int
@@ -274,7 +292,7 @@ class Context:
     row: int
 
     def __str__(self) -> str:
-        """The text with the firing token in [[double brackets]], its space outside of them."""
+        """The text with the firing token in [[double brackets]], its space outside them."""
         token = self.tokens[self.at]
         bare = token.lstrip(" ")
         marked = f"{token[: len(token) - len(bare)]}[[{bare}]]"
@@ -292,7 +310,7 @@ def _words(folder: Path, index: int, digest: str) -> Shard:
 
 
 def words(held: Activations, index: int) -> Shard:
-    """What shard `index` says of its texts; its activations are not read (source is None)."""
+    """Shard `index` without its activations (source and target are None): its texts alone."""
     return _words(held.folder, index, held.manifest["shards"][index]["sha256"])
 
 
@@ -303,7 +321,13 @@ def context(
     value: float = float("nan"),
     around: int = 20,
 ) -> Context:
-    """The text of a row: its piece, at most `around` tokens to each side; `name` spells an id."""
+    """The text of a row, within its piece.
+
+    Args:
+        name: spells a token id.
+        value: of the latent there.
+        around: tokens on each side, at most.
+    """
     index, local = held.locate(row)
     shard = words(held, index)
     ids, at = shard.text(int(shard.piece[local])).tolist(), int(shard.at[local])
@@ -320,10 +344,14 @@ def contexts(
     n: int = TOP,
     around: int = 20,
 ) -> list[Context]:
-    """The latent's highest firings, one per piece of text, highest first.
+    """The latent's highest firings, one per piece of text, the highest first.
+
+    Args:
+        n: how many, at most.
+        around: tokens on each side, at most.
 
     Raises:
-        ValueError: no such latent.
+        ValueError: there is no such latent.
     """
     latent = features.check(latent)
     pairs = zip(features.top_row[latent, :n], features.top_value[latent, :n], strict=True)
@@ -338,11 +366,16 @@ def contexts(
 
 
 def logit_effects(model: LanguageModel, directions: Tensor, gain: bool = True) -> Tensor:
-    """What adding each direction (n, d_model) does to the logits, (n, d_vocab), less its mean over
-    the tokens in use (`LanguageModel.in_use`).
+    """direction · gain @ W_U, less its mean over the tokens in use: (n, d_vocab).
 
-    The direct path alone: direction · (final norm's gain, if `gain`) @ W_U, without the norm's
-    scale and the soft-cap, so only differences within a row mean something.
+    What adding each direction (n, d_model) does to the logits by the direct path, but for the final
+    norm's scale and the soft-cap: only differences within a row mean something.
+
+    Args:
+        gain: whether the final norm's gain is applied.
+
+    Raises:
+        ValueError: the directions are not of the stream's width.
     """
     directions = directions.to(model.device, torch.float32)
     if directions.shape[-1] != model.d_model:
@@ -357,8 +390,10 @@ def logit_effects(model: LanguageModel, directions: Tensor, gain: bool = True) -
 
 
 def extremes(model: LanguageModel, effects: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
-    """[(values, token ids) of the n highest, (…) of the n lowest] of effects (…, d_vocab), among
-    the tokens in use: the others share one column of W_U, and would fill whole lists."""
+    """[(values, token ids) of the n highest, (…) of the n lowest] of effects (…, d_vocab).
+
+    Among the tokens in use alone: the others share one column of W_U and would fill whole lists.
+    """
     ids = model.in_use.nonzero()[:, 0]
     within, n = effects[..., ids], min(n, len(ids))
     found = within.topk(n), within.topk(n, largest=False)
@@ -368,8 +403,10 @@ def extremes(model: LanguageModel, effects: Tensor, n: int) -> list[tuple[Tensor
 def extreme_logits(
     model: LanguageModel, coder, n: int = 10, gain: bool = True
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((ids, effects) of the n tokens that each latent raises most, and of those it lowers most),
-    each (latents, n); see `logit_effects`."""
+    """((ids, effects) of the n tokens that each latent raises most, … of those it lowers most).
+
+    Each is (latents, n); see `logit_effects`.
+    """
     parts = []
     with torch.no_grad():
         for rows in coder.W_dec.split(128):
@@ -380,7 +417,7 @@ def extreme_logits(
 
 
 def nearest_latents(coder, n: int = 10) -> tuple[Tensor, Tensor]:
-    """(numbers, cosines) of the n latents whose decoder rows are nearest each one's, (F, n)."""
+    """(latents, cosines) of the n latents whose decoder rows are nearest each one's, (F, n)."""
     with torch.no_grad():
         rows = torch.nn.functional.normalize(coder.W_dec.float(), dim=-1)
         parts, n = [], min(n, len(rows) - 1)
@@ -400,8 +437,14 @@ def write_latents(
     model: LanguageModel,
     progress: bool = False,
 ) -> None:
-    """One line of JSON per latent: its numbers, its contexts with the firing token in [[brackets]],
-    firings at evenly spaced ranks, the tokens whose logits it raises and lowers, its neighbours."""
+    """Write a line of JSON per latent.
+
+    Its numbers, its contexts with the firing token in [[brackets]], firings at evenly spaced ranks,
+    the tokens whose logits it raises and lowers, and its nearest latents.
+
+    Args:
+        progress: whether a progress bar is shown.
+    """
     near, cosine = (each.tolist() for each in nearest_latents(coder))
     writes = coder.d_out == model.d_model
     effects = extreme_logits(model, coder) if writes else None

@@ -1,4 +1,4 @@
-"""Figures of latents: the dashboard of one, which fire where in a text, how often they fire.
+"""Figures of latents: the dashboard of one, and which fire where in a text.
 
 page = Page(held, coder, collect(held, coder), model)
 explore(lambda latent: dashboard(page, latent), latent=(0, coder.d_latent - 1))
@@ -25,17 +25,21 @@ SHOWN = 8  # contexts on a page
 
 @dataclass(frozen=True)
 class Page:
-    """What a dashboard is drawn from; the products over all latents are made once."""
+    """What a dashboard is drawn from.
+
+    Args:
+        gain: whether logit effects go through the final norm's gain.
+    """
 
     held: Activations
     coder: torch.nn.Module
     features: Features
     model: LanguageModel
-    gain: bool = True  # logit effects through the final norm's gain
+    gain: bool = True
 
     @cached_property
     def directions(self) -> torch.Tensor:
-        """Decoder rows of unit length, (latents, d_out)."""
+        """The decoder rows at unit norm, (latents, d_out)."""
         with torch.no_grad():
             return torch.nn.functional.normalize(self.coder.W_dec.float(), dim=-1)
 
@@ -63,10 +67,12 @@ class Page:
 def dashboard(page: Page, latent: int) -> Figure:
     """One latent: how strongly it fires, where most, what it writes, and which are like it.
 
-    As the dashboards of Towards Monosemanticity (2023), with the firing token in [[brackets]].
+    The firing token is in [[brackets]].
 
     Raises:
-        ValueError: no such latent.
+        ValueError: there is no such latent.
+
+    Source: the dashboards of Bricken and others 2023, "Towards Monosemanticity".
     """
     features, latent = page.features, page.features.check(latent)
     picture = plots.Picture(figsize=(13, 7.4), layout="none")  # fixed margins take half the time
@@ -91,7 +97,7 @@ def dashboard(page: Page, latent: int) -> Figure:
 
 
 def draw_histogram(axes, features: Features, latent: int) -> None:
-    """How many firings of each strength, four bins per doubling."""
+    """Draw the number of firings by value, four bins per doubling."""
     counts, edges = features.histogram[latent], bin_edges()
     on = np.flatnonzero(counts)
     axes.set(title="firings by value", ylabel="tokens")
@@ -107,7 +113,7 @@ def draw_histogram(axes, features: Features, latent: int) -> None:
 
 
 def draw_bars(axes, pairs: list[tuple[str, float]], title: str, xlabel: str) -> None:
-    """Named values as bars with their numbers: to the right blue, to the left orange."""
+    """Draw named values as bars with their numbers, positive ones blue, negative ones orange."""
     axes.set(title=title, xlabel=xlabel)
     if not pairs:
         axes.text(
@@ -127,7 +133,7 @@ def draw_bars(axes, pairs: list[tuple[str, float]], title: str, xlabel: str) -> 
 
 
 def draw_contexts(picture: Figure, page: Page, latent: int) -> None:
-    """The latent's highest firings as text, the value first."""
+    """Write the latent's highest firings as text, each with its value."""
     found = contexts(page.held, page.features, latent, page.model.tokenizer, SHOWN)
     title = (
         "where it fires most, one line per text" if found else "nowhere: it is dead on this text"
@@ -159,10 +165,10 @@ def printable(token: str) -> str:
 
 
 def firing_map(model: LanguageModel, coder, site: Key, text: str, n: int = 12) -> Figure:
-    """Which latents fire where in a text: the n that fire most, summed over it, by token.
+    """The values at each token of a text of the n latents with the largest sums over it.
 
     Raises:
-        ValueError: the text is empty or too long.
+        ValueError: the text is empty or too long, or no latent fires in it.
     """
     ids = model.tokens(text)
     first = int(model.tokenizer.bos_token_id == ids[0, 0])  # BOS is nothing a coder knows

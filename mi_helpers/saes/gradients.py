@@ -143,7 +143,7 @@ def by_autograd(
     with torch.enable_grad():
         given = {name: p for name, p in coder.named_parameters() if p.requires_grad}
         f, penalty = _activate(coder, coder.encode_pre_act(x), config)
-        error = f @ coder.W_dec + coder.b_dec + coder._around(x) - target
+        error = f @ coder.W_dec + coder.b_dec + coder.skip_path(x) - target
         loss = (error.pow(2).sum() + penalty) / n
         found = torch.autograd.grad(loss, list(given.values()), allow_unused=True)
     small = {

@@ -1,4 +1,4 @@
-"""One process or many: what `torchrun` starts, and what the processes say to each other.
+"""One process or several: those that `torchrun` starts, and what they exchange.
 
 processes = start()          # reads RANK and WORLD_SIZE; alone where torchrun was not used
 processes.sum_(tensor)       # the sum over all processes, in place
@@ -16,7 +16,7 @@ RENDEZVOUS = "MI_RENDEZVOUS"  # such as file:///path, in place of torchrun's add
 
 @dataclass(frozen=True)
 class Processes:
-    """This process is number `rank` of `size`; number 0 writes what is written once."""
+    """This process is number `rank` of `size`; number 0 writes what all of them share."""
 
     rank: int = 0
     size: int = 1
@@ -24,6 +24,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
+        """Whether this is process 0."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ class Processes:
         return tensor
 
     def wait(self) -> None:
-        """Go on when all processes are here."""
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
@@ -46,7 +47,11 @@ ALONE = Processes()
 
 
 def start(device: str | None = None) -> Processes:
-    """Join the processes that torchrun started: nccl on CUDA devices, gloo elsewhere."""
+    """Join the processes that torchrun started: by nccl on CUDA devices, by gloo elsewhere.
+
+    Args:
+        device: None means CUDA where there is such a device, else the CPU.
+    """
     size, rank = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
     local = int(os.environ.get("LOCAL_RANK", rank))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -65,6 +70,6 @@ def start(device: str | None = None) -> Processes:
 
 
 def finish() -> None:
-    """Leave the group, where there is one."""
+    """Leave the group of processes, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

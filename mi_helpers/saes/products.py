@@ -1,14 +1,14 @@
-"""Products of which only few entries are wanted: what makes a step of a sparse coder fast.
+"""Products of which only a few entries are needed: what makes a step of a sparse coder fast.
 
-    TopK            the k largest of x W + b in every row: found in 8 or 16 bits, exact in float32
+    TopK            the k largest of x W + b in every row: found in 8 or 16 bits, then in float32
     dots            x_b · table_i for chosen pairs (b, i)
     weighted_sums   Σ w table_i over the pairs of a group
     by_latent       pairs (row, latent) sorted by latent
 
 A coder's code of one token names k of its many latents. The decoder's product and every gradient
-touch those k alone, so they are sums over pairs, never products with a (batch, d_latent) matrix.
-Only *which* k needs all of x W, and for that a rough product is enough: what it finds is scored
-again in float32.
+involve only those k, so they are sums over pairs, never products with a (batch, d_latent) matrix.
+All of x W is needed only to find the k, and for that a rough product is enough: what it finds is
+scored again in float32.
 """
 
 import time
@@ -35,9 +35,10 @@ _TINY = 1e-30
 class Products:
     """How this machine multiplies large matrices fastest.
 
-    kinds     what `TopK` selects with, the quickest first: of "int8", "bfloat16" and "float32"
-    float32   the precision setting for float32 products: "highest", or "medium" where that is
-              faster and still true float32 (on AMD it means oneDNN's product instead of MKL's)
+    Args:
+        kinds: what `TopK` selects with, the quickest first, of "int8", "bfloat16" and "float32".
+        float32: the precision setting for float32 products: "highest", or "medium" where that is
+            faster and still true float32 (on AMD it means oneDNN's product instead of MKL's).
     """
 
     kinds: tuple[str, ...]
@@ -46,7 +47,7 @@ class Products:
 
 @contextmanager
 def float32_precision(setting: str) -> Iterator[None]:
-    """torch.set_float32_matmul_precision(setting) inside, and what it was before afterwards."""
+    """Inside, torch.set_float32_matmul_precision(setting); afterwards, what it was before."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
@@ -56,9 +57,9 @@ def float32_precision(setting: str) -> Iterator[None]:
 
 
 def quickest(device: torch.device, d_in: int, d_latent: int) -> Products:
-    """The `Products` for x (256, d_in) times W (d_in, d_latent), measured once per process.
+    """The fastest `Products` for x (256, d_in) times W (d_in, d_latent), measured once per process.
 
-    The choice changes the time, never the result: `TopK` is exact either way.
+    The choice changes the last bits of float32 products; for `TopK`'s guarantee see there.
     """
     return _measured(torch.device(device), d_in, min(d_latent, 8192), torch.get_num_threads())
 
@@ -90,7 +91,7 @@ def _measured(device: torch.device, d_in: int, d_latent: int, threads: int) -> P
 
 
 def _seconds(product: Callable[[], Tensor]) -> float:
-    """The least time of three."""
+    """The shortest time of three."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -110,19 +111,19 @@ _FAST = {"cpu": {"embedding_bag", "sampled product", "radix"}, "cuda": {"embeddi
 
 
 def _has(kernel: str, device: torch.device) -> bool:
-    """Whether a kernel is there and quick on this kind of device; else plain indexing is used."""
+    """Whether a kernel exists and is fast on this kind of device; if not, indexing is used."""
     return kernel in _FAST.get(device.type, ())
 
 
 def weighted_sums(
     table: Tensor, indices: Tensor, weights: Tensor, offsets: Tensor | None = None
 ) -> Tensor:
-    """Row g is the sum of weight · table[index] over the pairs of group g, (groups, d).
+    """The sum of weight · table[index] over the pairs of each group, (groups, d).
 
     Args:
         table: (n, d).
-        indices, weights: (groups, k); or (pairs,), where `offsets` (groups + 1,) says that group g
-            has the pairs from offsets[g] to offsets[g + 1].
+        indices, weights: (groups, k); or (pairs,), with `offsets`.
+        offsets: (groups + 1,); group g has the pairs from offsets[g] to offsets[g + 1].
     """
     if not _has("embedding_bag", table.device):
         return _weighted_sums_plain(table, indices, weights, offsets)
@@ -133,7 +134,7 @@ def weighted_sums(
 
 
 def _weighted_sums_plain(table, indices, weights, offsets=None) -> Tensor:
-    """`weighted_sums` of nothing but indexing and `index_add_`, a slice of the pairs at a time."""
+    """`weighted_sums` by indexing and `index_add_` alone, a slice of the pairs at a time."""
     if offsets is None:
         groups = torch.arange(len(indices), device=table.device)
         groups = groups.repeat_interleave(indices.shape[1])
@@ -172,7 +173,7 @@ def _sampled(left: Tensor, right: Tensor, begin: Tensor, columns: Tensor) -> Ten
 
 
 def _dots_plain(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
-    """`dots` of nothing but indexing and sums, `CHUNK` rows at a time."""
+    """`dots` by indexing and sums alone, `CHUNK` rows at a time."""
     parts = zip(x.split(CHUNK), indices.split(CHUNK), strict=True)
     return torch.cat([(table[index] * part[:, None]).sum(-1) for part, index in parts])
 
@@ -200,20 +201,21 @@ def by_latent(latents: Tensor, d_latent: int) -> tuple[Tensor, Tensor]:
 
 
 class TopK:
-    """The k largest of x @ rows.T + bias in every row of x, exact in float32, the largest first.
+    """The k largest of x @ rows.T + bias in every row of x, in float32, the largest first.
 
-    A rough product scores every latent. Its k + 8 (or 16) best are the candidates, and they are
-    scored anew in float32. If s is the lowest rough score of a candidate, and v the k-th exact one,
-    then a latent that is no candidate could belong to the top k only if its error were larger than
-    v - s. A row where that is less than the largest error seen in the whole batch (errors in units
-    of ‖x_b‖) is done again with a float32 product.
+    A rough product scores every latent. Its k + 8 (or 16) best are the candidates, which are scored
+    again in float32. Let s be the lowest rough score of a candidate and v the k-th exact score: a
+    latent that is no candidate belongs to the top k only if its rough error is larger than v - s. A
+    row where v - s is less than the largest error of any candidate in the batch (errors in units of
+    ‖x_b‖) is done again with a float32 product. So the set is that of float32 unless a latent that
+    is no candidate has a larger error than every candidate of the batch.
 
     Rough means bfloat16, or 8-bit integers times a scale for each row of x and of `rows`. A kind
-    that leaves many rows doubtful, three batches running, is given up for the next quickest.
+    that leaves many rows doubtful in three batches running is replaced by the next fastest.
 
     Args:
-        rows: (d_latent, d_in), float32: W_enc transposed. A rough copy of them is kept; it is made
-            anew where they have changed, but `refresh` after changing some is quicker.
+        rows: (d_latent, d_in), float32: W_enc transposed. A rough copy is kept, and made again
+            where they have changed; calling `refresh` after changing some is faster.
         products: how to multiply; None means `quickest`.
     """
 
@@ -237,7 +239,7 @@ class TopK:
 
     @torch.no_grad()
     def refresh(self, part: slice) -> None:
-        """Follow a change of these rows."""
+        """Copy these rows again, after they have changed."""
         if self.scale is not None:
             self.rough[part], self.scale[part] = _in_8_bits(self.rows[part])
         elif self.rough is not None:
@@ -267,7 +269,7 @@ class TopK:
         return indices, values
 
     def _judge(self, share: float) -> None:
-        """Give up a kind that was too rough three times running; the results are the same."""
+        """Replace a kind that left many rows doubtful three times running."""
         self._doubtful_batches = self._doubtful_batches + 1 if share > DOUBTFUL else 0
         if self._doubtful_batches == 3:
             self.kinds = self.kinds[1:] or ["float32"]
@@ -275,7 +277,7 @@ class TopK:
             self._copy()
 
     def _candidates(self, x: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """The n best by the rough product: their scores, and their indices (batch, n)."""
+        """The scores and the indices of the n best by the rough product, both (batch, n)."""
         chunk = min(CHUNK, len(x))
         dtype = torch.bfloat16 if self.kinds[0] == "bfloat16" else torch.float32
         scores = x.new_empty(chunk, len(self.rows), dtype=dtype)
@@ -304,16 +306,16 @@ def top_k(
 
 
 def _in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127, and a scale for each row: x ≈ whole · scale[:, None]."""
+    """Integers from -127 to 127, and a scale for each row: x ≈ integers · scale[:, None]."""
     scale = x.abs().amax(1).clamp(min=_TINY) / 127
     return (x * scale.reciprocal()[:, None]).round_().to(torch.int8), scale
 
 
 def largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest of each row (values, indices), in no order.
+    """The n largest of each row, in no order: values and indices, both (batch, n).
 
-    They lie in the n columns of the folded row, (blocks, columns), with the largest maxima: so the
-    search is among the maxima first, and then among what lies in those columns.
+    In the row folded to (blocks, columns), they lie in the n columns with the largest maxima: the
+    search is first among the maxima, then among the numbers in those columns.
     """
     batch, length = scores.shape
     blocks = 16 if length >= 8192 else 8 if length >= 2048 else 4

@@ -1,8 +1,11 @@
-"""How well does a unit tell a concept? Precision, recall, F1 and AUROC of every unit at once.
+"""How well a unit tells a concept: precision, recall, F1 and AUROC of every unit at once.
 
-A unit is a latent, a neuron or a direction. The threshold that a unit needs is chosen on the first
-half of the tokens, as is the best unit of each concept; all that is reported comes from the second
-half. Latents are given as their firings (`Firings`: all else is 0), others as a dense array.
+    scores = score_units(firings(coder, x), truth, names)      # every unit for every concept
+    scores.best()                                              # each concept's best unit
+
+A unit is a latent, a neuron or a direction. Its threshold is chosen on the first half of the
+tokens, as is the best unit of each concept; all that is reported is measured on the second half.
+Latents are given as their firings (`Firings`: all else is 0), other units as a dense array.
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ BLOCK = 64  # dense units that are sorted together
 
 @dataclass(frozen=True)
 class Firings:
-    """Positive activations: entry i says that latent[i] is value[i] > 0 at row[i].
+    """Positive activations: latent[i] has the value value[i] > 0 at row[i].
 
-    row, latent (n,) integers; value (n,) float32; n_rows, n_latents: the sizes of the whole table
+    Args:
+        row, latent: (n,), integers.
+        value: (n,), float32.
+        n_rows, n_latents: the size of the whole table.
     """
 
     row: np.ndarray
@@ -33,10 +39,11 @@ class Firings:
 class Scores:
     """Every unit as a test for every concept: arrays of shape (concepts, units).
 
-    precision, recall, f1  of 'value ≥ threshold', on the second half
-    auroc                  P(a token with the concept has the higher value), ties one half, likewise
-    chosen                 the F1 on the first half, at the threshold that is best there
-    threshold              that threshold; inf where the unit never fires in the first half
+    Args:
+        precision, recall, f1: of 'value ≥ threshold', on the second half.
+        auroc: P(a token with the concept has the higher value), ties one half, on the second half.
+        chosen: the F1 on the first half, at the threshold that is best there.
+        threshold: that threshold; inf where the unit never fires in the first half.
     """
 
     names: tuple[str, ...]
@@ -72,10 +79,12 @@ class Best:
 
 @dataclass(frozen=True)
 class Sorted:
-    """Entries of some units, by unit and then by falling value.
+    """Entries of some units, sorted by unit and then by falling value.
 
-    unit, row, value (n,); begin (u,): where each of the units that have entries begins;
-    last (n,): whether an entry is the last of those with its unit and value
+    Args:
+        unit, row, value: (n,).
+        begin: (u,), where each of the units that have entries begins.
+        last: (n,), whether an entry is the last of those with its unit and value.
     """
 
     unit: np.ndarray
@@ -86,7 +95,7 @@ class Sorted:
 
     @classmethod
     def of(cls, unit: np.ndarray, row: np.ndarray, value: np.ndarray) -> Sorted:
-        """Sorted already by unit; NaN is refused before."""
+        """From entries that are already sorted."""
         new = np.ones(len(unit), dtype=bool)
         new[1:] = unit[1:] != unit[:-1]
         last = np.ones(len(unit), dtype=bool)
@@ -94,7 +103,7 @@ class Sorted:
         return cls(unit, row, value, np.flatnonzero(new), last)
 
     def within(self, counts: np.ndarray) -> np.ndarray:
-        """Running sums of counts (n,) that start anew at each unit, the entry itself included."""
+        """Running sums of counts (n,) within each unit, the entry itself included."""
         total = np.cumsum(counts, dtype=np.int64)
         before = total[self.begin] - counts[self.begin]
         lengths = np.diff(np.append(self.begin, len(self.unit)))
@@ -104,16 +113,17 @@ class Sorted:
 def score_units(
     units: Firings | np.ndarray, truth: np.ndarray, names: Sequence[str] | None = None
 ) -> Scores:
-    """Scores of all units for all concepts.
+    """The scores of all units for all concepts.
 
     Args:
         units: firings of latents, or values (rows, units) of any sign.
         truth: (rows, concepts), whether each row has each concept; rows in the order of the text,
-            as the halves are to hold different texts.
-        names: of the concepts.
+            so that the halves hold different texts.
+        names: of the concepts; None means their numbers.
 
     Raises:
-        ValueError: shapes that disagree, NaN, a concept that one of the halves never or only has.
+        ValueError: the shapes disagree, there is NaN, or all or none of a half's rows have a
+            concept.
     """
     truth = np.asarray(truth, dtype=bool)
     n_rows, n_units = (units.n_rows, units.n_latents) if isinstance(units, Firings) else units.shape
@@ -142,7 +152,7 @@ def score_units(
 
 
 def blocks(units: Firings | np.ndarray, half: int) -> Iterator[tuple[int, int, Sorted, Sorted]]:
-    """(first unit, number of units, entries of the first half, of the second) to score together."""
+    """(first unit, number of units, entries of the first half, entries of the second) by block."""
     if isinstance(units, Firings):
         order = np.lexsort((-units.value, units.latent))
         row, latent, value = units.row[order], units.latent[order], units.value[order]
@@ -169,7 +179,7 @@ def dense(block: np.ndarray) -> Sorted:
 
 
 def choose(entries: Sorted, truth: np.ndarray, out: dict[str, np.ndarray]) -> None:
-    """The threshold with the highest F1 = 2 TP / (fired + P) for each unit, and that F1."""
+    """Write to `out` each unit's highest F1 = 2 TP / (fired + P), and its threshold."""
     if not len(entries.unit):
         return
     hits = entries.within(truth[entries.row])
@@ -184,7 +194,7 @@ def choose(entries: Sorted, truth: np.ndarray, out: dict[str, np.ndarray]) -> No
 
 
 def test(entries: Sorted, truth: np.ndarray, out: dict[str, np.ndarray]) -> None:
-    """Precision, recall and F1 at the thresholds chosen, and the AUROC."""
+    """Write to `out` precision, recall and F1 at the thresholds, and the AUROC."""
     n, n_units = truth.sum(), len(out["f1"])
     right = truth[entries.row]
     fires = entries.value >= out["threshold"][entries.unit]
@@ -200,8 +210,12 @@ def test(entries: Sorted, truth: np.ndarray, out: dict[str, np.ndarray]) -> None
 def auroc(entries: Sorted, right: np.ndarray, n: int, others: int, n_units: int) -> np.ndarray:
     """P(value of a positive > value of a negative) + P(equal) / 2 per unit, (n_units,).
 
-    Rows without an entry are 0, below every entry of theirs. With h_g positives and m_g negatives
-    in a group g of equal values, and M_g negatives above it: Σ_g h_g (others - M_g - m_g / 2).
+    Rows without an entry are 0, below every entry. With h_g positives and m_g negatives in a group
+    g of equal values, and M_g negatives above it: Σ_g h_g (others - M_g - m_g / 2) / (n · others).
+
+    Args:
+        right: whether each entry is at a positive row.
+        n, others: the numbers of positive and negative rows.
     """
     ends = np.flatnonzero(entries.last)
     unit = entries.unit[ends]

@@ -4,8 +4,8 @@
     open_source("book.txt")                         .txt, .jsonl, .parquet, a folder, or a pattern
     open_source("hf:HuggingFaceFW/fineweb:sample-10BT:train")       hf:NAME[:CONFIGURATION[:SPLIT]]
 
-A source gives the same texts in the same order each time, and can start at any of them: so a run
-that was killed goes on where it was.
+A source gives the same texts in the same order each time, and can start at any of them, so that a
+killed run continues where it was.
 """
 
 from __future__ import annotations
@@ -52,15 +52,21 @@ class TinyWorldText:
         return (self.document(i).text for i in itertools.count(start))
 
     def identity(self) -> dict:
-        """What has to stay the same for a run to go on."""
+        """What has to stay the same for a run to continue."""
         first = "".join(itertools.islice(self.texts(), 50)).encode()
         return {"name": self.name, "seed": self.seed, "sha256": hashlib.sha256(first).hexdigest()}
 
 
 @dataclass(frozen=True)
 class FileText:
-    """Texts of local files in the order of their names: a document per paragraph of a .txt (a blank
-    line ends one), per line of a .jsonl, per row of a .parquet; empty ones are left out."""
+    """Texts of local files in the order of their names; empty texts are left out.
+
+    A text is a paragraph of a .txt file (a blank line ends it), a line of a .jsonl file, or a row
+    of a .parquet file.
+
+    Args:
+        column: the field of a line or row that holds the text.
+    """
 
     name: str
     files: tuple[Path, ...]
@@ -76,7 +82,7 @@ class FileText:
 
 
 def paragraphs(path: Path, column: str = "") -> Iterator[str]:
-    """Paragraphs of a text file, read line by line."""
+    """The paragraphs of a text file, read line by line."""
     lines: list[str] = []
     try:
         with open(path, encoding="utf-8") as stream:
@@ -130,7 +136,11 @@ def parquet_rows(path: Path, column: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class HubText:
-    """A dataset of the Hugging Face hub, streamed: only what is read is downloaded."""
+    """A dataset of the Hugging Face hub, streamed: only what is read is downloaded.
+
+    Args:
+        column: the field of a row that holds the text.
+    """
 
     dataset: str
     configuration: str | None = None
@@ -168,10 +178,14 @@ Source = TinyWorldText | FileText | HubText
 
 
 def open_source(spec: str, seed: int = 0, column: str = "text") -> Source:
-    """The source that `spec` names (see the module's head).
+    """The source that `spec` names, as at the head of this module.
+
+    Args:
+        seed: of TinyWorld's documents.
+        column: the field that holds the text, in a .jsonl, .parquet or dataset.
 
     Raises:
-        SourceError: no such family, file or kind of file; an extra that is not installed.
+        SourceError: there is no such family, file or kind of file, or an extra is not installed.
     """
     kind, _, rest = spec.partition(":")
     if kind == "tinyworld":

@@ -63,7 +63,7 @@ def middle(model: LanguageModel) -> Key:
 
 
 def topic_words(model: LanguageModel, topic: str) -> list[int]:
-    """The ids of a topic's nouns, both numbers, of those that are one token with their space.
+    """The ids of a topic's nouns, singular and plural, that are one token with their space.
 
     Raises:
         ValueError: TinyWorld has no such topic, or none of its nouns is one token.
@@ -91,11 +91,15 @@ def around_a_word(
 ) -> dict[str, dict[str, float]]:
     """A latent's mean value around a topic's word in lists of random words.
 
-    Each of the n lists has one of `topic_words` at a random place and is written twice in a row. At
-    the first writing nothing tells what comes next; at the second, the first does.
+    Each list has one of `topic_words` at a random place and is written twice in a row. The first
+    time, nothing tells what comes next; the second time, the first writing does.
+
+    Args:
+        topic: TinyWorld's name of it.
+        n, length: how many lists, and of how many words.
 
     Returns:
-        {"first time" or "second time": {place: mean value of the latent at `middle(model)`}}
+        {"first time" or "second time": {place: mean value of the latent at `middle(model)`}}.
     """
     ids = repeated_tokens(model, n, length, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -125,7 +129,7 @@ def of_topics(own: Mapping[str, int]) -> float:
 
 @dataclass(frozen=True)
 class Plane:
-    """log y = constant + width_slope · log width + k_slope · log k, and how well it fits (R²)."""
+    """log y = constant + width_slope · log width + k_slope · log k, and the R² of its fit."""
 
     constant: float
     width_slope: float
@@ -139,7 +143,7 @@ class Plane:
 
 
 def fit_plane(width, k, y) -> Plane:
-    """The plane through log y over log width and log k, by least squares."""
+    """The least-squares plane of log y over log width and log k; three arrays (n,)."""
     width, k, y = (np.log(np.asarray(each, dtype=float)) for each in (width, k, y))
     columns = np.stack([np.ones_like(width), width, k], 1)
     found, *_ = np.linalg.lstsq(columns, y, rcond=None)
@@ -155,7 +159,7 @@ def width_slope(rows: Sequence[dict], k: int) -> float:
 
 
 def at_equal_l0(l0: float, curve: Mapping[float, float]) -> float:
-    """The value of a curve {L0: value} at an L0, between its points along log L0.
+    """The value of a curve {L0: value} at an L0, interpolated in log L0.
 
     Raises:
         ValueError: the L0 lies beyond the curve's ends.
@@ -170,8 +174,13 @@ def at_equal_l0(l0: float, curve: Mapping[float, float]) -> float:
 
 
 def structure(x: Tensor, k: int = 8, steps: int = 150, seed: int = 0) -> dict[str, float]:
-    """Explained variance of equal SAEs on rows x, and on Gaussian rows of equal covariance; of the
-    k largest principal components; and the gap between the first two."""
+    """The explained variance that is due to sparse structure, beyond the covariance.
+
+    Returns:
+        {"activations": explained variance of a small SAE of rows x (n, d), "Gaussian": of one of
+        Gaussian rows of equal covariance, "principal components": of the k largest, "gap":
+        activations less Gaussian}.
+    """
     n, d = len(x) * 9 // 10, x.shape[1]
     found = {}
     for name, rows in (("activations", x), ("Gaussian", gaussian_like(x, seed))):
@@ -196,7 +205,15 @@ def stream_rows(model: LanguageModel, tokens: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One SAE: its quality on held-out rows, and its best latents, neurons and directions."""
+    """One SAE, its measures on held-out rows, and each concept's best units.
+
+    Args:
+        quality: as `training.quality` gives it.
+        recovered: the share of the loss recovered, against zeros.
+        dead: the share of latents that never fire.
+        scores: {kind: each concept's best unit}, as `concepts.concept_scores` gives them.
+        purity: mean token purity of the latents.
+    """
 
     coder: SparseCoder
     quality: dict[str, float]

@@ -1,6 +1,6 @@
-"""The figures of lesson 06 that are not of one latent (those are in `feature_figures`).
+"""The figures of lesson 06; those of one latent are in `saes.figures`.
 
-Numbers in, Figure out. Each names the figure in the literature that it realises.
+Numbers in, Figure out. Each names the published figure that it realises.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def mosaic(filters, columns: int) -> np.ndarray:
 
 @style()
 def images(panels: Mapping[str, np.ndarray]) -> Figure:
-    """Grey pictures side by side, the darkest and the lightest hundredth of the pixels cut."""
+    """Grey pictures {title: (height, width)} side by side; 1 % at each end of the scale is cut."""
     picture, axes = figure(5 * len(panels), 3.8, columns=len(panels), squeeze=False)
     for one, (title, image) in zip(axes[0], panels.items(), strict=True):
         low, high = np.quantile(image, [0.01, 0.99])
@@ -48,9 +48,9 @@ def images(panels: Mapping[str, np.ndarray]) -> Figure:
 
 @style()
 def filter_panels(panels: Mapping[str, Sequence], columns: int = 12) -> Figure:
-    """The filters (n, pixels) of each title as grey tiles, black to white for - to +.
+    """The filters {title: (n, pixels)} as grey tiles, from black for - to white for +.
 
-    Olshausen and Field 1996, figure 4a.
+    Source: Olshausen and Field 1996, figure 4a.
     """
     picture, axes = figure(4.2 * len(panels), 4.5, columns=len(panels), squeeze=False)
     for one, (title, filters) in zip(axes[0], panels.items(), strict=True):
@@ -62,8 +62,10 @@ def filter_panels(panels: Mapping[str, Sequence], columns: int = 12) -> Figure:
 
 @style()
 def filter_map(sets: Mapping[str, Sequence]) -> Figure:
-    """Each filter of each set as a point: how much of the patch it covers, and how far it prefers
-    one orientation; the corner of the localised and oriented ones is framed."""
+    """Each filter of the sets {name: (n, pixels)} as a point: its spread and its orientation.
+
+    The corner of those that are localised and oriented is framed.
+    """
     picture, axes = figure(8.5, 4.8)
     for index, (name, filters) in enumerate(sets.items()):
         axes.plot(
@@ -90,7 +92,7 @@ def filter_map(sets: Mapping[str, Sequence]) -> Figure:
 
 @style()
 def curves(log: Sequence[Mapping[str, float]], names: Mapping[str, str]) -> Figure:
-    """Training curves: one panel per entry of {column of the log: title}, over the steps."""
+    """Training curves: a panel for each of {column of the log: title}, over the steps."""
     picture, axes = figure(3.6 * len(names), 3.3, columns=len(names), squeeze=False)
     steps = [row["step"] for row in log]
     for one, (name, title) in zip(axes[0], names.items(), strict=True):
@@ -109,7 +111,11 @@ def name_errors(axes) -> None:
 
 
 def check_choice(name: str, value, there: Sequence) -> None:
-    """ValueError for a value that the table does not have."""
+    """Check that the table has a value.
+
+    Raises:
+        ValueError: it has not; its values are listed.
+    """
     if value not in there:
         raise ValueError(f"No run has {name} {value}: choose one of {', '.join(map(str, there))}.")
 
@@ -124,11 +130,17 @@ BARS = {
 
 @style()
 def sparsity_explorer(rows: Sequence[dict], width: int, k: int) -> Figure:
-    """Left: normalised MSE against L0, one line per width, the chosen run ringed. Right: what else
-    that run is worth.
+    """Normalised MSE against L0, a line per width, the chosen run ringed; beside it its measures.
 
-    rows  of the shipped table (`sae_lab.read_grid`). Gao and others 2024, figure 5; Rajamanoharan
-    and others 2024, figure 1: the frontier of sparsity and reconstruction.
+    Args:
+        rows: of the shipped table, as `experiments.read_grid` gives them.
+        width, k: of the chosen run.
+
+    Raises:
+        ValueError: there is no run of this width or k.
+
+    Source: the frontier of sparsity and reconstruction, Gao and others 2024, figure 5;
+    Rajamanoharan and others 2024, figure 1.
     """
     runs = select(rows, activation="topk", seed=0)
     widths, ks = (sorted({row[name] for row in runs}) for name in ("width", "k"))
@@ -161,7 +173,7 @@ def sparsity_explorer(rows: Sequence[dict], width: int, k: int) -> Figure:
 
 @style()
 def concepts(rows: Sequence[dict]) -> Figure:
-    """How well the best latents tell six concepts, median F1, over k: one line per width."""
+    """The best latents' F1 on six concepts, median, over k: a line per width."""
     runs = select(rows, activation="topk", seed=0)
     picture, axes = figure(8.5, 4.2)
     ks = sorted({row["k"] for row in runs})
@@ -177,10 +189,10 @@ def concepts(rows: Sequence[dict]) -> Figure:
 
 @style()
 def frontier(rows: Sequence[dict]) -> Figure:
-    """Left: normalised MSE against L0, TopK and ReLU with an L1 penalty, at the same width. Right:
-    how much too short the reconstructions are.
+    """TopK and ReLU with an L1 penalty at the same width: normalised MSE and length against L0.
 
-    Gao and others 2024, figure 2 (TopK against ReLU); Rajamanoharan and others 2024 (shrinkage).
+    Source: Gao and others 2024, figure 2 (TopK against ReLU); Rajamanoharan and others 2024
+    (shrinkage).
     """
     relu = sorted(select(rows, activation="relu"), key=lambda row: row["l0"])
     width = relu[0]["width"]
@@ -205,10 +217,9 @@ def frontier(rows: Sequence[dict]) -> Figure:
 
 @style()
 def splitting(rows: Sequence[dict], k: int) -> Figure:
-    """How many latents belong to a concept, on average over 28 topics and Norwegian, as the width
-    doubles.
+    """The number of latents that belong to a concept, mean of 28 topics and Norwegian, by width.
 
-    Bricken and others 2023: feature splitting.
+    Source: Bricken and others 2023, feature splitting.
     """
     line = sorted(select(rows, activation="topk", k=k, seed=0), key=lambda row: row["width"])
     picture, axes = figure(8, 3.6)
@@ -223,9 +234,9 @@ def splitting(rows: Sequence[dict], k: int) -> Figure:
 
 @style()
 def scaling(rows: Sequence[dict], plane: Plane) -> Figure:
-    """Normalised MSE over the width, one line per k, log-log; dashed, the plane that was fitted.
+    """Normalised MSE over the width, a line per k, log-log; the fitted plane is dashed.
 
-    Gao and others 2024, figure 1: the scaling law of TopK autoencoders in width and k.
+    Source: Gao and others 2024, figure 1, the scaling law of TopK autoencoders in width and k.
     """
     runs = select(rows, activation="topk", seed=0)
     picture, axes = figure(8.5, 4.6)
@@ -256,8 +267,12 @@ def histograms(
     limits: tuple[float, float] = (0.0, 1.0),
     bins: int = 40,
 ) -> Figure:
-    """The distribution of each set of numbers, as the share of its numbers per bin; `mark` is a
-    vertical line."""
+    """The distribution of each set of numbers: the share of its numbers per bin.
+
+    Args:
+        mark: where a vertical line is drawn.
+        limits: of the bins; numbers beyond them count in the outermost bins.
+    """
     picture, axes = figure(8.5, 4.2)
     edges = np.linspace(*limits, bins + 1)
     for index, (name, values) in enumerate(sets.items()):

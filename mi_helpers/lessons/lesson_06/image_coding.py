@@ -1,12 +1,12 @@
-"""Sparse coding of natural images, as Olshausen and Field did it in 1996.
+"""Sparse coding of natural images, after Olshausen and Field 1996.
 
     x = patches([whiten(each) for each in photographs()], n=20_000)     # (n, pixels)
     filters = learn(x, n_filters=144)                                   # (144, pixels)
     codes = sparse_codes(x[:100], filters)                              # (100, 144), mostly 0
 
-A patch is written as a sum of few filters: x = a Φ + rest. `spread` and `orientation` say of each
-filter how much of the patch it covers and how far it prefers one orientation; the controls are
-`principal_components`, and `gaussian_like` patches, which have the photographs' pairwise statistics
+A patch is written as a sum of few filters: x = a Φ + rest. `spread` measures how much of the patch
+a filter covers, and `orientation` how strongly it prefers one orientation. The controls are
+`principal_components` and `gaussian_like` patches, which have the photographs' pairwise statistics
 and nothing else.
 
 Source: Olshausen and Field, "Emergence of simple-cell receptive field properties by learning a
@@ -40,8 +40,11 @@ def photographs() -> list[np.ndarray]:
 def whiten(image: np.ndarray, cutoff: float = CUTOFF) -> np.ndarray:
     """The image through the filter R(f) = f exp(-(f / f_0)⁴), scaled to variance 1.
 
-    In natural images the amplitude falls with 1/f; the factor f makes the spectrum flat, and the
-    rest takes away the highest frequencies, where there is mostly noise.
+    The amplitude of natural images falls with 1/f: the factor f makes the spectrum flat, and the
+    other factor removes the highest frequencies, which are mostly noise.
+
+    Args:
+        cutoff: f_0, in cycles per pixel.
     """
     vertical, horizontal = (np.fft.fftfreq(n) for n in image.shape)
     f = np.hypot(vertical[:, None], horizontal[None])
@@ -50,10 +53,10 @@ def whiten(image: np.ndarray, cutoff: float = CUTOFF) -> np.ndarray:
 
 
 def patches(images: Sequence[np.ndarray], n: int, size: int = SIZE, seed: int = 0) -> Tensor:
-    """n square patches (n, size²), as many of each image, at random places, in random order.
+    """n square patches (n, size²) from random places, equally many of each image, in random order.
 
     Raises:
-        ValueError: an image that is smaller than a patch.
+        ValueError: an image is smaller than a patch.
     """
     rng, found = np.random.default_rng(seed), []
     for index, image in enumerate(images):
@@ -77,7 +80,12 @@ def sparse_codes(x: Tensor, filters: Tensor, penalty: float = PENALTY, steps: in
     """The codes a (n, filters) that minimise ½ ‖x - a Φ‖² + λ Σ |a|, for patches x (n, pixels).
 
     Steps of gradient descent on the first term, each followed by a shrinkage towards zero by
-    λ / L, with momentum (FISTA; Beck and Teboulle, 2009). L is the largest eigenvalue of Φ Φᵀ.
+    λ / L, with momentum. L is the largest eigenvalue of Φ Φᵀ.
+
+    Args:
+        penalty: λ.
+
+    Source: Beck and Teboulle 2009 (FISTA).
     """
     gram, target = filters @ filters.T, x @ filters.T
     lipschitz = torch.linalg.eigvalsh(gram)[-1]
@@ -101,11 +109,15 @@ def learn(
     batch: int = 500,
     seed: int = 0,
 ) -> Tensor:
-    """Filters Φ (n_filters, pixels), rows of unit norm, that write the patches x sparsely.
+    """Filters Φ (n_filters, pixels), rows of unit norm, by which the patches x have sparse codes.
 
-    In turns: the codes of a batch for the filters as they are; then a step of the filters towards
-    what the codes leave unexplained, and their norms back to 1. Each filter's step is divided by
-    how much it is in use (the running mean of its squared code), so that all learn equally fast.
+    Each step finds the codes of a batch for the present filters, moves the filters towards what the
+    codes leave unexplained, and sets their norms to 1 again. A filter's step is divided by how much
+    it is used (the running mean of its squared code), so that all learn equally fast.
+
+    Args:
+        penalty: λ of `sparse_codes`.
+        batch: patches per step.
     """
     generator = torch.Generator().manual_seed(seed)
     filters = torch.randn(n_filters, x.shape[1], generator=generator)
@@ -123,7 +135,7 @@ def learn(
 
 
 def principal_components(x: Tensor, n: int | None = None) -> Tensor:
-    """The n directions of largest variance of x (rows, pixels), unit rows, the largest first."""
+    """The n directions of largest variance of x (rows, pixels), of unit norm, the largest first."""
     _, vectors = torch.linalg.eigh(torch.cov(x.T))
     return vectors.flip(1).T[:n]
 
@@ -132,7 +144,11 @@ def principal_components(x: Tensor, n: int | None = None) -> Tensor:
 
 
 def as_squares(filters: Tensor) -> np.ndarray:
-    """Filters (n, size²) as (n, size, size); ValueError when they are no squares."""
+    """Filters (n, size²) as (n, size, size).
+
+    Raises:
+        ValueError: their pixels are no square.
+    """
     filters = np.asarray(filters.detach() if hasattr(filters, "detach") else filters, dtype=float)
     size = round(filters.shape[-1] ** 0.5)
     if size * size != filters.shape[-1]:
@@ -143,8 +159,8 @@ def as_squares(filters: Tensor) -> np.ndarray:
 def spread(filters: Tensor) -> np.ndarray:
     """How much of the patch each filter covers, (n,): 0 for one pixel, 1 for all of them alike.
 
-    The root mean square distance of its squared weights from their centre, over what this distance
-    is for equal weights.
+    The root mean square distance of its squared weights from their centre, divided by that of equal
+    weights.
     """
     squares = as_squares(filters)
     size = squares.shape[-1]
@@ -159,10 +175,10 @@ def spread(filters: Tensor) -> np.ndarray:
 
 
 def orientation(filters: Tensor) -> np.ndarray:
-    """How far each filter prefers one orientation, (n,): 0 for none, 1 for one alone.
+    """|Σ P(f, θ) e^{2iθ}| / Σ P(f, θ) of each filter, (n,): 0 for no orientation, 1 for one alone.
 
-    |Σ P(f, θ) e^{2iθ}| / Σ P(f, θ), with P the power at the frequency f in the direction θ: the
-    resultant length of circular statistics, for directions that are the same after half a turn.
+    P is the power at the frequency f in the direction θ. It is the resultant length of circular
+    statistics, for directions that are the same after half a turn.
     """
     squares = as_squares(filters)
     size = 4 * squares.shape[-1]  # a finer grid of frequencies
