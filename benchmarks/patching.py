@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mi_helpers import patching
-from mi_helpers import prefix as restart
+from mi_helpers import patching, prefix
 from mi_helpers.files import DATA, put_between
 from mi_helpers.loading import empty_gemma2_2b, load_model, materialize
 from mi_helpers.models import LanguageModel
@@ -41,8 +40,8 @@ from mi_helpers.patching import (
     LogitDiff,
     activation_patch,
     normalised_logit_diff,
-    path_patch_map,
 )
+from mi_helpers.paths import path_patch_map
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -285,7 +284,7 @@ def tiny_gemma(quick: bool) -> list[dict]:
 
 
 def sweep(task: Task, site: str, over: str, reuse_prefix: bool = True) -> Tensor:
-    how = partial(restart.run_edits, reuse_prefix=reuse_prefix)
+    how = partial(prefix.run_edits, reuse_prefix=reuse_prefix)
     with mock.patch.object(patching, "run_edits", how):
         return activation_patch(
             task.model, task.clean, task.corrupted, site, task.metric, over=over

@@ -1,310 +1,200 @@
-"""The lesion lab: silence a head, an attention block or an MLP, and see which skills fail.
+"""Ablation: what a part of a model computes is replaced, to see what depends on it.
 
-    lab = LesionLab(model)
-    lab.before()                                  # {family: loss on its answers, nats per token}
-    lab.after("head", layer=3, head=1, mode="mean")
+    reference = record(model, other_texts)                 # {(site, layer): activations}
+    with model.hooks(ablate(model, [(3, 1), ("mlp", 4)], Mean(reference))):
+        ...
 
-A lesion acts on every position but the first. There stands `<bos>`, the same in all documents, so
-that its mean and its resample would be itself; for a fair comparison zero leaves it alone, too.
+What is put in instead is an object: `Zero()`, `Mean(reference)` or `Resample(reference)`.
+`Gaussian(subject)` is causal tracing's noise on the embedding. Patching and the ablations here take
+the same objects.
 """
 
-import itertools
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mi_helpers.loading import load_model
+from mi_helpers.layouts import Key, ModelError
 from mi_helpers.models import LanguageModel
-from mi_helpers.tinyworld.tokenizer import offsets
-from mi_helpers.tinyworld.world import World
 
-SITE = {"head": "z", "attn": "attn_out", "mlp": "mlp_out"}  # what a lesion of each kind replaces
-MODES = ("zero", "mean", "resample")
+SITE = {"head": "z", "attn": "attn_out", "mlp": "mlp_out"}  # the site at which a part is ablated
+ABLATED = ("z", "attn_out", "mlp_out")
 Part = tuple[str, int, int | None]  # kind, layer, head
+Prompt = str | list | Tensor  # text, texts, or token ids (batch, pos)
+Reference = Prompt | Mapping[Key, Tensor]
 
-# ---------------------------------------------------------------------------------- documents
+
+# ---------------------------------------------------------------------------- what is put in
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Documents as one right-padded batch, and the tokens of them that are scored.
-
-    ids (n, length), lengths (n,); scored token j is ids[rows[j], positions[j]] and belongs to
-    names[family[j]].
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    rows: Tensor
-    positions: Tensor
-    family: Tensor
-    names: tuple[str, ...]
-
-    def inside(self) -> Tensor:
-        """(n, length), True at the tokens after the first and before the padding."""
-        places = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return (places > 0) & (places < self.lengths[:, None])
+class Zero:
+    """0."""
 
 
-def make_batch(
-    model: LanguageModel,
-    answers: int = 16,
-    seed: int = 20_000,
-    families: tuple[str, ...] | None = None,
-    longest: int = 24,
-) -> Batch:
-    """TinyWorld documents of each family, until `answers` tokens or more of it are scored.
-
-    Scored are the first tokens of the answers (of the pronouns in "pronoun"); in families without
-    answers (prose, Norwegian), whose documents are cut to size, all tokens. No document has more
-    than `longest` tokens, and of each family there are `answers / 4` documents or more.
-
-    Raises:
-        ValueError: an unknown family; a family whose documents are nearly all too long.
-    """
-    world, rows, scored = World(), [], []
-    names = tuple(families or world.families)
-    for index, name in enumerate(names):
-        start, first = len(scored), len(rows)
-        for document in itertools.islice(world.documents(seed, name), 100 * answers):
-            ids = model.tokens(document.text)[0].tolist()
-            places = answer_positions(model, document)
-            if len(ids) > longest and places:
-                continue
-            ids = ids[:longest]
-            scored += [(len(rows), place, index) for place in places or range(1, len(ids))]
-            rows.append(ids)
-            if len(scored) - start >= answers and 4 * (len(rows) - first) >= answers:
-                break
-        else:
-            raise ValueError(f"Too few documents of {name!r} have {longest} tokens: allow more.")
-    where = torch.tensor(scored).T.to(model.device)
-    lengths = torch.tensor([len(row) for row in rows])
-    return Batch(model.pad(rows), lengths.to(model.device), *where, names)
-
-
-def answer_positions(model: LanguageModel, document) -> list[int]:
-    """Where in `model.tokens(document.text)` each answer (or pronoun) begins."""
-    spans = document.find("answer") or document.find("pronoun")
-    ids, ranges = offsets(model.tokenizer, document.text)
-    before = model.tokens(document.text).shape[1] - len(ids)  # 1 with <bos>, else 0
-    return [before + int(np.searchsorted(ranges[:, 0], span.start)) for span in spans]
-
-
-# ------------------------------------------------------------------------------------ lesions
-
-
-def lesion(
-    model: LanguageModel,
-    kind: str,
-    layer: int,
-    head: int | None = None,
-    mode: str = "zero",
-    reference: Tensor | None = None,
-    seed: int = 0,
-) -> dict:
-    """Hooks that silence one part of the model, for `model.hooks`.
-
-    A head's z, an attention block's attn_out or an MLP's mlp_out becomes, at each position after
-    the first,
-        zero      0
-        mean      the mean of `reference`
-        resample  a row of `reference`, drawn anew for each document and position
+@dataclass(frozen=True)
+class Mean:
+    """The mean over reference texts.
 
     Args:
-        kind: "head", "attn" or "mlp".
-        head: which head; None for the other kinds.
-        reference: the site's activations at tokens of other documents, (tokens, ...) with z as
-            (tokens, n_heads, d_head); see `reference_activations`.
+        reference: the texts (text or token ids), or what `record` kept of them: activations
+            (texts, pos, ...), whose mean is taken position by position, or (tokens, ...), whose
+            mean is put in at every position.
+    """
+
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True)
+class Resample:
+    """The activation of another run.
+
+    Args:
+        reference: as for `Mean`. Of (texts, pos, ...) one text is drawn for each text that is run,
+            and read at the same position; of (tokens, ...) one token for each position. In a patch
+            the other prompt is the reference, and none is given.
+        seed: of the draw.
+    """
+
+    reference: Reference | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Causal tracing's corruption: noise on the embeddings of the subject's tokens.
+
+        N(0, (scale · σ)²)
+
+    σ is the standard deviation of the embedding's entries, as they enter the stream, over the
+    tokens in use (`LanguageModel.in_use`; those never seen in training can be far longer).
+
+    Args:
+        subject: the positions that get noise; negative ones count from the end.
+        scale: the noise in units of σ.
+        seeds: how many draws are averaged over.
+
+    Source: Meng et al. 2022, Locating and Editing Factual Associations in GPT.
+    """
+
+    subject: int | Sequence[int]
+    scale: float = 3.0
+    seeds: int = 10
+
+    def noise(self, model: LanguageModel, ids: Tensor) -> Tensor:
+        """The noise for token ids (batch, pos).
+
+        Returns:
+            (seeds, batch, pos, d_model), 0 outside the subject.
+
+        Raises:
+            ModelError: the subject is not in the prompt, or there are no seeds.
+        """
+        batch, length = ids.shape
+        at = indices(self.subject, length, "position")
+        if self.seeds < 1:
+            raise ModelError(f"seeds is {self.seeds}: give at least 1.")
+        used = model.in_use.nonzero()[:, 0]
+        some = used[:: -(-len(used) // 4096)]
+        sigma = float(model.part("embed")(some).float().std())
+        noise = torch.zeros(self.seeds, batch, length, model.d_model)
+        for seed in range(self.seeds):
+            rng = torch.Generator().manual_seed(seed)
+            noise[seed][:, at] = torch.randn(batch, len(at), model.d_model, generator=rng)
+        return (self.scale * sigma * noise).to(model.device, model.dtype)
+
+
+def indices(given: int | Sequence[int] | None, count: int, what: str) -> list[int]:
+    """Indices from 0 to count - 1; None gives all, and negative ones count from the end.
 
     Raises:
-        ValueError: no such part or mode, or a reference that is missing or of another shape.
+        ModelError: none at all, or one that is out of range; `what` names it in the message.
     """
-    _check_part(model, kind, layer, head)
-    if mode not in MODES:
-        raise ValueError(f"There is no mode {mode!r}: choose one of {', '.join(MODES)}.")
-    if mode != "zero":
-        _check_reference(model, kind, mode, reference)
-        rows = reference[:, head] if kind == "head" else reference
-        mean = rows.float().mean(0)
-
-    def hook(x: Tensor) -> Tensor:
-        at = x[:, 1:, head] if kind == "head" else x[:, 1:]  # (batch, pos - 1, width): a view
-        if mode == "zero":
-            at.zero_()
-        elif mode == "mean":
-            at.copy_(mean.expand_as(at))
-        else:
-            rng = torch.Generator().manual_seed(seed)
-            at.copy_(rows[torch.randint(len(rows), at.shape[:2], generator=rng).to(rows.device)])
-        return x
-
-    return {(SITE[kind], layer): hook}
+    given = range(count) if given is None else [given] if isinstance(given, int) else given
+    given = [int(i) for i in given]
+    wrong = [i for i in given if not -count <= i < count]
+    if wrong or not given:
+        raise ModelError(f"The {what}s are {given}: expected at least one, from 0 to {count - 1}.")
+    return [i % count for i in given]
 
 
-def _check_part(model: LanguageModel, kind: str, layer: int, head: int | None) -> None:
-    if kind not in SITE:
-        raise ValueError(f"There is no kind of part {kind!r}: choose one of {', '.join(SITE)}.")
-    if not 0 <= layer < model.n_layers:
-        raise ValueError(f"{model.name} has layers 0 to {model.n_layers - 1}, not {layer}.")
-    if kind == "head" and (head is None or not 0 <= head < model.n_heads):
-        raise ValueError(f"{model.name} has heads 0 to {model.n_heads - 1}, not {head}.")
-    if kind != "head" and head is not None:
-        raise ValueError(f"A lesion of kind {kind!r} takes no head, and was given head {head}.")
-
-
-def _check_reference(model: LanguageModel, kind: str, mode: str, reference: Tensor | None) -> None:
-    width = (model.n_heads, model.d_head) if kind == "head" else (model.d_model,)
-    if reference is None:
-        raise ValueError(f"Mode {mode!r} needs a reference: activations of other documents.")
-    if tuple(reference.shape[1:]) != width or len(reference) == 0:
-        raise ValueError(
-            f"The reference for {SITE[kind]!r} has shape {tuple(reference.shape)}, expected "
-            f"(tokens, {', '.join(map(str, width))})."
-        )
-
-
-def reference_activations(model: LanguageModel, batch: Batch, sites=None) -> dict:
-    """{(site, layer): (tokens, ...)} at the tokens of `batch`, without `<bos>` and padding."""
-    sites = tuple(SITE.values()) if sites is None else sites
-    _, cache = model.run_with_cache(batch.ids, sites, stop_at_layer=model.n_layers)
-    return {key: cache[key][batch.inside()] for key in cache}
-
-
-def last_answer(model: LanguageModel, document, hooks: Mapping | None = None) -> tuple:
-    """(text before the last answer, the answer, what the model says there under `hooks`)."""
-    span = (document.find("answer") or document.find("pronoun"))[-1]
-    prompt, truth = document.text[: span.start].rstrip(), document.text[span.start : span.end]
-    n = len(model.str_tokens(f"{prompt} {truth}")) - len(model.str_tokens(prompt))
-    with model.hooks(hooks or {}):
-        return prompt, truth, model.generate(prompt, n)[len(prompt) :].strip()
-
-
-# ------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------ the reference
 
 
 @torch.no_grad()
-def family_losses(model: LanguageModel, batch: Batch, hooks: Mapping | None = None) -> dict:
-    """{family: mean -log p(scored token | what stands before it)}, in nats, under `hooks`."""
-    with model.hooks(hooks or {}):
-        _, cache = model.run_with_cache(batch.ids, "resid_final", stop_at_layer=model.n_layers)
-    return _losses(model, batch, cache["resid_final"])
+def record(
+    model: LanguageModel,
+    texts: Prompt,
+    sites: str | Key | Iterable[str | Key] = ABLATED,
+) -> dict[Key, Tensor]:
+    """{(site, layer): activations (texts, pos, ...)} of a run on some texts, for `Mean` and
+    `Resample`: recorded once, they serve many ablations."""
+    _, cache = model.run_with_cache(texts, sites, stop_at_layer=model.n_layers)
+    return {key: cache[key] for key in cache}
 
 
-def _losses(model: LanguageModel, batch: Batch, final: Tensor) -> dict[str, float]:
-    """The same from the last stream, (n, length, d_model): only scored tokens are unembedded."""
-    logits = model.unembed(final[batch.rows, batch.positions - 1]).float()
-    losses = F.cross_entropy(logits, batch.ids[batch.rows, batch.positions], reduction="none")
-    return {
-        name: losses[batch.family == index].mean().item() for index, name in enumerate(batch.names)
-    }
+def recorded(model: LanguageModel, reference: Reference, keys: Sequence[Key]) -> Mapping:
+    """A reference's activations at some sites; texts are run for them."""
+    if not isinstance(reference, Mapping):
+        return record(model, reference, keys)
+    missing = [key for key in keys if key not in reference]
+    if missing:
+        raise ModelError(f"The reference has no {missing[0]}: `record` every site that is needed.")
+    return reference
 
 
-class LesionLab:
-    """Lesions of one model, on one batch of documents; every answer is computed once.
+# ------------------------------------------------------------------------------------ ablation
 
-    A lesion in layer L starts from the stream that enters layer L, which is kept from the intact
-    run, so that only the layers from L on are run.
+
+def ablate(model: LanguageModel, parts: Iterable, ablation: Zero | Mean | Resample) -> dict:
+    """Hooks, for `model.hooks`, that replace what some parts of the model compute.
+
+    A head's z, an attention block's attn_out or an MLP's mlp_out becomes what `ablation` says, at
+    every position but the first. There stands `<bos>`, the same in all texts, whose mean and
+    resample would be itself; zero leaves it alone, too, so that the three can be compared. The
+    layer's post-norm, where there is one, is computed from the changed sum of heads.
 
     Args:
-        batch: what the losses are measured on; by default `make_batch(model)`.
-        reference: the other documents, whose activations the means and resamples are taken from.
+        parts: heads (layer, head) or ("head", layer, head), ("attn", layer), ("mlp", layer); none
+            of them changes nothing.
+
+    Raises:
+        ModelError: no such part or ablation; a reference that is missing, or of another shape.
     """
-
-    def __init__(
-        self, model: LanguageModel, batch: Batch | None = None, reference: Batch | None = None
-    ):
-        self.model = model
-        self.batch = make_batch(model) if batch is None else batch
-        other = make_batch(model, answers=8, seed=30_000) if reference is None else reference
-        self.reference = reference_activations(model, other)
-        sites = ("resid_pre", "resid_final")
-        _, self.clean = model.run_with_cache(self.batch.ids, sites, stop_at_layer=model.n_layers)
-        self._known: dict[tuple, dict[str, float]] = {}
-
-    def parts(self, layers=None) -> list[Part]:
-        """(kind, layer, head) of every head and every MLP, of all layers or of some."""
-        layers = range(self.model.n_layers) if layers is None else layers
-        heads = range(self.model.n_heads)
-        return [
-            part for i in layers for part in (*(("head", i, h) for h in heads), ("mlp", i, None))
-        ]
-
-    def before(self) -> dict[str, float]:
-        """{family: loss} of the intact model, in nats per scored token."""
-        if () not in self._known:
-            self._known[()] = _losses(self.model, self.batch, self.clean["resid_final"])
-        return dict(self._known[()])
-
-    def hooks(self, kind: str, layer: int, head: int | None = None, mode: str = "mean") -> dict:
-        """The lesion's hooks, with this lab's reference."""
-        return lesion(
-            self.model, kind, layer, head, mode, self.reference.get((SITE.get(kind), layer))
+    if not isinstance(ablation, Zero | Mean | Resample):
+        raise ModelError(
+            f"{ablation!r} is no ablation: choose Zero(), Mean(reference) or Resample(reference)."
         )
-
-    def after(
-        self, kind: str, layer: int, head: int | None = None, mode: str = "mean"
-    ) -> dict[str, float]:
-        """{family: loss} with one part silenced; ValueError as `lesion` raises it."""
-        hooks = self.hooks(kind, layer, head, mode)
-        return self._run((kind, layer, head, mode), layer, hooks)
-
-    def noise(
-        self, kind: str, layer: int, head: int | None = None, mode: str = "mean", seed: int = 0
-    ) -> dict[str, float]:
-        """The control: {family: loss} when the stream is pushed as far as the lesion pushes it,
-        at every token, but in a random direction."""
-        site = "mlp_out" if kind == "mlp" else "attn_out"
-        change = self._written(site, layer, self.hooks(kind, layer, head, mode))
-        change -= self._written(site, layer, {})  # (n, length, d_model)
-        rng = torch.Generator().manual_seed(seed)
-        push = F.normalize(torch.randn(change.shape, generator=rng).to(change), dim=-1)
-        push *= change.norm(dim=-1, keepdim=True)
-        key = (kind, layer, head, mode, "noise", seed)
-        return self._run(key, layer, {(site, layer): lambda x: x + push})
-
-    def damage(self, parts: list[Part], mode: str = "mean") -> Tensor:
-        """(parts, families): loss after less loss before, in nats."""
-        before = torch.tensor(list(self.before().values()))
-        after = [list(self.after(*part, mode=mode).values()) for part in parts]
-        return torch.tensor(after) - before
-
-    @torch.no_grad()
-    def _run(self, key: tuple, layer: int, hooks: Mapping) -> dict[str, float]:
-        if key not in self._known:
-            with self.model.hooks(hooks):
-                final = self.model.run_from_layer(
-                    self.clean["resid_pre", layer], layer, stop_at_layer=self.model.n_layers
-                )
-            self._known[key] = _losses(self.model, self.batch, final)
-        return dict(self._known[key])
-
-    @torch.no_grad()
-    def _written(self, site: str, layer: int, hooks: Mapping) -> Tensor:
-        """What a layer's attention or MLP adds to the stream, (n, length, d_model)."""
-        seen: list[Tensor] = []
-        with self.model.hooks(hooks), self.model.hooks({(site, layer): seen.append}):
-            self.model.run_from_layer(self.clean["resid_pre", layer], layer, layer + 1)
-        return seen[0]
+    chosen: dict[Key, list[int] | None] = {}
+    for kind, layer, head in (checked_part(model, part) for part in parts):
+        key = (SITE[kind], layer)
+        chosen[key] = None if head is None else [*chosen.get(key, ()), head]
+    rows: Mapping = {}
+    if chosen and not isinstance(ablation, Zero):
+        rows = _checked_reference(model, ablation, list(chosen))
+    return {key: _replace(ablation, rows.get(key), heads) for key, heads in chosen.items()}
 
 
-def strongest_dissociation(damage: Tensor) -> tuple[int, int, int, int]:
-    """The two parts and two skills (i, a, j, b) for which this is largest, both factors positive:
+def checked_part(model: LanguageModel, given: tuple) -> Part:
+    """(kind, layer, head) of a part as `ablate` takes it; head is None where it is not a head.
 
-        (damage[i, a] - damage[i, b]) · (damage[j, b] - damage[j, a])
-
-    So the lesion of i takes a and spares b, that of j takes b and spares a: Teuber's (1955) double
-    dissociation. damage (parts, skills); what harms all skills alike scores nothing.
+    Raises:
+        ModelError: the model has no such part.
     """
-    gap = damage[:, :, None] - damage[:, None, :]  # (parts, skills, skills)
-    best = gap.amax(0).clamp(min=0)
-    strength = best * best.T  # (skills, skills)
-    a, b = divmod(int(strength.argmax()), strength.shape[1])
-    return int(gap[:, a, b].argmax()), a, int(gap[:, b, a].argmax()), b
+    triple = given if isinstance(given[0], str) else ("head", *given)
+    kind, layer, head = (*triple, None)[:3]
+    if kind not in SITE:
+        raise ModelError(f"There is no kind of part {kind!r}: choose one of {', '.join(SITE)}.")
+    if not 0 <= layer < model.n_layers:
+        raise ModelError(f"{model.name} has layers 0 to {model.n_layers - 1}, not {layer}.")
+    if kind == "head" and (head is None or not 0 <= head < model.n_heads):
+        raise ModelError(f"{model.name} has heads 0 to {model.n_heads - 1}, not {head}.")
+    if kind != "head" and head is not None:
+        raise ModelError(f"A part of kind {kind!r} takes no head, and was given head {head}.")
+    return kind, layer, head
 
 
 def part_name(part: Part) -> str:
@@ -313,18 +203,53 @@ def part_name(part: Part) -> str:
     return f"L{layer} " + {"head": f"head {head}", "attn": "attention", "mlp": "MLP"}[kind]
 
 
-# -------------------------------------------------------------------------------- for the ledger
+def _checked_reference(model: LanguageModel, ablation: Mean | Resample, keys: list[Key]) -> Mapping:
+    """The reference's activations at some sites, of one of the two shapes that are known."""
+    if ablation.reference is None:
+        name = type(ablation).__name__
+        raise ModelError(f"{name}() needs a reference: other texts, or what `record` kept of them.")
+    rows = recorded(model, ablation.reference, keys)
+    for key in keys:
+        width = (model.n_heads, model.d_head) if key[0] == "z" else (model.d_model,)
+        shape = tuple(rows[key].shape)
+        extra = len(shape) - len(width)
+        if shape[extra:] != width or extra not in (1, 2) or 0 in shape:
+            wanted = ", ".join(map(str, width))
+            raise ModelError(
+                f"The reference for {key[0]!r} has shape {shape}, expected (tokens, {wanted}) or "
+                f"(texts, pos, {wanted})."
+            )
+    return rows
 
 
-def stream_sum_error(seed: int) -> float:
-    """max |embed + Σ attn_out + Σ mlp_out - resid_final| / max |resid_final|, on one document.
+def _replace(ablation: Zero | Mean | Resample, rows: Tensor | None, heads: list[int] | None):
+    """The hook of one site, for some heads or for all of it, after the first position."""
+    at = slice(None) if heads is None else heads
+    by_text = rows is not None and rows.ndim == (3 if heads is None else 4)
+    if isinstance(ablation, Mean):
+        mean = rows.float().mean(0, keepdim=True)
+        mean = mean if by_text else mean[None]  # (1, pos or 1, ...)
 
-    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, "Residual
-    Stream as a Communication Channel": the final stream is the sum of all that was written.
-    """
-    model = load_model()
-    text = World().document(seed, "prose").text
-    _, cache = model.run_with_cache(text, ["embed", "attn_out", "mlp_out", "resid_final"])
-    parts = cache["embed"] + cache["attn_out"].sum(0) + cache["mlp_out"].sum(0)
-    final = cache["resid_final"]
-    return float((parts - final).abs().max() / final.abs().max())
+    def instead(batch: int, length: int) -> Tensor:
+        """(batch or 1, pos - 1 or 1, ...)"""
+        if by_text and rows.shape[1] < length:
+            raise ModelError(
+                f"The reference texts have {rows.shape[1]} tokens and this one {length}: give "
+                "longer ones."
+            )
+        if isinstance(ablation, Mean):
+            new = mean
+        else:
+            rng = torch.Generator().manual_seed(ablation.seed)
+            size = (batch,) if by_text else (batch, length - 1)
+            new = rows[torch.randint(len(rows), size, generator=rng).to(rows.device)]
+        return new[:, 1:length] if by_text else new
+
+    def hook(x: Tensor) -> Tensor:
+        if isinstance(ablation, Zero):
+            x[:, 1:, at] = 0
+        else:
+            x[:, 1:, at] = instead(*x.shape[:2])[:, :, at].to(x)
+        return x
+
+    return hook

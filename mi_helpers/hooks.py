@@ -71,13 +71,17 @@ class Cache(Mapping):
 # ----------------------------------------------------------------------- the attention pattern
 
 # A pattern can only be changed inside attention. While a pattern hook is on, the model's attention
-# implementation is `_EAGER`: the family's own eager function, then the hooks on what it returned.
-_EAGER = "mi_eager"
+# implementation is `EAGER`: the family's own eager function, then the hooks on what it returned; or
+# what `replaced_attention` has for a module, which is called with that function first.
+EAGER = "mi_eager"
 _pattern_hooks: dict[nn.Module, list[Callable[[Tensor], Tensor | None]]] = {}
+replaced_attention: dict[nn.Module, Callable] = {}
 
 
 def _attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
     eager = sys.modules[type(module).__module__].eager_attention_forward
+    if instead := replaced_attention.get(module):
+        return instead(eager, module, query, key, value, attention_mask, **kwargs)
     z, pattern = eager(module, query, key, value, attention_mask, **kwargs)
     for hook in list(_pattern_hooks.get(module, ())):
         changed = hook(pattern)
@@ -88,8 +92,8 @@ def _attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
     return z, pattern
 
 
-AttentionInterface.register(_EAGER, _attention)
-AttentionMaskInterface.register(_EAGER, eager_mask)
+AttentionInterface.register(EAGER, _attention)
+AttentionMaskInterface.register(EAGER, eager_mask)
 
 
 class _Skip(nn.Module):
@@ -424,7 +428,7 @@ class HookedModel:
         if site.side == "out":
             return module.register_forward_hook(lambda _, args, out: apply(out)).remove
         _pattern_hooks.setdefault(module, []).append(apply)
-        self.use_attention(_EAGER)
+        self.use_attention(EAGER)
 
         def remove() -> None:
             _pattern_hooks[module].remove(apply)

@@ -1,38 +1,36 @@
 """Many changed copies of one run, each computed from where it starts to differ.
 
-A patch changes a run at one place, say layer 3 and position 5. What stands before is the base run's
+A patch changes a run at one place, say layer 3 and position 5. What comes before is the base run's
 and is not computed again: layers 0 to 2, and, as attention is causal, positions 0 to 4 of every
 later layer, whose keys and values are kept. What is left of a patch is a *row*: layers 3 and up,
 positions 5 and up.
 
-All rows walk through the layers together: at each layer, those that start there join. The tokens of
-all rows are packed into one long sequence, and Hugging Face's own norms, attention and MLP modules
-see that; only the attention function knows the rows, and gives each its own keys and, before its
-start, the base run's. In the last block, only the last position goes on to the MLP.
+All rows go through the layers at the same time; at each layer, those that start there join. The
+tokens of all rows are packed into one long sequence, which Hugging Face's own norms, attention and
+MLP modules take. Only the attention function knows the rows: it gives each its own keys and, before
+its start, the base run's. In the last block, only the last position goes on to the MLP.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from torch import Tensor
 from transformers.models.llama.modeling_llama import repeat_kv
 
+from mi_helpers.hooks import EAGER, replaced_attention
 from mi_helpers.layouts import ModelError
 from mi_helpers.models import LanguageModel
 
 MOST_TOKENS = 2048  # of one walk: more of them leave the processor's cache
 MOST_SCORES = 2**25  # attention scores of one walk and layer: bounds the memory of long prompts
 
-# Where in a block a site's row starts; resid_post is the next block's resid_pre.
+# The stage of a block at which a site's row starts; resid_post is the next block's resid_pre.
 STAGES = {
     **dict.fromkeys(("resid_pre", "q", "k", "v", "pattern"), 0),
     "z": 1,
@@ -43,10 +41,11 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Edit:
-    """Put `value` in at these positions (and heads) of a site.
+    """Put `value` in at some positions (and heads) of a site.
 
-    value: (batch, pos, ...), as the site's activation; a batch of 1 is for every row of the run.
-    heads: None where the site has none.
+    Args:
+        heads: None where the site has none.
+        value: (batch, pos, ...), as the site's activation; a batch of 1 serves all rows.
     """
 
     site: str
@@ -57,49 +56,33 @@ class Edit:
 
     @property
     def entry(self) -> tuple[int, int]:
-        """(layer, stage) of the row that this edit makes."""
+        """(layer, stage) at which the row of this edit starts."""
         if self.site == "resid_post":
             return self.layer + 1, 0
         return self.layer, STAGES[self.site]
 
 
-# ------------------------------------------------------------------------- inside attention
-
-# While a recording or a walk lasts, the model's attention implementation is `_RESTART`, and each
-# attention module does what is set for it here.
-_RESTART = "mi_restart"
-_doing: dict[nn.Module, Callable] = {}
-
-
-def _attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    return _doing[module](eager, module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(_RESTART, _attention)
-AttentionMaskInterface.register(_RESTART, eager_mask)
-
-
 @contextmanager
-def _attention_is_ours(model: LanguageModel):
-    before = model.use_attention(_RESTART)
+def _own_attention(model: LanguageModel):
+    """While this lasts, attention modules do what is set for them in `replaced_attention`."""
+    before = model.use_attention(EAGER)
     try:
         yield
     finally:
         model.use_attention(before)
         for layer in range(model.n_layers):
-            _doing.pop(model.part("attn", layer), None)
+            replaced_attention.pop(model.part("attn", layer), None)
 
 
 # ------------------------------------------------------------------------------- the base run
 
 
 class BaseRun:
-    """One run with what its changed copies start from.
+    """One run, with what its changed copies start from.
 
     Args:
         ids: (batch, pos).
-        hooks: set while it runs, such as noise on "embed".
+        hooks: active while it runs, such as noise on "embed".
 
     Attributes:
         cache: embed, resid_pre, z, attn_out, mlp_out of every layer, and resid_final.
@@ -121,11 +104,11 @@ class BaseRun:
         sites = ["embed", "resid_pre", "z", "attn_out", "mlp_out", "resid_final"]
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_attention_is_ours(model))
+            stack.enter_context(_own_attention(model))
             stack.enter_context(model.hooks(hooks or {}))
             for layer in range(model.n_layers):
                 module = model.part("attn", layer)
-                _doing[module] = self._keep
+                replaced_attention[module] = self._keep
                 hook = module.register_forward_pre_hook(self._listen, with_kwargs=True)
                 stack.callback(hook.remove)
             _, self.cache = model.run_with_cache(ids, sites, stop_at_layer=model.n_layers)
@@ -152,10 +135,13 @@ class BaseRun:
 
 
 class Rows:
-    """Which tokens are packed: for each patch `batch` rows, from its start to the last position.
+    """The tokens that are packed: for each patch `batch` rows, from its start to the last position.
 
-    Attributes: row, position, base (its token in the base run) and pad (its place when every row
-    has full length), each (tokens,); last, the last token of each row, (rows,).
+    Attributes:
+        row, position: of each packed token, (tokens,).
+        base: its token in the base run, (tokens,).
+        pad: its place when every row has full length, (tokens,).
+        last: the last packed token of each row, (rows,).
     """
 
     def __init__(self, patches: Sequence[int], starts: Sequence[int], run: BaseRun):
@@ -185,8 +171,8 @@ class Rows:
         return slice(self.offsets[i], self.offsets[i] + size), self.starts[i]
 
     def unpack(self, packed: Tensor, kept: Tensor) -> Tensor:
-        """Packed keys (1, heads, tokens, d_head), with the base run's (batch, pos, heads, d_head)
-        before each row's start, as (rows, heads, pos, d_head)."""
+        """Packed keys (1, heads, tokens, d_head) as (rows, heads, pos, d_head), with the base run's
+        (batch, pos, heads, d_head) before each row's start."""
         packed = packed[0].transpose(0, 1)
         if self.tokens == self.count * self.length:
             return packed.unflatten(0, (self.count, self.length)).transpose(1, 2)
@@ -214,7 +200,7 @@ def run_edits(run: BaseRun, patches: Sequence[Sequence[Edit]], reuse_prefix: boo
     if not reuse_prefix:
         starts = dict.fromkeys(starts, 0)
     order = sorted(entries, key=lambda i: (starts[i], entries[i]))
-    with _attention_is_ours(run.model):
+    with _own_attention(run.model):
         for chunk in _chunks(run, order, starts):
             walk = _Walk(run, {i: patches[i] for i in chunk}, entries, starts)
             final[walk.rows.patches] = walk.run().unflatten(0, (-1, run.batch))
@@ -222,7 +208,7 @@ def run_edits(run: BaseRun, patches: Sequence[Sequence[Edit]], reuse_prefix: boo
 
 
 def _chunks(run: BaseRun, order: Sequence[int], starts: Mapping[int, int]) -> list[list[int]]:
-    """Patches that walk together, in the order in which they enter."""
+    """The patches of each walk, in the order in which they enter."""
     chunks: list[list[int]] = []
     tokens = rows = 0
     for i in order:
@@ -237,7 +223,7 @@ def _chunks(run: BaseRun, order: Sequence[int], starts: Mapping[int, int]) -> li
 
 
 class _Walk:
-    """Rows of changed activations on their way through the layers."""
+    """Rows of changed activations, taken through the layers."""
 
     def __init__(self, run: BaseRun, patches: Mapping[int, Sequence[Edit]], entries, starts):
         self.base, self.model, self.starts = run, run.model, starts
@@ -260,7 +246,7 @@ class _Walk:
         return self._join(model.n_layers, stream)
 
     def _enter(self, layer: int, stage: int) -> Rows | None:
-        """The rows that start here, as rows of their own; `self.rows` has them last."""
+        """The rows that start here, by themselves; in `self.rows` they come last."""
         new = self.entering.get((layer, stage))
         if not new:
             return None
@@ -339,12 +325,12 @@ class _Walk:
                 if (site, layer) in self.edits:
                     edit = lambda x, site=site: self._edit(site, layer, x[0])  # noqa: E731
                     stack.callback(model.add_hook((site, layer), edit))
-            _doing[module] = lambda *args, **kwargs: self._mix(layer, *args, **kwargs)
+            replaced_attention[module] = lambda *args, **kwargs: self._mix(layer, *args, **kwargs)
             out = module(model.part("ln1", layer)(stream)[None], **call)[0]
         return post_norm(model, "ln1_post", layer, out[0])
 
     def _mix(self, layer, eager, module, query, key, value, mask, **kwargs):
-        """The attention function: packed queries (1, heads, tokens, d_head), each row on its own,
+        """The attention function for packed queries (1, heads, tokens, d_head): each row by itself,
         with the base run's keys and values before its start."""
         rows, run = self.rows, self.base
         key, value = (
@@ -394,7 +380,7 @@ def _as_slice(at: list[int]) -> slice | list[int]:
 
 
 def post_norm(model: LanguageModel, name: str, layer: int, x: Tensor) -> Tensor:
-    """The norm after a sublayer ("ln1_post", "ln2_post"), where the family has one."""
+    """x through the norm after a sublayer ("ln1_post", "ln2_post"), where the family has one."""
     norm = model.part(name, layer)
     return x if norm is None else norm(x)
 

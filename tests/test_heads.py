@@ -7,9 +7,11 @@ import torch
 from test_models import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import heads, plots
-from mi_helpers.ablation import lesion
 from mi_helpers.layouts import ModelError
+from mi_helpers.lessons.lesson_05 import claims
+from mi_helpers.lessons.lesson_05 import experiments as lab
 from mi_helpers.lessons.lesson_05 import figures as heads_figures
+from mi_helpers.lessons.shared import repeated_tokens, word_ids
 from mi_helpers.loading import load_model, untrained
 from mi_helpers.models import LanguageModel
 from mi_helpers.widgets import corners
@@ -48,20 +50,20 @@ def pattern_of(places, length):
 
 
 def test_repeated_tokens_are_different_words_written_again(gemma):
-    ids = heads.repeated_tokens(gemma, n=5, length=4, seed=3)
+    ids = repeated_tokens(gemma, n=5, length=4, seed=3)
     assert ids.shape == (5, 9) and (ids[:, 0] == gemma.tokenizer.bos_token_id).all()
     assert torch.equal(ids[:, 1:5], ids[:, 5:])
     assert all(len(set(row.tolist())) == 4 for row in ids[:, 1:5])
-    assert set(ids[:, 1:].flatten().tolist()) <= set(heads.word_ids(gemma).tolist())
-    assert torch.equal(ids, heads.repeated_tokens(gemma, 5, 4, seed=3))
-    assert not torch.equal(ids, heads.repeated_tokens(gemma, 5, 4, seed=4))
-    once = heads.repeated_tokens(gemma, 5, 4, times=1)
+    assert set(ids[:, 1:].flatten().tolist()) <= set(word_ids(gemma).tolist())
+    assert torch.equal(ids, repeated_tokens(gemma, 5, 4, seed=3))
+    assert not torch.equal(ids, repeated_tokens(gemma, 5, 4, seed=4))
+    once = repeated_tokens(gemma, 5, 4, times=1)
     assert once.shape == (5, 5)
 
 
 def test_a_model_without_a_tokenizer_draws_from_its_ids():
     bare = LanguageModel(build("llama"))
-    ids = heads.repeated_tokens(bare, 2, 5)
+    ids = repeated_tokens(bare, 2, 5)
     assert ids.shape == (2, 10) and ids.min() > 2  # 0, 1 and 2 are special
 
 
@@ -118,7 +120,7 @@ def test_attention_by_distance_by_hand():
 
 
 def test_head_scores_agree_with_the_cached_patterns(model):
-    ids = heads.repeated_tokens(model, 3, 3)
+    ids = repeated_tokens(model, 3, 3)
     _, cache = model.run_with_cache(ids, "pattern")
     want = heads.pattern_scores(cache["pattern"], ids)
     got = heads.head_scores(model, ids)
@@ -128,7 +130,7 @@ def test_head_scores_agree_with_the_cached_patterns(model):
 
 
 def test_scores_can_be_taken_where_another_text_repeats(gemma):
-    ids = heads.repeated_tokens(gemma, 3, 3)
+    ids = repeated_tokens(gemma, 3, 3)
     plain = ids.flip(1)
     scores = heads.head_scores(gemma, plain, score_as=ids)
     _, cache = gemma.run_with_cache(plain, "pattern")
@@ -141,58 +143,15 @@ def test_the_strongest_heads_come_in_order():
     scores = torch.tensor([[0.1, 0.9], [torch.nan, 0.5]])
     assert heads.strongest(scores, above=0.4) == [(0, 1), (1, 1)]
     assert heads.strongest(scores, above=0.0, most=1) == [(0, 1)]
-    assert heads.names([(0, 1), (1, 1)]) == "L0H1, L1H1" and heads.names([]) == "none"
+    assert heads.head_names([(0, 1), (1, 1)]) == "L0H1, L1H1" and heads.head_names([]) == "none"
 
 
-# -- ablation ----------------------------------------------------------------------------------
-
-
-def test_zero_ablation_of_one_head_is_the_lesion_of_lesson_00(model):
-    ids = model.tokens(TEXT)
-    with model.hooks(lesion(model, "head", 2, 1, "zero")):
-        want = model(ids)
-    with model.hooks(heads.ablation(model, [(2, 1)], mode="zero")):
-        assert torch.allclose(model(ids), want, atol=1e-6)
-
-
-def test_mean_ablation_by_hand(model):
-    ids, other = model.tokens(TEXT), heads.repeated_tokens(model, 4, 5, seed=1)[:, :10]
-    reference = heads.reference_z(model, other)
-    chosen = [(0, 3), (2, 1), (2, 2)]
-
-    def by_hand(layer, at):
-        def hook(z):
-            z[:, 1:, at] = reference[layer].mean(0)[1:10, at]
-            return z
-
-        return hook
-
-    with model.hooks({("z", 0): by_hand(0, [3]), ("z", 2): by_hand(2, [1, 2])}):
-        want = model(ids)
-    with model.hooks(heads.ablation(model, chosen, reference)):
-        got = model(ids)
-    assert torch.allclose(got, want, atol=1e-6) and not torch.allclose(got, model(ids), atol=1e-3)
-
-
-def test_resample_takes_whole_texts_and_follows_the_seed(gemma):
-    reference = {1: torch.arange(3.0)[:, None, None, None].expand(3, 6, 4, 6).clone()}
-    (hook,) = heads.ablation(gemma, [(1, 0)], reference, "resample", seed=1).values()
-    z = hook(torch.full((8, 6, 4, 6), 9.0))
-    assert (z[:, 0] == 9).all() and (z[:, :, 1:] == 9).all()  # first token, other heads: kept
-    rows = z[:, 1:, 0].flatten(1)
-    assert (rows == rows[:, :1]).all() and set(rows[:, 0].tolist()) <= {0.0, 1.0, 2.0}
-    assert len(set(rows[:, 0].tolist())) > 1
-    (again,) = heads.ablation(gemma, [(1, 0)], reference, "resample", seed=1).values()
-    assert torch.equal(again(torch.full((8, 6, 4, 6), 9.0)), z)
-
-
-def test_an_empty_set_silences_nothing(gemma):
-    assert heads.ablation(gemma, []) == {}
+# -- sets of heads, and losses ------------------------------------------------------------------
 
 
 def test_halves_of_the_losses():
     losses = torch.arange(8.0)[None]  # <bos> a b c d a b c d: loss j is of token j + 1
-    first, second = heads.halves(losses, 4)
+    first, second = lab.halves(losses, 4)
     assert first.tolist() == [[1, 2, 3]] and second.tolist() == [[5, 6, 7]]
 
 
@@ -208,32 +167,22 @@ def test_random_sets_leave_out_what_they_should():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: heads.repeated_tokens(m, 2, 9), "do not fit: gemma2 has a context of 16"),
-        (lambda m: heads.repeated_tokens(m, 2, 1), "give 1, 2 and 1 at least"),
+        (lambda m: repeated_tokens(m, 2, 9), "do not fit: gemma2 has a context of 16"),
+        (lambda m: repeated_tokens(m, 2, 1), "give 1, 2 and 1 at least"),
         (lambda m: heads.targets(torch.ones(3, dtype=int)), r"expected \(batch, pos\)"),
         (lambda m: heads.pattern_scores(torch.ones(1, 1, 3, 3), torch.ones(1, 4)), "expected"),
-        (lambda m: heads.ablation(m, [(9, 0)], mode="zero"), r"no head \(9, 0\)"),
-        (lambda m: heads.ablation(m, [(0, 0)], mode="odd"), "no mode 'odd'"),
-        (lambda m: heads.ablation(m, [(0, 0)]), "needs `reference_z`"),
-        (lambda m: heads.halves(torch.ones(1, 5), 4), "too few"),
+        (lambda m: lab.halves(torch.ones(1, 5), 4), "too few"),
         (lambda m: heads.random_sets([(0, 0)], 2, 1), "cannot be drawn from 1"),
         (lambda m: heads.composition(m, "O"), "choose Q, K or V"),
         (lambda m: heads.qk_circuit(m, (0, 0), torch.tensor([5]), (1, 0)), "writes after"),
-        (lambda m: heads.training_log("nowhere.csv"), "no nowhere.csv"),
-        (lambda m: heads.steepest(np.arange(3), np.zeros(3), 1), "a curve that rises"),
+        (lambda m: lab.training_log("nowhere.csv"), "no nowhere.csv"),
+        (lambda m: lab.steepest(np.arange(3), np.zeros(3), 1), "a curve that rises"),
     ],
 )
 def test_bad_input_gets_one_sentence(gemma, call, message):
     with pytest.raises(ModelError, match=message) as caught:
         call(gemma)
     assert "\n" not in str(caught.value)
-
-
-def test_a_reference_that_is_too_short_says_so(gemma):
-    short = heads.reference_z(gemma, heads.repeated_tokens(gemma, 2, 2))
-    with gemma.hooks(heads.ablation(gemma, [(0, 0)], short)), pytest.raises(ModelError) as caught:
-        gemma(TEXT)
-    assert "5 tokens and this one 10" in str(caught.value)
 
 
 # -- weights -----------------------------------------------------------------------------------
@@ -295,7 +244,7 @@ def test_copying_of_circuits_that_copy_and_that_suppress():
 
 def test_the_ov_circuit_is_what_attending_to_a_token_adds_to_the_logits(gemma):
     """Force a head of layer 1 to attend to one place, and look at what it writes there."""
-    ids, (layer, h) = heads.word_ids(gemma), (1, 2)
+    ids, (layer, h) = word_ids(gemma), (1, 2)
     table = heads.ov_circuit(gemma, (layer, h), ids)
     for row, token in enumerate(ids.tolist()[:3]):
         _, cache = gemma.run_with_cache(torch.tensor([[2, token]]), ["resid_pre", "v"])
@@ -307,7 +256,7 @@ def test_the_ov_circuit_is_what_attending_to_a_token_adds_to_the_logits(gemma):
 
 def test_a_chain_of_ov_circuits_reads_what_the_first_head_writes(gemma):
     """Put what a head of layer 1 writes into the stream by hand, and let one of layer 2 read it."""
-    ids, first, (layer, h) = heads.word_ids(gemma), (1, 3), (2, 0)
+    ids, first, (layer, h) = word_ids(gemma), (1, 3), (2, 0)
     table = heads.ov_circuit(gemma, (layer, h), ids, [first, (3, 1)])
     for row, token in enumerate(ids.tolist()[:3]):
         _, cache = gemma.run_with_cache(torch.tensor([[2, token]]), ["resid_pre", "v"])
@@ -320,7 +269,7 @@ def test_a_chain_of_ov_circuits_reads_what_the_first_head_writes(gemma):
 
 
 def test_a_chain_needs_an_earlier_head(gemma):
-    ids = heads.word_ids(gemma)
+    ids = word_ids(gemma)
     with pytest.raises(ModelError, match="L1H0 reads nothing of L1H3, L2H0: it is not after them"):
         heads.ov_circuit(gemma, (1, 0), ids, [(1, 3), (2, 0)])
     found = heads.copying_map(gemma, ids, [(1, 3)])["own"]
@@ -328,7 +277,7 @@ def test_a_chain_needs_an_earlier_head(gemma):
 
 
 def test_the_qk_circuit_matches_where_queries_and_keys_are_one(gemma):
-    ids = heads.word_ids(gemma)
+    ids = word_ids(gemma)
     plain = heads.qk_circuit(gemma, (1, 0), ids, None)
     assert plain.shape == (len(ids), len(ids)) and heads.matching(torch.eye(4)) == 1
     _, cache = gemma.run_with_cache(torch.tensor([[2, int(ids[0])]]), ["q", "k"])
@@ -339,17 +288,18 @@ def test_the_qk_circuit_matches_where_queries_and_keys_are_one(gemma):
 
 
 def test_maps_of_every_head(model):
-    found = heads.copying_map(model, heads.word_ids(model))
+    found = heads.copying_map(model, word_ids(model))
     assert all(each.shape == (model.n_layers, model.n_heads) for each in found.values())
     assert all(torch.isfinite(each).all() for each in found.values())
 
 
 def test_composition_by_effect_runs_on_every_family(model):
+    prompts = lab.induction_pair(model, 2, length=3)
     for site in "kqv":
-        found = heads.composition_effect(model, [(2, 0), (3, 1)], site, n=2, seed=0, length=3)
+        found = heads.composition_effect(model, [(2, 0), (3, 1)], prompts, site)
         assert found.shape == (model.n_layers, model.n_heads)
         assert (found[3] == 0).all()  # nothing in the last layer reaches an earlier receiver
-    assert heads.key_heads(model, [(2, 0), (2, 1), (1, 0)], "q") == [
+    assert heads.receivers_of(model, [(2, 0), (2, 1), (1, 0)], "q") == [
         ("q", 1, 0),
         ("q", 2, 0),
         ("q", 2, 1),
@@ -357,7 +307,7 @@ def test_composition_by_effect_runs_on_every_family(model):
 
 
 def test_key_heads_are_shared(gemma):
-    assert heads.key_heads(gemma, [(2, 0), (2, 1), (2, 3)]) == [("k", 2, 0), ("k", 2, 1)]
+    assert heads.receivers_of(gemma, [(2, 0), (2, 1), (2, 3)]) == [("k", 2, 0), ("k", 2, 1)]
 
 
 # -- the training log ----------------------------------------------------------------------------
@@ -365,51 +315,51 @@ def test_key_heads_are_shared(gemma):
 
 def test_curves_by_hand():
     steps, values = np.array([0.0, 10, 20, 40]), np.array([0.0, 0.0, 1.0, 0.9])
-    assert heads.reaches(steps, values) == 15
-    assert heads.reaches(steps, values, 0.1) == 11
-    low, high, share = heads.steepest(steps, values, 10)
+    assert lab.step_reaching(steps, values) == 15
+    assert lab.step_reaching(steps, values, 0.1) == 11
+    low, high, share = lab.steepest(steps, values, 10)
     assert (low, high) == (10, 20) and share == 1
-    assert heads.steepest(steps, values, 5)[2] == pytest.approx(0.5)
+    assert lab.steepest(steps, values, 5)[2] == pytest.approx(0.5)
     flat = np.array([0.0, 0.5, 0.52, 1.0])
-    assert heads.waits(steps, flat, 0.5, 0.1) == (10, 20)
-    assert heads.waits(steps, flat, 0.8, 0.1) is None
+    assert lab.plateau(steps, flat, 0.5, 0.1) == (10, 20)
+    assert lab.plateau(steps, flat, 0.8, 0.1) is None
 
 
 def test_the_shipped_log_has_a_phase_change():
-    log = heads.training_log()
+    log = lab.training_log()
     steps = log["step"]
     assert (np.diff(steps) > 0).all() and log["induction_head"][-1] > 0.7
-    assert heads.phase_change(0) > 0.6
-    born = heads.reaches(steps, log["induction_head"])
-    assert heads.reaches(steps, log["previous_token_head"]) < born < 0.5 * steps[-1]
+    assert claims.phase_change(0) > 0.6
+    born = lab.step_reaching(steps, log["induction_head"])
+    assert lab.step_reaching(steps, log["previous_token_head"]) < born < 0.5 * steps[-1]
 
 
 # -- the shipped model ---------------------------------------------------------------------------
 
 
 def test_induction_heads_are_found_and_only_there(shipped):
-    ids = heads.repeated_tokens(shipped, 6, 20, seed=5)
+    ids = repeated_tokens(shipped, 6, 20, seed=5)
     scores = heads.head_scores(shipped, ids)["induction"]
     assert scores.max() > 0.7 and len(heads.strongest(scores)) >= 1
-    plain = heads.repeated_tokens(shipped, 6, 40, seed=6, times=1)
+    plain = repeated_tokens(shipped, 6, 40, seed=6, times=1)
     assert heads.head_scores(shipped, plain, score_as=ids)["induction"].max() < 0.3
     assert heads.head_scores(untrained(shipped), ids)["induction"].max() < 0.3
 
 
 def test_their_removal_takes_the_gain_and_that_of_others_does_not(shipped):
-    ids = heads.repeated_tokens(shipped, 6, 20, seed=5)
+    ids = repeated_tokens(shipped, 6, 20, seed=5)
     scores = heads.head_scores(shipped, ids)
     found = heads.strongest(scores["induction"])
     helper = heads.strongest(scores["previous token"], most=1)
     others = heads.random_sets(
         heads.all_heads(shipped), len(found), 4, 0, without=[*found, *helper]
     )
-    lost = heads.share_lost(shipped, [found, [], *others], 20, seed=5)
+    lost = lab.share_lost(shipped, [found, [], *others], 20, seed=5)
     assert lost[0] > 0.8 and lost[1] == 0 and np.median(lost[2:]) < 0.1
 
 
 def test_the_previous_token_head_feeds_the_keys(shipped):
-    assert heads.previous_token_through_keys(0) > 0.5
+    assert claims.previous_token_through_keys(0) > 0.5
 
 
 # -- figures -------------------------------------------------------------------------------------

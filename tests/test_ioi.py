@@ -10,12 +10,14 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from mi_helpers import heads, plots
+from mi_helpers import plots
+from mi_helpers.ablation import Mean, Resample, Zero, record
 from mi_helpers.layouts import ModelError
-from mi_helpers.lessons import shared
-from mi_helpers.lessons.lesson_05 import experiments as ioi
+from mi_helpers.lessons.lesson_05 import circuit as circuits
+from mi_helpers.lessons.lesson_05 import claims, ioi
 from mi_helpers.lessons.lesson_05 import figures as heads_figures
-from mi_helpers.lessons.lesson_05.experiments import ROLES, Task
+from mi_helpers.lessons.lesson_05.ioi import ROLES, Task
+from mi_helpers.lessons.shared import documents
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import lexicon
@@ -34,7 +36,7 @@ def without_gradients():
 def tokenizer():
     """One token per word of the sentences with indirect objects."""
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    read = [d.text for d in shared.documents("ioi", 500, 0)]
+    read = [d.text for d in documents("ioi", 500, 0)]
     words = {piece for text in read for piece, _ in split.pre_tokenize_str(text)}
     words |= {f" {name}" for name in lexicon.people()}
     names = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -147,25 +149,25 @@ def brute_hooks(reference, role, circuit):
         for p in range(1, z.shape[1]):
             for h in range(z.shape[2]):
                 if (layer, h, ROLES[role[p]]) not in circuit:
-                    z[0, p, h] = reference[layer].mean(0)[p, h]
+                    z[0, p, h] = reference["z", layer].mean(0)[p, h]
         return z
 
-    return {("z", layer): functools.partial(hook, layer=layer) for layer in reference}
+    return {key: functools.partial(hook, layer=key[1]) for key in reference}
 
 
-@pytest.mark.parametrize("ablate", ioi.ABLATIONS)
-def test_a_circuit_against_brute_force(task, ablate):
+@pytest.mark.parametrize("ablation", [Mean(), Resample(), Zero()])
+def test_a_circuit_against_brute_force(task, ablation):
     """Prompt by prompt, position by position, with plain hooks on whole runs."""
     model, prompts = task.model, task.prompts
-    other = Task(model, prompts, ablate=ablate)
+    other = Task(model, prompts, ablation=ablation)
     circuit = {(0, 1, "END"), (1, 2, "S2"), (2, 0, "IO"), (3, 3, "END"), (1, 0, "elsewhere")}
     total = []
     for i in range(len(prompts)):
-        mean = heads.reference_z(model, prompts.others[i])
-        if ablate == "resample":
-            mean = {layer: z[:1] for layer, z in mean.items()}
-        if ablate == "zero":
-            mean = {layer: torch.zeros_like(z) for layer, z in mean.items()}
+        mean = record(model, prompts.others[i], "z")
+        if ablation == Resample():
+            mean = {key: z[:1] for key, z in mean.items()}
+        if ablation == Zero():
+            mean = {key: torch.zeros_like(z) for key, z in mean.items()}
 
         with model.hooks(brute_hooks(mean, prompts.role[i], circuit)):
             logits = model(prompts.ids[i : i + 1])[0, -1]
@@ -207,47 +209,47 @@ class Toy(Task):
 
 def test_the_search_finds_what_counts():
     toy = Toy()
-    assert ioi.find_circuit(toy) == {(0, 0, "END"), (1, 1, "S2")}
+    assert circuits.find_circuit(toy) == {(0, 0, "END"), (1, 1, "S2")}
 
 
 def test_minimality_and_completeness_by_hand():
     toy, circuit = Toy(), {(0, 0, "END"), (1, 1, "S2")}
-    needed = ioi.minimality(toy, circuit)
+    needed = circuits.minimality(toy, circuit)
     assert needed == {
         (0, 0, "END"): pytest.approx(6 / 10.004),
         (1, 1, "S2"): pytest.approx(4 / 10.004),
     }
-    pairs = ioi.completeness(toy, circuit, {"first": {(0, 0, "END")}})
+    pairs = circuits.completeness(toy, circuit, {"first": {(0, 0, "END")}})
     assert pairs["first"] == (pytest.approx(7.004 / 10.004), pytest.approx(4 / 10.004))
-    assert ioi.incompleteness(pairs) == pytest.approx(3.004 / 10.004)
+    assert circuits.incompleteness(pairs) == pytest.approx(3.004 / 10.004)
 
 
 def test_random_circuits_have_the_size_and_if_asked_the_roles():
     toy, circuit = Toy(), {(0, 0, "END"), (1, 1, "S2"), (0, 1, "END")}
-    for each in ioi.random_circuits(toy, circuit, 20):
+    for each in circuits.random_circuits(toy, circuit, 20):
         assert len(each) == 3 and each <= toy.nodes()
-    for each in ioi.random_circuits(toy, circuit, 20, same_roles=True):
+    for each in circuits.random_circuits(toy, circuit, 20, same_roles=True):
         assert sorted(role for *_, role in each) == ["END", "END", "S2"]
 
 
 def test_sets_to_remove_lie_in_the_circuit():
     circuit = {(0, 0, "END"), (1, 1, "S2")}
     groups = {"a": {(0, 0, "END"), (0, 1, "END")}, "none": {(1, 0, "IO")}}
-    sets = ioi.removals(groups, circuit, 20, seed=0)
+    sets = circuits.removals(groups, circuit, 20, seed=0)
     assert sets["a"] == {(0, 0, "END")} and "none" not in sets
     assert all(K and circuit >= K for K in sets.values())
 
 
 def test_overlap_of_circuits():
     a, b = {(0, 0, "END"), (1, 0, "END")}, {(1, 0, "END"), (2, 0, "END")}
-    assert ioi.overlap(a, b) == pytest.approx(1 / 3) and ioi.overlap(a, a) == 1
+    assert circuits.overlap(a, b) == pytest.approx(1 / 3) and circuits.overlap(a, a) == 1
 
 
 # -- jobs, direct effects, repair ------------------------------------------------------------------
 
 
 def test_jobs_by_thresholds():
-    looks = {pair: torch.zeros(3, 3) for pair in ioi.LOOKS}
+    looks = {pair: torch.zeros(3, 3) for pair in circuits.LOOKS}
     own = torch.zeros(3, 3)
     looks["END", "IO"][0, 0], own[0, 0] = 0.8, 3  # to IO, copies
     looks["END", "IO"][0, 1], own[0, 1] = 0.8, -3
@@ -262,8 +264,8 @@ def test_jobs_by_thresholds():
     looks["END", "END-2"][2, 1] = looks["END", "END-2"][2, 2] = 0.9
     relayed = torch.full((3, 3), torch.nan)
     relayed[2, 1], relayed[2, 2] = -2, 2
-    assert ioi.couriers(looks, own) == [(0, 2)]
-    got = ioi.jobs(looks, own, relayed)
+    assert circuits.couriers(looks, own) == [(0, 2)]
+    got = circuits.jobs(looks, own, relayed)
     assert got == {
         (0, 0, "END"): "name mover",
         (0, 1, "END"): "negative mover",
@@ -277,7 +279,7 @@ def test_jobs_by_thresholds():
         (2, 1, "S1+1"): "previous token",
     }
     assert {(role, job) for (_, _, role), job in got.items()} == {
-        (role, job) for job, (role, _) in ioi.JOBS.items()
+        (role, job) for job, (role, _) in circuits.JOBS.items()
     }
 
 
@@ -299,25 +301,25 @@ def test_direct_effects_add_up_to_the_metric_before_the_soft_cap(task):
 
 
 def test_the_accounts_of_a_repair_balance(task):
-    done = ioi.repair(task, {(1, 0, "END"), (1, 1, "END")})
+    done = circuits.repair(task, {(1, 0, "END"), (1, 1, "END")})
     total = done.before + done.own + sum(done.others.values()) + done.norm
     assert total == pytest.approx(done.after, abs=1e-6)
     assert "L1H0" not in done.others and "L1H2" in done.others
     early = [done.others[name] for name in ("embed", "L0H0", "L0 MLP")]
     assert early == pytest.approx([0, 0, 0], abs=1e-9)  # what came before has not changed
-    nothing = ioi.repair(task, set())
+    nothing = circuits.repair(task, set())
     assert nothing.before == nothing.after and nothing.repaired != nothing.repaired
 
 
 def test_the_repaired_share_by_hand():
-    done = ioi.Repair(before=3.0, after=2.2, own=-2.0, others={"x": 1.2}, norm=0.0)
+    done = circuits.Repair(before=3.0, after=2.2, own=-2.0, others={"x": 1.2}, norm=0.0)
     assert done.repaired == pytest.approx(0.6)
 
 
 def test_paths_of_all_kinds(task):
-    assert ioi.paths(task).shape == (task.model.n_layers, task.model.n_heads)
-    assert ioi.paths(task, senders="mlp").shape == (task.model.n_layers,)
-    found = ioi.inputs(task, [(2, 0)])
+    assert circuits.path_shares(task).shape == (task.model.n_layers, task.model.n_heads)
+    assert circuits.path_shares(task, senders="mlp").shape == (task.model.n_layers,)
+    found = circuits.inputs(task, [(2, 0)])
     assert list(found) == ["q", "k", "v"] and set(found["v"]) == {
         "embedding",
         "best head",
@@ -329,13 +331,13 @@ def test_paths_of_all_kinds(task):
     ("call", "message"),
     [
         (lambda m, p: Task(m, p, "loss"), "no metric 'loss'"),
-        (lambda m, p: Task(m, p, ablate="odd"), "'odd' is no ablation"),
+        (lambda m, p: Task(m, p, ablation="odd"), "'odd' is no ablation"),
         (lambda m, p: p.at("elsewhere"), "no role 'elsewhere'"),
         (lambda m, p: ioi.make_prompts(m, 100_000), "ask for fewer"),
     ],
 )
 def test_bad_input_gets_one_sentence(task, call, message, monkeypatch):
-    few = shared.documents("ioi", 60, 0, ("entities",), order="ABB")
+    few = documents("ioi", 60, 0, ("entities",), order="ABB")
     if "fewer" in message:
         monkeypatch.setattr(ioi, "documents", lambda *_, **__: few)
     with pytest.raises(ModelError, match=message) as caught:
@@ -352,19 +354,18 @@ def test_it_knows_who_receives_on_unseen_pairs_in_both_orders(shipped):
 
 
 def test_its_circuit_is_small_faithful_and_better_than_chance():
-    model, circuit = ioi._found()
-    task = ioi._fresh(0)
+    circuit, task = claims.found_circuit(), claims.fresh_task(0)
     assert 0 < len(circuit) < 0.15 * len(task.nodes())
     assert 0.8 < task.faithfulness(circuit) < 1.2 and task.first_choice(circuit) > 0.9
-    drawn = ioi.random_circuits(task, circuit, 4)
+    drawn = circuits.random_circuits(task, circuit, 4)
     assert max(map(task.faithfulness, drawn)) < task.faithfulness(circuit) - 0.2
 
 
-def test_the_circuit_can_be_drawn():
-    model, circuit = ioi._found()
-    looks = {pair: torch.rand(model.n_layers, model.n_heads) for pair in ioi.LOOKS}
+def test_the_circuit_can_be_drawn(shipped):
+    circuit = claims.found_circuit()
+    looks = {pair: torch.rand(shipped.n_layers, shipped.n_heads) for pair in circuits.LOOKS}
     given = dict.fromkeys(circuit, "candidates")
-    figure = heads_figures.circuit_drawing(circuit, given, looks, model.n_layers)
+    figure = heads_figures.circuit_drawing(circuit, given, looks, shipped.n_layers)
     assert plots.render(figure).startswith(b"\x89PNG")
     assert plots.render(heads_figures.circuit_drawing([], {}, looks, 6)).startswith(b"\x89PNG")
     pairs = {"random 0": (0.4, 0.3), "candidates": (0.2, 0.0)}

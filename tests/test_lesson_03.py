@@ -6,10 +6,11 @@ import torch
 from tiny_models import tiny_model, word_tokenizer
 
 from mi_helpers import plots
-from mi_helpers.ablation import LesionLab, make_batch
+from mi_helpers.ablation import Mean, ablate
 from mi_helpers.layouts import ModelError
+from mi_helpers.lessons.lesson_03 import claims, figures, pronouns
 from mi_helpers.lessons.lesson_03 import experiments as lab
-from mi_helpers.lessons.lesson_03 import figures
+from mi_helpers.lessons.shared import make_batch, token_pool
 from mi_helpers.loading import load_model
 from mi_helpers.patching import activation_patch
 from mi_helpers.tinyworld import lexicon
@@ -105,13 +106,16 @@ def test_a_model_without_the_words(tiny):
 
 
 def test_a_landmark_as_long_as_another(shipped):
-    place = lab.as_long_as(shipped, "Eiffel Tower", "Rome")
+    place = lab.equally_long_landmark(shipped, "Eiffel Tower", "Rome")
     assert place.city == "Rome"
     lengths = [len(shipped.str_tokens(name)) for name in ("The Eiffel Tower", f"The {place.name}")]
     assert lengths[0] == lengths[1]
-    assert lab.as_long_as(shipped, "Eiffel Tower", "Nowhere").city not in ("Paris", "Nowhere")
+    assert lab.equally_long_landmark(shipped, "Eiffel Tower", "Nowhere").city not in (
+        "Paris",
+        "Nowhere",
+    )
     with pytest.raises(ValueError, match="no landmark 'Ivory Tower'"):
-        lab.as_long_as(shipped, "Ivory Tower", "Rome")
+        lab.equally_long_landmark(shipped, "Ivory Tower", "Rome")
 
 
 def test_swapped_words_leave_the_possible_answers_where_they_stand(shipped):
@@ -130,7 +134,7 @@ def test_swapped_words_leave_the_possible_answers_where_they_stand(shipped):
 
 def test_the_ruler_of_prompts_that_agree(tiny):
     pairs = small_pairs(tiny)
-    ruler = lab.in_units_of(pairs, tiny, 2.0, pairs.corrupted)
+    ruler = lab.scaled_metric(tiny, pairs, 2.0, pairs.corrupted)
     raw = pairs.metric(tiny)
     logits = [tiny.forward(ids)[:, -1] for ids in (pairs.corrupted, pairs.clean)]
     assert float(ruler(logits[0])) == pytest.approx(0, abs=1e-5)
@@ -140,7 +144,7 @@ def test_the_ruler_of_prompts_that_agree(tiny):
 def test_the_way_from_one_run_to_the_other(tiny):
     one = small_pairs(tiny)[0]
     whole = activation_patch(tiny, one.clean, one.corrupted, "resid_pre", one.metric(tiny))
-    way = lab.along(tiny, one, "resid_pre", 1, 2, [0, 0.5, 1])
+    way = lab.interpolate(tiny, one, "resid_pre", 1, 2, [0, 0.5, 1])
     assert way.shape == (3,)
     assert way[0] == pytest.approx(0, abs=1e-4)
     assert way[2] == pytest.approx(float(whole[1, 2]), abs=1e-4)
@@ -168,38 +172,38 @@ def test_ranks_and_the_strongest():
 
 
 def test_the_slope_is_the_share_of_the_skew():
-    truth = lab.true_log_odds()
-    assert lab.skew(truth) == pytest.approx(1)
-    assert lab.skew(0.3 * truth + 5) == pytest.approx(0.3)
-    assert lab.skew(np.ones(len(truth))) == pytest.approx(0)
+    truth = pronouns.true_log_odds()
+    assert pronouns.skew(truth) == pytest.approx(1)
+    assert pronouns.skew(0.3 * truth + 5) == pytest.approx(0.3)
+    assert pronouns.skew(np.ones(len(truth))) == pytest.approx(0)
     jobs = ["nurse", "farmer"]
-    assert np.allclose(lab.true_log_odds(jobs), [np.log(9), -np.log(9)])
+    assert np.allclose(pronouns.true_log_odds(jobs), [np.log(9), -np.log(9)])
 
 
 def test_nats_lost_is_a_divergence():
-    assert lab.nats_lost(lab.true_log_odds()) == pytest.approx(0)
-    even = lab.nats_lost(np.zeros(2), ["nurse", "farmer"])  # both 0.9 and 0.1 against one half
+    assert pronouns.nats_lost(pronouns.true_log_odds()) == pytest.approx(0)
+    even = pronouns.nats_lost(np.zeros(2), ["nurse", "farmer"])  # both 0.9 and 0.1 against one half
     assert even == pytest.approx(np.log(2) + 0.9 * np.log(0.9) + 0.1 * np.log(0.1))
 
 
 def test_sentences_differ_in_the_occupation_only():
-    texts = lab.pronoun_texts(3, ["nurse", "farmer", "judge"])
+    texts = pronouns.pronoun_texts(3, ["nurse", "farmer", "judge"])
     frames = {
         text.replace(job, "X")
         for text, job in zip(texts, ["nurse", "farmer", "judge"], strict=True)
     }
     assert len(frames) == 1 and not {" she", " he"} & {texts[0][-4:], texts[0][-3:]}
-    assert lab.pronoun_texts(3, ["nurse"]) == texts[:1]
-    assert any(lab.pronoun_texts(s, ["nurse"]) != texts[:1] for s in range(6))
+    assert pronouns.pronoun_texts(3, ["nurse"]) == texts[:1]
+    assert any(pronouns.pronoun_texts(s, ["nurse"]) != texts[:1] for s in range(6))
 
 
 def test_sides_are_the_ends():
-    she, he = lab.sides(["nurse", "farmer", "judge", "doctor"], share=0.25)
+    she, he = pronouns.sides(["nurse", "farmer", "judge", "doctor"], share=0.25)
     assert (she, he) == (["judge"], ["farmer"])
 
 
 def test_pronoun_pairs_go_from_he_to_she(shipped):
-    pairs = lab.pronoun_pairs(shipped, 6, seed=0)
+    pairs = pronouns.pronoun_pairs(shipped, 6, seed=0)
     p = lexicon.occupations()
     for clean, corrupted in pairs.texts:
         (a,) = set(clean.replace(",", "").split()) - set(corrupted.replace(",", "").split())
@@ -211,34 +215,27 @@ def test_pronoun_pairs_go_from_he_to_she(shipped):
 
 def test_the_models_log_odds_are_those_of_its_probabilities(shipped):
     texts = ["The nurse said that", "In the evening the farmer knew that"]  # unequal lengths
-    found = lab.log_odds(shipped, texts)
+    found = pronouns.log_odds(shipped, texts)
     for text, value in zip(texts, found, strict=True):
         p = shipped(text)[0, -1].softmax(-1)
         she, he = (p[shipped.to_single_token(word)] for word in (" she", " he"))
         assert value == pytest.approx(float((she / he).log()), abs=1e-3)
 
 
-def test_hooks_together_are_applied_in_turn(tiny):
-    parts = [{("z", 1): lambda x: x + 1}, {("z", 1): lambda x: x * 2, "embed": lambda x: x}]
-    joined = lab.together(parts)
-    assert set(joined) == {("z", 1), "embed"}
-    assert torch.equal(joined["z", 1](torch.ones(2)), torch.full((2,), 4.0))
-
-
 def test_other_heads_are_as_many_in_the_same_layers(tiny):
     wide = tiny_model(num_attention_heads=4, num_key_value_heads=2, tokenizer=word_tokenizer())
     spared = [(0, 1), (2, 0), (2, 3)]
     for seed in range(5):
-        other = lab.random_heads(wide, 3, seed, spared)
+        other = pronouns.random_heads(wide, 3, seed, spared)
         assert len(set(other)) == 3 and not set(other) & set(spared)
         assert sorted(layer for layer, _ in other) == [0, 2, 2]
-    assert lab.random_heads(wide, 3, 0, spared) == lab.random_heads(wide, 3, 0, spared)
-    assert len(set(lab.random_heads(tiny, 3, 0, [(0, 0)]))) == 3
+    assert pronouns.random_heads(wide, 3, 0, spared) == pronouns.random_heads(wide, 3, 0, spared)
+    assert len(set(pronouns.random_heads(tiny, 3, 0, [(0, 0)]))) == 3
 
 
 def test_a_direction_taken_out_is_level_with_the_centre(tiny):
     key, v, centre = ("resid_post", 1), np.arange(1.0, 13.0), np.linspace(-1, 1, 12)
-    with tiny.hooks(lab.without_direction(key, v, centre)):
+    with tiny.hooks(pronouns.without_direction(key, v, centre)):
         _, after = tiny.run_with_cache("the cat sat on the mat", key)
     _, before = tiny.run_with_cache("the cat sat on the mat", key)
     unit = v / np.linalg.norm(v)
@@ -251,26 +248,26 @@ def test_a_direction_taken_out_is_level_with_the_centre(tiny):
 
 def test_the_skew_has_a_direction_and_its_removal_spares_the_rest(shipped):
     key = ("resid_post", shipped.n_layers // 2)
-    learn, test = lab._halves()
+    learn, test = claims.learn_and_test()
     assert not set(learn) & set(test) and len(learn) == len(test) == 20
-    hooks = lab.without_direction(key, *lab.skew_direction(shipped, key, learn, range(3)))
-    intact, after = (lab.mean_log_odds(shipped, test, h, range(3)) for h in (None, hooks))
-    assert lab.skew(intact, test) > 0.8
-    assert lab.skew(after, test) < 0.6 * lab.skew(intact, test)
+    hooks = pronouns.without_direction(key, *pronouns.skew_direction(shipped, key, learn, range(3)))
+    intact, after = (pronouns.mean_log_odds(shipped, test, h, range(3)) for h in (None, hooks))
+    assert pronouns.skew(intact, test) > 0.8
+    assert pronouns.skew(after, test) < 0.6 * pronouns.skew(intact, test)
     batch = make_batch(shipped, answers=4, families=("facts", "repetition", "agreement"))
-    assert max(lab.damage(shipped, batch, hooks).values()) < 0.5
-    assert lab.damage(shipped, batch, {}) == dict.fromkeys(batch.names, 0.0)
+    assert max(pronouns.damage(shipped, batch, hooks).values()) < 0.5
+    assert pronouns.damage(shipped, batch, {}) == dict.fromkeys(batch.names, 0.0)
 
 
-def test_silenced_heads_are_silenced_together(shipped):
+def test_heads_are_ablated_to_the_means_of_a_pool(shipped):
     batch = make_batch(shipped, answers=4, families=("facts",))
-    surgery = LesionLab(shipped, batch, batch)
-    hooks = lab.without_heads(surgery, [(0, 1), (0, 3), (2, 0)])
-    with shipped.hooks(hooks):
+    pool = token_pool(shipped, batch)
+    heads = [(0, 1), (0, 3), (2, 0)]
+    with shipped.hooks(ablate(shipped, heads, Mean(pool))):
         _, cache = shipped.run_with_cache(batch.ids, ["z"])
-    means = {key: x.mean(0) for key, x in surgery.reference.items()}
-    for layer, head in ((0, 1), (0, 3), (2, 0)):
-        assert torch.allclose(cache["z", layer][:, 1:, head], means["z", layer][head], atol=1e-4)
+    for layer, head in heads:
+        mean = pool["z", layer].mean(0)[head]
+        assert torch.allclose(cache["z", layer][:, 1:, head], mean, atol=1e-4)
 
 
 # -- paths -----------------------------------------------------------------------------------
@@ -320,8 +317,8 @@ def test_who_writes_and_who_reads():
 
 
 def test_the_path_goes_through_the_keys_and_not_through_the_values():
-    assert lab.path_through_keys(0) > 0.5
-    assert abs(lab.path_through_values(0)) < 0.25
+    assert claims.path_through_keys(0) > 0.5
+    assert abs(claims.path_through_values(0)) < 0.25
 
 
 # -- figures ---------------------------------------------------------------------------------
@@ -400,13 +397,13 @@ def test_maps_keep_their_numbers():
 
 
 def test_curves_and_clouds():
-    picture = figures.along_the_way([0, 0.5, 1], {"task": ([0, 0.9, 1.0], 0.3)})
+    picture = figures.interpolation_curves([0, 0.5, 1], {"task": ([0, 0.9, 1.0], 0.3)})
     true, line = picture.axes[0].lines[:2]
     assert np.allclose(true.get_ydata(), [0, 0.9, 1]) and np.allclose(
         line.get_ydata(), [0, 0.15, 0.3]
     )
     with pytest.raises(ValueError, match="2 values for 3 shares"):
-        figures.along_the_way([0, 0.5, 1], {"task": ([0, 1], 0.3)})
+        figures.interpolation_curves([0, 0.5, 1], {"task": ([0, 1], 0.3)})
     picture = figures.true_against_guess({"cities": ([[0, 1]], [[0.1, 0.4]])})
     assert np.allclose(picture.axes[0].lines[1].get_xydata(), [[0, 0.1], [1, 0.4]])
     picture = figures.skew_clouds([-1, 1], {"model": [-0.9, 1.1]})

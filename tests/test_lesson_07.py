@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_models import sentences, tiny_model
 
-from mi_helpers.ablation import make_batch
 from mi_helpers.circuits import rules
 from mi_helpers.circuits.replacement import (
     LocalReplacement,
@@ -22,6 +21,7 @@ from mi_helpers.circuits.replacement import (
 from mi_helpers.layouts import norm_gain
 from mi_helpers.lessons.lesson_07 import experiments as transcoders
 from mi_helpers.lessons.lesson_07 import figures as transcoder_figures
+from mi_helpers.lessons.shared import make_batch
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes.coder import SparseCoder

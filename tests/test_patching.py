@@ -9,7 +9,9 @@ import pytest
 import torch
 from test_models import CONFIGS, TEXT, build, make_tokenizer
 
-from mi_helpers import prefix as restart
+from mi_helpers import prefix
+from mi_helpers.ablation import Gaussian, Mean, Resample, Zero, record
+from mi_helpers.hooks import replaced_attention
 from mi_helpers.layouts import ModelError
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
@@ -17,16 +19,15 @@ from mi_helpers.patching import (
     HEAD_SITES,
     STREAM_SITES,
     LogitDiff,
+    Sweep,
     activation_patch,
     answer_ids,
     attribution_patch,
-    gaussian_noise,
     logit_diff,
     normalised_logit_diff,
     pair,
-    path_patch,
-    path_patch_map,
 )
+from mi_helpers.paths import path_patch, path_patch_map
 
 SITES = STREAM_SITES + HEAD_SITES
 CLEAN = torch.tensor([[2, 5, 7, 9, 11, 13, 15], [2, 6, 8, 9, 12, 13, 16]])
@@ -158,10 +159,10 @@ def test_sweeps_over_other_axes(model):
 def test_how_the_rows_are_packed_changes_nothing(gemma, most, reuse_prefix, monkeypatch):
     metric = the_metric(gemma)
     expected = activation_patch(gemma, CLEAN, CORRUPTED, "v", metric, over="heads x positions")
-    monkeypatch.setattr(restart, "MOST_TOKENS", most)
+    monkeypatch.setattr(prefix, "MOST_TOKENS", most)
     monkeypatch.setattr("mi_helpers.patching.MOST_LOGITS", most)
-    monkeypatch.setattr(restart, "MOST_SCORES", most)
-    run = restart.run_edits
+    monkeypatch.setattr(prefix, "MOST_SCORES", most)
+    run = prefix.run_edits
     monkeypatch.setattr(
         "mi_helpers.patching.run_edits", lambda *args: run(*args, reuse_prefix=reuse_prefix)
     )
@@ -190,15 +191,15 @@ def test_restrictions_choose_rows_of_the_sweep(gemma):
     args = (gemma, CLEAN, CORRUPTED, "z", metric)
     full = activation_patch(*args, over="heads x positions")
     some = activation_patch(
-        *args, over="heads x positions", layers=[3, 1], heads=[2], positions=[-1, 4]
+        *args, over=Sweep("heads x positions", layers=[3, 1], heads=[2], positions=[-1, 4])
     )
     assert torch.allclose(some, full[[3, 1]][:, [2]][:, :, [6, 4]], atol=1e-5)
-    both = activation_patch(*args, layers=[2], heads=[1], positions=[4, 6])  # 4 and 6 at once
+    both = activation_patch(*args, over=Sweep(None, 2, 1, [4, 6]))  # 4 and 6 at once
     alone = full[2, 1, [4, 6]]
     assert both.shape == (1, 1) and not torch.isclose(alone, both[0, 0], atol=1e-4).any()
 
 
-@pytest.mark.parametrize("ablation", ["zero", "mean"])
+@pytest.mark.parametrize("ablation", [Zero, Mean])
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neox"])
 def test_zero_and_mean_ablation(loaded, family, ablation):
     model = loaded[family]
@@ -207,13 +208,12 @@ def test_zero_and_mean_ablation(loaded, family, ablation):
     for site in sites_of(model):
         values = activations(model, reference, site)
         values = {i: x.mean(0, keepdim=True).expand(2, *x.shape[1:]) for i, x in values.items()}
-        if ablation == "zero":
+        if ablation is Zero:
             values = {i: torch.zeros_like(x) for i, x in values.items()}
         axes = "heads" if site in HEAD_SITES else "positions"
         expected = brute(model, CLEAN, values, site, metric, axes)
-        found = activation_patch(
-            model, CLEAN, None, site, metric, "noise", ablation, reference=reference
-        )
+        given = Zero() if ablation is Zero else Mean(reference)
+        found = activation_patch(model, CLEAN, None, site, metric, "noise", given)
         assert (found - expected).abs().max() < 1e-5, site
         assert (found - 1).abs().max() > 1e-3, site
 
@@ -222,11 +222,11 @@ def test_zero_and_mean_ablation(loaded, family, ablation):
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "gpt_neox"])
 def test_gaussian_noise_is_averaged_over_its_seeds(loaded, family, mode):
     model = loaded[family]
-    how = {"subject": [2, 3], "seeds": 3}
-    metric = normalised_logit_diff(model, CLEAN, None, [30, 31], [32, 33], **how)
+    corrupted = Gaussian([2, 3], seeds=3)
+    metric = normalised_logit_diff(model, CLEAN, corrupted, [30, 31], [32, 33])
     site, total = "mlp_out" if model.parallel else "resid_mid", 0
-    found = activation_patch(model, CLEAN, None, site, metric, mode, "gaussian", **how)
-    for noise in gaussian_noise(model, CLEAN, **how):
+    found = activation_patch(model, CLEAN, corrupted, site, metric, mode)
+    for noise in corrupted.noise(model, CLEAN):
         hook = {"embed": lambda x, noise=noise: x + noise}
         with model.hooks(hook):
             noised = activations(model, CLEAN, site)
@@ -238,22 +238,13 @@ def test_gaussian_noise_is_averaged_over_its_seeds(loaded, family, mode):
     assert (found - total / 3).abs().max() < 1e-5 * (1 + found.abs().max())
 
 
-def test_gaussian_noise_has_the_size_of_the_embedding(gemma):
-    ids = CLEAN.repeat(20, 1)
-    noise = gaussian_noise(gemma, ids, [-2, 1], seeds=10, scale=3)
-    assert noise.shape == (10, 40, 7, 20) and noise[:, :, [0, 2, 3, 4, 6]].abs().sum() == 0
-    embed = gemma.part("embed")(torch.arange(gemma.d_vocab))  # scaled by sqrt(d_model)
-    assert noise[:, :, [1, 5]].std() == pytest.approx(3 * embed.std().item(), rel=0.02)
-    assert torch.equal(noise, gaussian_noise(gemma, ids, [5, 1], seeds=10, scale=3))
-    assert not torch.equal(noise[0], noise[1])
-
-
-def test_gaussian_noise_takes_no_notice_of_tokens_never_seen():
-    tiny = load_model("tiny-gemma")
-    noise = gaussian_noise(tiny, tiny.tokens("The Eiffel Tower"), [2], seeds=200, scale=1)
-    entries = tiny.part("embed")(torch.arange(tiny.d_vocab))
-    assert noise[:, :, 2].std() == pytest.approx(entries[tiny.in_use].std().item(), rel=0.02)
-    assert entries.std() > 1.2 * entries[tiny.in_use].std()
+def test_means_can_be_recorded_once(gemma):
+    metric, reference = the_metric(gemma), CLEAN.flip(0)
+    kept = record(gemma, reference, ["mlp_out", "pattern"])
+    for site in ("mlp_out", "pattern"):
+        args = (gemma, CLEAN, None, site, metric, "noise")
+        found = [activation_patch(*args, Mean(given)) for given in (reference, kept)]
+        assert torch.equal(*found)
 
 
 def test_any_metric_can_be_used(gemma):
@@ -273,7 +264,7 @@ def test_the_model_is_left_as_it_was(gemma):
     path_patch_map(gemma, CLEAN, CORRUPTED, [("v", 2, 1)], the_metric(gemma))
     attribution_patch(gemma, CLEAN, CORRUPTED, "q", the_metric(gemma))
     assert torch.equal(gemma(CLEAN), before) and gemma.config._attn_implementation == "eager"
-    assert not restart._doing
+    assert not replaced_attention
     assert hooks == sum(
         len(m._forward_hooks) + len(m._forward_pre_hooks) for m in gemma.hf.modules()
     )
@@ -514,10 +505,8 @@ def test_a_metric_may_keep_the_prompts_apart(gemma):
         LogitDiff(metric.answer[1:], metric.wrong[1:], metric.clean, metric.corrupted),
     )
     assert torch.allclose(sweeps[4, 4, 2](metric.each)[..., 1], alone, atol=1e-5)
-    how = {"ablation": "gaussian", "subject": [2], "seeds": 3}
-    each, mean = (
-        activation_patch(gemma, CLEAN, None, "z", m, **how) for m in (metric.each, metric)
-    )
+    noised = Gaussian(2, seeds=3)
+    each, mean = (activation_patch(gemma, CLEAN, noised, "z", m) for m in (metric.each, metric))
     assert each.shape == (4, 4, 2) and torch.allclose(each.mean(-1), mean, atol=1e-5)
 
 
@@ -599,15 +588,17 @@ def test_a_pair_that_the_model_does_not_tell_apart(gemma):
         ({"ablation": "knockout"}, "ablation is 'knockout'"),
         ({"over": "head"}, "over is 'head'"),
         ({"site": "mlp_out", "over": "heads"}, "'mlp_out' has no heads"),
-        ({"site": "mlp_out", "heads": [1]}, "leave `heads` out"),
-        ({"layers": [4]}, "layers are .4.: expected"),
-        ({"heads": []}, "heads are ..: expected"),
-        ({"site": "k", "heads": [2]}, "from 0 to 1"),
-        ({"positions": 7}, "from 0 to 6"),
-        ({"ablation": "mean"}, "needs `reference`"),
-        ({"ablation": "mean", "reference": [[2, 3]]}, "have 2 tokens"),
-        ({"ablation": "gaussian"}, "subject's positions"),
-        ({"ablation": "gaussian", "subject": [2], "seeds": 0}, "at least 1"),
+        ({"site": "mlp_out", "over": Sweep(heads=[1])}, "leave `heads` out"),
+        ({"over": Sweep(layers=[4])}, "layers are .4.: expected"),
+        ({"over": Sweep(heads=[])}, "heads are ..: expected"),
+        ({"site": "k", "over": Sweep(heads=[2])}, "from 0 to 1"),
+        ({"over": Sweep(positions=7)}, "from 0 to 6"),
+        ({"ablation": Mean()}, "needs `reference`"),
+        ({"ablation": Mean([[2, 3]])}, "have 2 tokens"),
+        ({"ablation": Mean({("z", i): torch.ones(3, 4, 6) for i in range(4)})}, "as many tokens"),
+        ({"ablation": Resample([[2, 3]])}, "leave the reference out"),
+        ({"corrupted": Gaussian([9])}, "positions are .9.: expected"),
+        ({"corrupted": Gaussian([2], seeds=0)}, "at least 1"),
         ({"corrupted": None}, "no corrupted prompt"),
     ],
 )

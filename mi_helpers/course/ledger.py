@@ -108,7 +108,7 @@ CLAIMS = [
         "Elhage et al. 2021, A Mathematical Framework, Residual Stream as a Communication Channel",
         "0",
         "<= 1e-5",
-        "mi_helpers.ablation:stream_sum_error",
+        "mi_helpers.lessons.lesson_00.claims:stream_sum_error",
     ),
     Claim(
         3,
@@ -117,7 +117,7 @@ CLAIMS = [
         "Heimersheim and Nanda 2024, How to use and interpret activation patching; derived: 1 - 0",
         "1",
         "± 1e-3",
-        "mi_helpers.lessons.lesson_03.experiments:whole_scale",
+        "mi_helpers.lessons.lesson_03.claims:whole_scale",
     ),
     Claim(
         3,
@@ -126,7 +126,7 @@ CLAIMS = [
         "Heimersheim and Nanda 2024, AND and OR circuits; derived: needed (1), not enough (0)",
         "1",
         "± 1e-6",
-        "mi_helpers.lessons.lesson_03.experiments:and_contrast",
+        "mi_helpers.lessons.lesson_03.claims:and_contrast",
     ),
     Claim(
         3,
@@ -135,7 +135,7 @@ CLAIMS = [
         "Heimersheim and Nanda 2024, AND and OR circuits; derived: enough (1), not needed (0)",
         "-1",
         "± 1e-6",
-        "mi_helpers.lessons.lesson_03.experiments:or_contrast",
+        "mi_helpers.lessons.lesson_03.claims:or_contrast",
     ),
     Claim(
         3,
@@ -144,7 +144,7 @@ CLAIMS = [
         "derived: nothing that is asked for differs",
         "0",
         "± 0.1",
-        "mi_helpers.lessons.lesson_03.experiments:same_city_effect",
+        "mi_helpers.lessons.lesson_03.claims:same_city_effect",
     ),
     Claim(
         3,
@@ -153,7 +153,7 @@ CLAIMS = [
         "Nanda 2023, Attribution Patching; measured in the lesson",
         "",
         ">= 0.8",
-        "mi_helpers.lessons.lesson_03.experiments:attribution_order",
+        "mi_helpers.lessons.lesson_03.claims:attribution_order",
     ),
     Claim(
         3,
@@ -162,7 +162,7 @@ CLAIMS = [
         "Nanda 2023, Attribution Patching; measured in the lesson",
         "",
         "<= 0.75",
-        "mi_helpers.lessons.lesson_03.experiments:attribution_share",
+        "mi_helpers.lessons.lesson_03.claims:attribution_share",
     ),
     Claim(
         3,
@@ -171,7 +171,7 @@ CLAIMS = [
         "derived: 1 for a calibrated reader of this world",
         "1",
         "± 0.15",
-        "mi_helpers.lessons.lesson_03.experiments:learned_skew",
+        "mi_helpers.lessons.lesson_03.claims:learned_skew",
     ),
     Claim(
         3,
@@ -180,7 +180,7 @@ CLAIMS = [
         "measured in the lesson",
         "",
         "<= 0.5",
-        "mi_helpers.lessons.lesson_03.experiments:skew_without_direction",
+        "mi_helpers.lessons.lesson_03.claims:skew_without_direction",
     ),
     Claim(
         3,
@@ -189,7 +189,7 @@ CLAIMS = [
         "measured in the lesson",
         "",
         "<= 0.5",
-        "mi_helpers.lessons.lesson_03.experiments:worst_side_effect",
+        "mi_helpers.lessons.lesson_03.claims:worst_side_effect",
     ),
     Claim(
         3,
@@ -198,7 +198,7 @@ CLAIMS = [
         "measured in the lesson",
         "",
         ">= 1",
-        "mi_helpers.lessons.lesson_03.experiments:carriers_side_effect",
+        "mi_helpers.lessons.lesson_03.claims:carriers_side_effect",
         fast=False,
     ),
     Claim(
@@ -208,7 +208,7 @@ CLAIMS = [
         "Olsson et al. 2022, In-context Learning and Induction Heads; path as in Wang et al. 2022",
         "",
         ">= 0.6",
-        "mi_helpers.lessons.lesson_03.experiments:path_through_keys",
+        "mi_helpers.lessons.lesson_03.claims:path_through_keys",
     ),
     Claim(
         3,
@@ -217,7 +217,7 @@ CLAIMS = [
         "derived: what stands before a word is no content to be copied",
         "0",
         "± 0.2",
-        "mi_helpers.lessons.lesson_03.experiments:path_through_values",
+        "mi_helpers.lessons.lesson_03.claims:path_through_values",
     ),
     Claim(
         5,
@@ -226,7 +226,7 @@ CLAIMS = [
         "Olsson et al. 2022, In-context Learning and Induction Heads, ablations",
         "",
         ">= 0.8",
-        "mi_helpers.heads:lost_without_induction",
+        "mi_helpers.lessons.lesson_05.claims:lost_without_induction",
     ),
     Claim(
         5,
@@ -235,7 +235,7 @@ CLAIMS = [
         "derived: 0 where the other heads have no part in it",
         "0",
         "± 0.1",
-        "mi_helpers.heads:lost_without_others",
+        "mi_helpers.lessons.lesson_05.claims:lost_without_others",
         fast=False,
     ),
     Claim(
@@ -245,7 +245,7 @@ CLAIMS = [
         "derived: near 1/n, as for any other place",
         "0",
         "± 0.2",
-        "mi_helpers.heads:induction_without_repetition",
+        "mi_helpers.lessons.lesson_05.claims:induction_without_repetition",
     ),
     Claim(
         5,
@@ -254,7 +254,7 @@ CLAIMS = [
         "Elhage et al. 2021, A Mathematical Framework, K-composition; measured by path patching",
         "",
         ">= 0.6",
-        "mi_helpers.heads:previous_token_through_keys",
+        "mi_helpers.lessons.lesson_05.claims:previous_token_through_keys",
     ),
     Claim(
         5,
@@ -263,7 +263,7 @@ CLAIMS = [
         "derived: the queries and values of these heads bring the word itself",
         "0",
         "± 0.1",
-        "mi_helpers.heads:through_queries_and_values",
+        "mi_helpers.lessons.lesson_05.claims:through_queries_and_values",
         fast=False,
     ),
     Claim(
@@ -273,7 +273,7 @@ CLAIMS = [
         "Olsson et al. 2022, In-context Learning and Induction Heads, phase change",
         "",
         ">= 0.6",
-        "mi_helpers.heads:phase_change",
+        "mi_helpers.lessons.lesson_05.claims:phase_change",
         seeds=1,
     ),
     Claim(
@@ -283,7 +283,7 @@ CLAIMS = [
         "Wang et al. 2022, section 4 (26 heads of GPT-2 small; IO less S)",
         "0.87",
         ">= 0.8",
-        "mi_helpers.lessons.lesson_05.experiments:circuit_faithfulness",
+        "mi_helpers.lessons.lesson_05.claims:circuit_faithfulness",
         seeds=3,
     ),
     Claim(
@@ -293,7 +293,7 @@ CLAIMS = [
         "measured in the lesson",
         "",
         ">= 0.9",
-        "mi_helpers.lessons.lesson_05.experiments:circuit_first_choice",
+        "mi_helpers.lessons.lesson_05.claims:circuit_first_choice",
         seeds=3,
     ),
     Claim(
@@ -303,7 +303,7 @@ CLAIMS = [
         "Wang et al. 2022, section 4",
         "",
         "<= 0.3",
-        "mi_helpers.lessons.lesson_05.experiments:random_faithfulness",
+        "mi_helpers.lessons.lesson_05.claims:random_faithfulness",
         seeds=3,
         fast=False,
     ),
@@ -314,7 +314,7 @@ CLAIMS = [
         "Wang et al. 2022, section 4",
         "",
         ">= 0.01",
-        "mi_helpers.lessons.lesson_05.experiments:least_needed",
+        "mi_helpers.lessons.lesson_05.claims:least_needed",
         seeds=3,
     ),
     Claim(
@@ -324,7 +324,7 @@ CLAIMS = [
         "measured in the lesson",
         "",
         "<= 0.01",
-        "mi_helpers.lessons.lesson_05.experiments:giver_named",
+        "mi_helpers.lessons.lesson_05.claims:giver_named",
         seeds=3,
     ),
     Claim(

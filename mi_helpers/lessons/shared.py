@@ -1,5 +1,7 @@
-"""What several lessons need: the shipped model; TinyWorld's documents; labelled activations.
+"""What several lessons need: TinyWorld's documents, losses by family, labelled activations.
 
+    losses = family_losses(model, make_batch(model)) # {family: nats per scored token}
+    ids = repeated_tokens(model, n=16, length=24)    # random words, then the same again
     texts = documents_for("number", 400, seed=1)
     train = collect(model, texts, "number")          # the stream at one token of each document
     train["resid_post", 3], train.y                  # (n, d_model), and n labels
@@ -15,16 +17,20 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from mi_helpers.layouts import Key
+from mi_helpers.ablation import ABLATED, record
+from mi_helpers.layouts import Key, ModelError
 from mi_helpers.loading import load_model, untrained
 from mi_helpers.models import LanguageModel, activations_at
 from mi_helpers.tinyworld import lexicon
+from mi_helpers.tinyworld.copying import vocabulary
 from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World
@@ -113,6 +119,142 @@ def answer_positions(model: LanguageModel, document: Document) -> list[int]:
     spans = document.find("answer") or document.find("pronoun")
     _, ranges = tokens_and_ranges(model, document.text)
     return [int(np.searchsorted(ranges[:, 0], span.start)) for span in spans]
+
+
+# -- scored tokens, by family ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents as one right-padded batch, ids (n, length), and the tokens that are scored.
+
+    Scored token j is ids[rows[j], positions[j]], of the family names[family[j]].
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    rows: Tensor
+    positions: Tensor
+    family: Tensor
+    names: tuple[str, ...]
+
+    def inside(self) -> Tensor:
+        """(n, length), True at the tokens after the first and before the padding."""
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (places > 0) & (places < self.lengths[:, None])
+
+
+def make_batch(
+    model: LanguageModel,
+    answers: int = 16,
+    seed: int = 20_000,
+    families: tuple[str, ...] | None = None,
+    longest: int = 24,
+) -> Batch:
+    """TinyWorld documents of each family, until at least `answers` of its tokens are scored.
+
+    The first tokens of answers are scored (of pronouns in "pronoun"). Families without answers
+    (prose, Norwegian) are cut to `longest` tokens, and all their tokens are scored.
+
+    Args:
+        families: by default all of them.
+        longest: longer documents are left out. There are at least `answers / 4` of each family.
+
+    Raises:
+        ValueError: an unknown family; a family whose documents are nearly all too long.
+    """
+    world, rows, scored = World(), [], []
+    names = tuple(families or world.families)
+    for index, name in enumerate(names):
+        start, first = len(scored), len(rows)
+        for document in itertools.islice(world.documents(seed, name), 100 * answers):
+            ids = model.tokens(document.text)[0].tolist()
+            places = answer_positions(model, document)
+            if len(ids) > longest and places:
+                continue
+            ids = ids[:longest]
+            scored += [(len(rows), place, index) for place in places or range(1, len(ids))]
+            rows.append(ids)
+            if len(scored) - start >= answers and 4 * (len(rows) - first) >= answers:
+                break
+        else:
+            raise ValueError(f"Too few documents of {name!r} have {longest} tokens: allow more.")
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    return Batch(model.pad(rows), lengths, *torch.tensor(scored).T.to(model.device), names)
+
+
+@torch.no_grad()
+def family_losses(model: LanguageModel, batch: Batch, hooks: Mapping | None = None) -> dict:
+    """{family: mean -log p(scored token | what stands before it)}, in nats, under `hooks`."""
+    with model.hooks(hooks or {}):
+        _, cache = model.run_with_cache(batch.ids, "resid_final", stop_at_layer=model.n_layers)
+    return losses_of_stream(model, batch, cache["resid_final"])
+
+
+def losses_of_stream(model: LanguageModel, batch: Batch, final: Tensor) -> dict[str, float]:
+    """`family_losses` from the final stream (n, length, d_model)."""
+    logits = model.unembed(final[batch.rows, batch.positions - 1]).float()
+    losses = F.cross_entropy(logits, batch.ids[batch.rows, batch.positions], reduction="none")
+    return {
+        name: losses[batch.family == index].mean().item() for index, name in enumerate(batch.names)
+    }
+
+
+def token_pool(
+    model: LanguageModel, batch: Batch | None = None, sites: Iterable[str] = ABLATED
+) -> dict[Key, Tensor]:
+    """A reference for `Mean` and `Resample`: activations at the tokens of a batch, without `<bos>`
+    and padding, {(site, layer): (tokens, ...)}; by default of fresh documents of all families."""
+    batch = make_batch(model, answers=8, seed=30_000) if batch is None else batch
+    found = record(model, batch.ids, sites)
+    return {key: x[batch.inside()] for key, x in found.items()}
+
+
+# -- random words ----------------------------------------------------------------------------
+
+
+def word_ids(model: LanguageModel) -> Tensor:
+    """Ids to draw random tokens from, (n,): TinyWorld's words that are one token with their space.
+
+    A model without a tokenizer has all of its ids but the special ones of its configuration.
+    """
+    if model.tokenizer is None:
+        named = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")
+        special = {getattr(model.config, name, None) for name in named}
+        return torch.tensor([i for i in range(model.d_vocab) if i not in special])
+    rows = [model.encode(f" {word}") for word in vocabulary()]
+    found = {row[0] for row in rows if len(row) == 1} - {model.tokenizer.unk_token_id}
+    if len(found) < 2:
+        raise ModelError(f"{model.name}'s tokenizer has none of TinyWorld's words as one token.")
+    return torch.tensor(sorted(found))
+
+
+def repeated_tokens(
+    model: LanguageModel, n: int = 16, length: int = 24, seed: int = 0, times: int = 2
+) -> Tensor:
+    """n sequences of `length` different random words, each written `times` times in a row.
+
+    Returns:
+        ids (n, times * length), after BOS if there is one. With times=1 nothing is repeated: the
+        negative control.
+
+    Raises:
+        ModelError: fewer than two tokens to repeat, or more than the context or the vocabulary has.
+
+    Source: Olsson et al. 2022, In-context Learning and Induction Heads.
+    """
+    words, bos = word_ids(model), getattr(model.tokenizer, "bos_token_id", None)
+    first = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
+    if length < 2 or n < 1 or times < 1:
+        raise ModelError(f"n={n}, length={length}, times={times}: give 1, 2 and 1 at least.")
+    if len(first) + length * times > model.n_ctx or length > len(words):
+        raise ModelError(
+            f"{times} times {length} tokens do not fit: {model.name} has a context of "
+            f"{model.n_ctx} and {len(words)} words to draw from."
+        )
+    rng = torch.Generator().manual_seed(seed)
+    rows = [words[torch.randperm(len(words), generator=rng)[:length]] for _ in range(n)]
+    return torch.cat([first.expand(n, -1), torch.stack(rows).repeat(1, times)], 1).to(model.device)
 
 
 # -- marks: which token is read, and its label -----------------------------------------------

@@ -307,7 +307,7 @@ def silence_head(z, head):
 
 
 def silence_head(z, head):
-    """What lesion(model, "head", layer, head, mode="zero") hooks to the site z."""
+    """What ablate(model, [(layer, head)], Zero()) hooks to the site z."""
     z = z.clone()
     z[:, 1:, head] = 0
     return z

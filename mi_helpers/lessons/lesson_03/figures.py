@@ -230,7 +230,7 @@ def single_map(
 
 
 @style()
-def along_the_way(
+def interpolation_curves(
     share: Sequence[float], panels: Mapping[str, tuple[Sequence[float], float]]
 ) -> Figure:
     """One panel per title: the metric as an activation is moved from its own value (share 0) to the

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mi_helpers.ablation import SITE, lesion
+from mi_helpers.ablation import SITE, Mean, ablate
 from mi_helpers.attribution import Attribution, answer_logit
 from mi_helpers.lens import TunedLens, ranks, read_stream, sample_stream, top_tokens
 from mi_helpers.lessons.shared import answer_positions, tokens_and_ranges
@@ -244,8 +244,8 @@ def total_effects(model: LanguageModel, p: Prompts) -> dict[str, float]:
     before, effects = difference(cache["resid_final"]), {}
     for layer in range(model.n_layers):
         for kind, name in (("attn", "attention"), ("mlp", "MLP")):
-            reference = cache[SITE[kind], layer][inside]
-            with model.hooks(lesion(model, kind, layer, mode="mean", reference=reference)):
+            site = (SITE[kind], layer)
+            with model.hooks(ablate(model, [(kind, layer)], Mean({site: cache[site][inside]}))):
                 resid = cache["resid_pre", layer]
                 final = model.run_from_layer(resid, layer, stop_at_layer=model.n_layers)
             effects[f"L{layer} {name}"] = float((before - difference(final)).mean())

@@ -11,7 +11,7 @@ from matplotlib.patches import FancyArrowPatch
 
 from mi_helpers.heads import SCORES, head_name, pattern_scores
 from mi_helpers.layouts import ModelError
-from mi_helpers.lessons.lesson_05.experiments import ROLES, Node
+from mi_helpers.lessons.lesson_05.ioi import ROLES, Node
 from mi_helpers.models import LanguageModel
 from mi_helpers.plots import (
     AMOUNT,

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from mi_helpers.files import DATA
-from mi_helpers.heads import repeated_tokens
 from mi_helpers.layouts import Key
-from mi_helpers.lessons.shared import MODELS, shipped_model
+from mi_helpers.lessons.shared import MODELS, repeated_tokens, shipped_model
 from mi_helpers.models import LanguageModel, read_sites
 from mi_helpers.saes.coder import SparseCoder, explained_variance
 from mi_helpers.saes.concepts import concept_scores

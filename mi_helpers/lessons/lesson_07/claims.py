@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mi_helpers.ablation import make_batch
 from mi_helpers.circuits.replacement import Replacement, without_latents
 from mi_helpers.circuits.rules import ActivePairs, WriteEffects, active_pairs, write_effects
 from mi_helpers.layouts import NORMALIZED
@@ -34,7 +33,7 @@ from mi_helpers.lessons.lesson_07.experiments import (
     read_mlps,
     text_ids,
 )
-from mi_helpers.lessons.shared import shipped_model
+from mi_helpers.lessons.shared import make_batch, shipped_model
 from mi_helpers.saes.files import load_coder
 from mi_helpers.saes.training import TrainConfig, fit
 

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mi_helpers.ablation import Batch, family_losses
 from mi_helpers.circuits.replacement import (
     Coders,
     FrozenNorm,
@@ -38,6 +37,7 @@ from mi_helpers.circuits.replacement import (
 from mi_helpers.circuits.rules import token_inputs, top_input_tokens
 from mi_helpers.files import DATA
 from mi_helpers.layouts import norm_gain
+from mi_helpers.lessons.shared import Batch, family_losses
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel, read_sites
 from mi_helpers.saes.coder import SparseCoder, explained_variance

@@ -17,8 +17,8 @@ from functools import lru_cache
 
 import torch
 
-from mi_helpers.heads import repeated_tokens
 from mi_helpers.layouts import ModelError
+from mi_helpers.lessons.shared import repeated_tokens
 from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.facts import TWO_HOP_HELD

@@ -13,11 +13,13 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mi_helpers import ablation as lesions
 from mi_helpers import plots, widgets
-from mi_helpers.ablation import LesionLab, family_losses, lesion, make_batch
+from mi_helpers.ablation import Mean, Zero, ablate, part_name
 from mi_helpers.architecture import architecture
 from mi_helpers.lessons.lesson_00 import exercises as lesson_00
+from mi_helpers.lessons.lesson_00 import experiments as lesions
+from mi_helpers.lessons.lesson_00.experiments import MODES, LesionLab
+from mi_helpers.lessons.shared import family_losses, make_batch, token_pool
 from mi_helpers.loading import empty_gemma2_2b, load_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import World
@@ -113,44 +115,10 @@ def test_a_batch_that_cannot_be_had_is_said(model):
 # -- lesions ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["head", "attn", "mlp"])
-@pytest.mark.parametrize("mode", lesions.MODES)
-def test_a_lesion_replaces_one_part_after_the_first_position(model, kind, mode):
-    width = (model.n_heads, model.d_head) if kind == "head" else (model.d_model,)
-    x, reference = torch.randn(2, 5, *width), torch.randn(9, *width)
-    head = 2 if kind == "head" else None
-    ((key, hook),) = lesion(model, kind, 1, head, mode, reference).items()
-    assert key == (lesions.SITE[kind], 1)
-    got = hook(x.clone())
-    part, rest = (got[:, :, 2], got[:, :, [0, 1, 3]]) if kind == "head" else (got, got[:, :1])
-    assert torch.equal(rest, x[:, :, [0, 1, 3]] if kind == "head" else x[:, :1])
-    assert torch.equal(got[:, 0], x[:, 0])
-    rows = reference[:, 2] if kind == "head" else reference
-    for vector in part[:, 1:].flatten(0, 1):
-        if mode == "zero":
-            assert not vector.any()
-        elif mode == "mean":
-            assert torch.allclose(vector, rows.mean(0))
-        else:
-            assert any(torch.equal(vector, row) for row in rows)
-
-
-def test_a_resample_differs_between_positions_and_repeats_with_its_seed(model):
-    reference = torch.arange(50.0)[:, None].expand(50, model.d_model)
-    draw = [
-        lesion(model, "mlp", 0, None, "resample", reference, seed)["mlp_out", 0](
-            torch.zeros(3, 6, model.d_model)
-        )
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
-    assert len(draw[0][:, 1:, 0].unique()) > 5
-
-
 def test_the_exercises_make_the_same_lesions(model):
     z, reference = torch.randn(2, 5, 4, 6), torch.randn(9, 4, 6)
-    zero = lesion(model, "head", 0, 1)["z", 0](z.clone())
-    mean = lesion(model, "head", 0, 1, "mean", reference)["z", 0](z.clone())
+    zero = ablate(model, [(0, 1)], Zero())["z", 0](z.clone())
+    mean = ablate(model, [(0, 1)], Mean({("z", 0): reference}))["z", 0](z.clone())
     assert torch.equal(zero, lesson_00.silence_head(z, 1))
     assert torch.allclose(mean, lesson_00.mean_lesion(z, 1, reference))
 
@@ -160,20 +128,13 @@ def test_the_exercises_make_the_same_lesions(model):
     [
         (("neuron", 0), "no kind of part 'neuron'"),
         (("mlp", 3), "layers 0 to 2, not 3"),
-        (("mlp", -1), "not -1"),
-        (("head", 0), "heads 0 to 3, not None"),
-        (("head", 0, 4), "not 4"),
         (("mlp", 0, 1), "takes no head"),
         (("mlp", 0, None, "blur"), "no mode 'blur'"),
-        (("mlp", 0, None, "mean"), "needs a reference"),
-        (("mlp", 0, None, "mean", torch.zeros(4, 7)), r"shape \(4, 7\), expected \(tokens, 20\)"),
-        (("head", 0, 1, "resample", torch.zeros(4, 24)), r"expected \(tokens, 4, 6\)"),
-        (("mlp", 0, None, "mean", torch.zeros(0, 20)), "expected"),
     ],
 )
-def test_an_impossible_lesion_is_said_in_one_sentence(model, arguments, message):
+def test_an_impossible_lesion_is_said_in_one_sentence(lab, arguments, message):
     with pytest.raises(ValueError, match=message):
-        lesion(model, *arguments)
+        lab.hooks(*arguments)
 
 
 def test_a_lesion_of_nothing_changes_nothing(model, batch):
@@ -208,7 +169,7 @@ def test_the_lab_agrees_with_whole_runs(family):
     batch = make_batch(model, answers=2, families=FAMILIES)
     lab = LesionLab(model, batch, batch)
     assert close(lab.before(), family_losses(model, batch))
-    for part, mode in itertools.product([("head", 1, 2), ("attn", 2), ("mlp", 0)], lesions.MODES):
+    for part, mode in itertools.product([("head", 1, 2), ("attn", 2), ("mlp", 0)], MODES):
         whole = family_losses(model, batch, lab.hooks(*part, mode=mode))
         assert close(lab.after(*part, mode=mode), whole)
         assert not close(lab.after(*part, mode=mode), lab.before(), 1e-3)
@@ -224,7 +185,7 @@ def test_every_answer_is_computed_once(lab, monkeypatch):
 
 
 def test_the_reference_leaves_out_bos_and_padding(model, batch):
-    found = lesions.reference_activations(model, batch)
+    found = token_pool(model, batch)
     assert set(found) == {(s, i) for s in ("z", "attn_out", "mlp_out") for i in range(3)}
     _, cache = model.run_with_cache(batch.ids[:1, : batch.lengths[0]], "mlp_out")
     n = batch.lengths[0] - 1
@@ -239,7 +200,7 @@ def test_damage_is_after_less_before(lab):
     after, before = lab.after(*parts[3], mode="zero"), lab.before()
     assert damage.shape == (10, len(FAMILIES))
     assert damage[3].tolist() == pytest.approx([after[n] - before[n] for n in FAMILIES], abs=1e-5)
-    assert [lesions.part_name(part) for part in parts[3:5]] == ["L0 head 3", "L0 MLP"]
+    assert [part_name(part) for part in parts[3:5]] == ["L0 head 3", "L0 MLP"]
 
 
 @pytest.mark.parametrize("part", [("head", 1, 2), ("mlp", 0, None)])
@@ -320,7 +281,7 @@ def test_the_widget_of_the_lesson_draws_at_every_corner():
         "lab": LesionLab(model, make_batch(model, answers=2)),
         "explore": lambda figure, **controls: shown.update(figure=figure, controls=controls),
         "before_after": plots.before_after,
-        "MODES": lesions.MODES,
+        "MODES": MODES,
         "math": math,
     }
     exec(source, names)
