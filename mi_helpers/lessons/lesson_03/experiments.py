@@ -123,7 +123,6 @@ def make_pairs(
 
 
 CITY = "The {} is in the city of"
-CITY_PHRASES = (CITY, "The city of the {} is", "People say that the {} is in the city of")
 
 
 def _is_token(model: LanguageModel, text: str) -> bool:
@@ -136,12 +135,12 @@ def _is_token(model: LanguageModel, text: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _aligned(model: LanguageModel, phrase: str = CITY) -> tuple[lexicon.Landmark, ...]:
+def _aligned(model: LanguageModel) -> tuple[lexicon.Landmark, ...]:
     """Of the landmarks whose city is one token, those with the commonest token count."""
     by_count: dict[int, list] = {}
     for place in lexicon.landmarks():
         if _is_token(model, f" {place.city}"):
-            count = model.tokens(phrase.format(place.name)).shape[1]
+            count = model.tokens(CITY.format(place.name)).shape[1]
             by_count.setdefault(count, []).append(place)
     return tuple(max(by_count.values(), key=len)) if by_count else ()
 
@@ -168,19 +167,16 @@ def equally_long_landmark(model: LanguageModel, name: str, city: str) -> lexicon
     return next((place for place in fitting if place.city == city), fitting[0])
 
 
-def fact_pairs(
-    model: LanguageModel, n: int, seed: int, phrase: str = CITY, same_city: bool = False
-) -> Pairs:
+def fact_pairs(model: LanguageModel, n: int, seed: int, same_city: bool = False) -> Pairs:
     """n pairs of landmarks in different cities, with names of the same number of tokens.
 
     Args:
-        phrase: the sentence, with {} for the landmark.
         same_city: the control: two landmarks of one city, and another city as the wrong answer.
 
     Raises:
         ValueError: the model's tokenizer leaves fewer than two landmarks to choose from.
     """
-    places, rng = _aligned(model, phrase), random.Random(seed)
+    places, rng = _aligned(model), random.Random(seed)
     cities = sorted({place.city for place in places})
     if len(cities) < 2:
         raise ValueError(f"{model.name} has too few landmarks of one token count for pairs.")
@@ -189,7 +185,7 @@ def fact_pairs(
         clean, corrupted = rng.sample(places, 2)
         if (clean.city == corrupted.city) == same_city:
             chosen.append((clean, corrupted))
-    texts = [(phrase.format(a.name), phrase.format(b.name)) for a, b in chosen]
+    texts = [(CITY.format(a.name), CITY.format(b.name)) for a, b in chosen]
     wrong = [
         rng.choice([city for city in cities if city != b.city]) if same_city else b.city
         for _, b in chosen

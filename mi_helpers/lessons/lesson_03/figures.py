@@ -65,7 +65,6 @@ def effect_maps(
     ylabel: str = "layer",
     unit: str = "normalised logit difference",
     limit: float = 1.0,
-    annotate: bool | None = None,
 ) -> Figure:
     """One map (rows, columns) per title, side by side, on one scale around zero.
 
@@ -89,7 +88,7 @@ def effect_maps(
             one.tick_params(axis="x", labelrotation=90)
         one.spines[:].set_visible(False)
         one.set(title=name, xlabel=xlabel)
-        if annotate or (annotate is None and values.size <= 120):
+        if values.size <= 120:
             small = np.where(np.abs(values) < 0.005, np.nan, values)  # zeros would only be clutter
             print_values(one, image, small, "z.2f")
             for text in one.texts:

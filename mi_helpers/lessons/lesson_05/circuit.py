@@ -120,11 +120,6 @@ def completeness(
     }
 
 
-def incompleteness(pairs: Mapping[str, tuple[float, float]]) -> float:
-    """The largest |F(model without K) - F(circuit without K)| over the sets K, as a share."""
-    return max(abs(model - circuit) for model, circuit in pairs.values())
-
-
 def minimality(
     task: Task, circuit: set[Node], sets: Mapping[str, set[Node]] | None = None
 ) -> dict[Node, float]:

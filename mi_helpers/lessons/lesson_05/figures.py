@@ -125,7 +125,7 @@ class HeadViewer:
 
     @style()
     def figure(self, layer: int, head: int, text: str) -> Figure:
-        """Left, whom each token attends to; right, how much goes to each kind of target."""
+        """Left, the attention of each token; right, its share for each kind of target."""
         if not (0 <= layer < self.model.n_layers and 0 <= head < self.model.n_heads):
             raise ModelError(f"{self.model.name} has no head {head} in layer {layer}.")
         self._read(text)
@@ -163,7 +163,7 @@ def spread(
     xlabel: str = "",
     reference: float | None = None,
 ) -> Figure:
-    """One row per group, one mark per value, and the group's median as a bar with its number."""
+    """A row for each group: a mark for each value, and the median as a bar with its number."""
     picture, axes = figure(9, clamp(1.5 + 0.55 * len(groups)))
     for row, values in enumerate(groups.values()):
         values = as_array(values)
@@ -192,10 +192,14 @@ def formation(
     window: tuple[float, float] | None = None,
     last: float | None = None,
 ) -> Figure:
-    """Curves over training steps, one panel per title, one above the other; `window` is shaded.
+    """Curves over training steps, one panel per title, one above the other.
 
     After Olsson et al. 2022, In-context Learning and Induction Heads: the bump in the loss curve
-    and the heads that form in it. `last` ends the axis, to enlarge the beginning.
+    and the heads that form in it.
+
+    Args:
+        window: the steps (from, to) that are shaded.
+        last: the step at which the axis ends.
     """
     picture, axes = figure(10, 2.9 * len(panels), len(panels), sharex=True, squeeze=False)
     for row, (title, series) in enumerate(panels.items()):
@@ -219,69 +223,81 @@ def circuit_drawing(
     title: str = "",
     least: float = 0.2,
 ) -> Figure:
-    """The circuit: a box per head at the role where it acts, an arrow from each role that it reads.
+    """The circuit: a box for each head at the role where it acts, and arrows from what it reads.
 
     After Wang et al. 2022, Interpretability in the Wild, figure 2 (the circuit of GPT-2 small).
 
-    given  {node: its job}; looks: mean attention from a role to another, as `attention_by_role` has
-    it; an arrow is drawn for `least` of attention and more, and is as wide as there is attention.
+    Args:
+        given: {node: its job}.
+        looks: mean attention from one role to another, as `circuit.attention_by_role` gives it; it
+            is the width of an arrow.
+        least: the attention from which on an arrow is drawn.
     """
     nodes = sorted(circuit)
     roles = [role for role in ROLES if role in {"IO", "S1", "S2", "END"} | {n[2] for n in nodes}]
-    at = {role: 2.6 * i for i, role in enumerate(roles)}
-    slots: dict[tuple[int, str], list[Node]] = {}
+    x = {role: 2.6 * i for i, role in enumerate(roles)}
+    slots: dict[tuple[int, str], list[Node]] = {}  # nodes of one layer and role
     for node in nodes:
         slots.setdefault((node[0], node[2]), []).append(node)
-    deepest = max([*(layer for layer, _ in slots), 0])
-    height = max(len(each) for each in slots.values()) if slots else 1
+    height = max(map(len, slots.values()), default=1)
     picture, axes = figure(11.5, 2.3 + 0.62 * height * max(1, len({k[0] for k in slots})))
-    levels, y = {}, 1.0
+    levels, top = {}, 1.0
     for layer in sorted({layer for layer, _ in slots}):
-        levels[layer] = y
-        y += 0.7 + 0.75 * max(len(v) for (i, _), v in slots.items() if i == layer)
-    for role, x in at.items():
-        axes.plot([x, x], [0.2, y], color="0.85", linewidth=6, marker="", linestyle="-", zorder=0)
-        meaning = ROLE_MEANS.get(role, "")
-        axes.text(x, -0.3, role, ha="center", va="center", weight="bold")
-        axes.text(x, -0.75, meaning, ha="center", va="center", fontsize=11, color="0.35")
+        levels[layer] = top
+        top += 0.7 + 0.75 * max(len(v) for (i, _), v in slots.items() if i == layer)
+    _role_columns(axes, x, top)
     colours = {job: OKABE_ITO[i % 6] for i, job in enumerate(dict.fromkeys(given.values()))}
     for (layer, role), each in slots.items():
         for i, node in enumerate(each):
-            place = levels[layer] + 0.75 * i
             job = given.get(node, "no name")
-            for (start, to), values in looks.items():
-                weight = float(as_array(values)[node[:2]])
-                if start == role and to in at and weight >= least:
-                    axes.add_patch(
-                        FancyArrowPatch(
-                            (at[to], 0.1),
-                            (at[role] - 0.5, place),
-                            arrowstyle="-|>",
-                            mutation_scale=14,
-                            linewidth=1 + 4 * weight,
-                            color=colours.get(job, "0.4"),
-                            alpha=0.55,
-                            connectionstyle="arc3,rad=-0.12",
-                        )
-                    )
-            box = {"boxstyle": "round,pad=0.3", "facecolor": "white"}
-            box |= {"edgecolor": colours.get(job, "0.4"), "linewidth": 2}
-            axes.text(at[role], place, head_name(node[:2]), ha="center", va="center", bbox=box)
-            axes.text(at[role] + 0.62, place, job, ha="left", va="center", fontsize=12)
-    end = at["END"]
-    later = f"MLPs of layers {deepest} to {n_layers - 1}, then the logits"
-    axes.text(end, y + 0.25, later, ha="center", va="center", style="italic")
-    axes.set(title=title, xlim=(-1, end + 2.6), ylim=(-1.1, y + 0.7))
+            look = {to: float(as_array(v)[node[:2]]) for (q, to), v in looks.items() if q == role}
+            starts = {x[to]: weight for to, weight in look.items() if to in x and weight >= least}
+            place = (x[role], levels[layer] + 0.75 * i)
+            _head_box(axes, head_name(node[:2]), job, colours.get(job, "0.4"), place, starts)
+    later = f"MLPs of layers {max(levels, default=0)} to {n_layers - 1}, then the logits"
+    axes.text(x["END"], top + 0.25, later, ha="center", va="center", style="italic")
+    axes.set(title=title, xlim=(-1, x["END"] + 2.6), ylim=(-1.1, top + 0.7))
     axes.axis("off")
     return picture
+
+
+def _role_columns(axes, x: Mapping[str, float], top: float) -> None:
+    """A grey column for each role, with its name and its meaning below."""
+    for role, at in x.items():
+        axes.plot([at, at], [0.2, top], color="0.85", linewidth=6, marker="", ls="-", zorder=0)
+        axes.text(at, -0.3, role, ha="center", va="center", weight="bold")
+        meaning = ROLE_MEANS.get(role, "")
+        axes.text(at, -0.75, meaning, ha="center", va="center", fontsize=11, color="0.35")
+
+
+def _head_box(
+    axes, name: str, job: str, colour, place: tuple[float, float], starts: Mapping[float, float]
+) -> None:
+    """A head's box with its job beside it, and an arrow from each of `starts` {x: attention}."""
+    x, y = place
+    for start, weight in starts.items():
+        arrow = FancyArrowPatch(
+            (start, 0.1),
+            (x - 0.5, y),
+            arrowstyle="-|>",
+            mutation_scale=14,
+            linewidth=1 + 4 * weight,
+            color=colour,
+            alpha=0.55,
+            connectionstyle="arc3,rad=-0.12",
+        )
+        axes.add_patch(arrow)
+    box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": colour, "linewidth": 2}
+    axes.text(x, y, name, ha="center", va="center", bbox=box)
+    axes.text(x + 0.62, y, job, ha="left", va="center", fontsize=12)
 
 
 @style()
 def agreement_plot(
     pairs: Mapping[str, tuple[float, float]], title: str = "", *, xlabel: str = "", ylabel: str = ""
 ) -> Figure:
-    """One point per name at (x, y), and the diagonal on which both are equal; names are written at
-    all points but those called "random …".
+    """A point for each name at (x, y), and the diagonal on which both are equal; all points but
+    those called "random …" carry their names.
 
     After Wang et al. 2022, figure on completeness: F(M without K) against F(C without K).
     """

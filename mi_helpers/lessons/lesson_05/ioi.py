@@ -112,16 +112,10 @@ def make_prompts(model: LanguageModel, n: int = 24, seed: int = 0, others: int =
     rng = random.Random(seed)
     made = [_with_other_names(row, sorted(single.values()), others, rng) for row in chosen]
 
-    def stack(key: str) -> Tensor:
-        return torch.tensor([row[key] for row in chosen], device=model.device)
-
+    ids, role, io, s = ([row[key] for row in chosen] for key in ("ids", "role", "io", "s"))
+    tensors = (ids, made, role, io, s, sorted(single.values()))
     return Prompts(
-        stack("ids"),
-        torch.tensor(made, device=model.device),
-        stack("role"),
-        stack("io"),
-        stack("s"),
-        torch.tensor(sorted(single.values()), device=model.device),
+        *(torch.tensor(each, device=model.device) for each in tensors),
         tuple(row["order"] for row in chosen),
         tuple(row["text"] for row in chosen),
     )
