@@ -29,9 +29,8 @@ def _scores(seed: int) -> dict[str, Tensor]:
 
 def lost_without_induction(seed: int) -> float:
     """Share of the gain from repetition that is lost when the induction heads are ablated."""
-    return float(
-        share_lost(shipped_model(), [strongest(_scores(seed)["induction"])], LENGTH, seed)[0]
-    )
+    found = strongest(_scores(seed)["induction"])
+    return float(share_lost(shipped_model(), [found], LENGTH, seed)[0])
 
 
 def lost_without_others(seed: int, count: int = 15) -> float:
