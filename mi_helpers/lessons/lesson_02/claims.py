@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
 from mi_helpers.course.ledger import claim
@@ -13,9 +11,7 @@ from mi_helpers.lessons.lesson_02.experiments import (
     posteriors,
     removal,
 )
-from mi_helpers.lessons.shared import collect, documents_for
-from mi_helpers.loading import load_model
-from mi_helpers.models import LanguageModel
+from mi_helpers.lessons.shared import collect, documents_for, shipped_model
 from mi_helpers.probes import (
     all_orders,
     circle_error,
@@ -25,11 +21,6 @@ from mi_helpers.probes import (
     surprise,
 )
 from mi_helpers.tinyworld.world import World
-
-
-@cache
-def _shipped() -> LanguageModel:
-    return load_model("tiny-gemma")
 
 
 @claim(
@@ -52,7 +43,7 @@ def sine_gain(seed: int) -> float:
 )
 def distance_to_floor(seed: int) -> float:
     """The smallest, over the layers, of a topic probe's cross-entropy less H(topic | words)."""
-    world, model = World(), _shipped()
+    world, model = World(), shipped_model()
     train = collect(model, documents_for("topic", 1_000, 2 * seed), "topic")
     test = collect(model, documents_for("topic", 400, 2 * seed + 1, held=True), "topic")
     classes = np.unique(train.y)
@@ -72,7 +63,7 @@ def distance_to_floor(seed: int) -> float:
 )
 def both_numbers_read_out(seed: int) -> float:
     """The lower accuracy of the two probes, each at its own noun."""
-    tasks = number_tasks(_shipped(), seed)
+    tasks = number_tasks(shipped_model(), seed)
     return min(removal(*tasks, ("resid_post", 0), place)[0] for place in ("head", "last"))
 
 
@@ -84,7 +75,7 @@ def both_numbers_read_out(seed: int) -> float:
 )
 def lost_without_the_subjects_number(seed: int) -> float:
     """The share of the verb's margin that is lost when the subject's number is removed."""
-    return removal(*number_tasks(_shipped(), seed), ("resid_post", 0), "head")[1].mean()
+    return removal(*number_tasks(shipped_model(), seed), ("resid_post", 0), "head")[1].mean()
 
 
 @claim(
@@ -96,7 +87,7 @@ def lost_without_the_subjects_number(seed: int) -> float:
 )
 def lost_without_the_other_nouns_number(seed: int) -> float:
     """The same for the number of the last noun before the verb, at that noun."""
-    return removal(*number_tasks(_shipped(), seed), ("resid_post", 0), "last")[1].mean()
+    return removal(*number_tasks(shipped_model(), seed), ("resid_post", 0), "last")[1].mean()
 
 
 @claim(
@@ -108,7 +99,7 @@ def lost_without_the_other_nouns_number(seed: int) -> float:
 def month_error(seed: int, shuffled: bool = False) -> float:
     """Degrees between where months are put by a probe that never saw them, and where they are, in
     the middle layer; with `shuffled`, the median over random orders of the months."""
-    model = _shipped()
+    model = shipped_model()
     key = ("resid_post", model.n_layers // 2)
     read = collect(model, documents_for("month", 400, seed), "month", [key])
     weights = held_out_weights(class_means(read[key], read.y, 12))

@@ -8,7 +8,8 @@ from mi_helpers.attribution import direct_logit_attribution
 from mi_helpers.course.ledger import claim
 from mi_helpers.lens import ranks, read_out, read_stream, train_tuned_lens
 from mi_helpers.lessons.lesson_04.experiments import heads_off, make_prompts, world_stream
-from mi_helpers.loading import load_model, untrained
+from mi_helpers.lessons.shared import shipped_model
+from mi_helpers.loading import untrained
 
 
 @claim(
@@ -24,7 +25,7 @@ def tuned_lens_gain(seed: int) -> float:
     Source: Belrose et al. 2023, which finds the tuned lens closer to the final output than the
     logit lens at every layer.
     """
-    model = load_model()
+    model = shipped_model()
     lens, _ = train_tuned_lens(model, world_stream(model, 4_000, seed), steps=60, seed=seed)
     held = world_stream(model, 1_500, 1_000 + seed, ("templates", "entities"))
     plain, tuned = (read_out(model, held, lens=each).kl.mean(1) for each in (None, lens))
@@ -32,7 +33,7 @@ def tuned_lens_gain(seed: int) -> float:
 
 
 def _completeness(seed: int, unit: str) -> float:
-    model, errors = load_model(), []
+    model, errors = shipped_model(), []
     for family in ("facts", "ioi", "agreement"):
         p = make_prompts(model, family, 40, seed)
         for wrong in (None, p.wrong):
@@ -73,7 +74,7 @@ def head_error(seed: int) -> float:
 )
 def error_without_post_norm(seed: int) -> float:
     """`heads_off` on 100 IOI prompts, IO against S."""
-    model = load_model()
+    model = shipped_model()
     p = make_prompts(model, "ioi", 100, seed)
     both = [
         direct_logit_attribution(model, p.ids, p.answer, p.wrong, "head", p.last, norm)
@@ -92,7 +93,7 @@ def error_without_post_norm(seed: int) -> float:
 def untrained_hits(seed: int) -> float:
     """Negative control: the lens on an untrained model, 100 facts and 100 IOI prompts; the share of
     right answers at rank 1, at the depth where it is highest."""
-    model = untrained(load_model(), seed)
+    model = untrained(shipped_model(), seed)
     hits = []
     for family in ("facts", "ioi"):
         p = make_prompts(model, family, 100, seed)
@@ -110,7 +111,7 @@ def untrained_hits(seed: int) -> float:
 def random_token_rank(seed: int) -> float:
     """Negative control: the rank of a random token over the vocabulary's size, mean over 1000
     tokens of text, at the depth where it is furthest from 1/2."""
-    model = load_model()
+    model = shipped_model()
     stream = world_stream(model, 1_000, seed)
     rng = torch.Generator().manual_seed(seed)
     target = torch.randint(model.d_vocab, (1_000,), generator=rng)
