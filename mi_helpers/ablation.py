@@ -152,14 +152,13 @@ def recorded(model: LanguageModel, reference: Reference, keys: Sequence[Key]) ->
 def ablate(model: LanguageModel, parts: Iterable, ablation: Zero | Mean | Resample) -> dict:
     """Hooks, for `model.hooks`, that replace what some parts of the model compute.
 
-    A head's z, an attention block's attn_out or an MLP's mlp_out becomes what `ablation` says, at
-    every position but the first. There stands `<bos>`, the same in all texts, whose mean and
-    resample would be itself; zero leaves it alone, too, so that the three can be compared. The
-    layer's post-norm, where there is one, is computed from the changed sum of heads.
+    A head's z, an attention block's attn_out or an MLP's mlp_out is replaced at every position but
+    the first. The first token is `<bos>` in all texts, so its mean and its resample would be
+    itself; `Zero` leaves it alone, too, so that the three can be compared. The layer's post-norm,
+    where there is one, is computed from the changed sum of heads.
 
     Args:
-        parts: heads (layer, head) or ("head", layer, head), ("attn", layer), ("mlp", layer); none
-            of them changes nothing.
+        parts: heads (layer, head) or ("head", layer, head), ("attn", layer), ("mlp", layer).
 
     Raises:
         ModelError: no such part or ablation; a reference that is missing, or of another shape.

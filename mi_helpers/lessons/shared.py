@@ -121,7 +121,7 @@ def answer_positions(model: LanguageModel, document: Document) -> list[int]:
     return [int(np.searchsorted(ranges[:, 0], span.start)) for span in spans]
 
 
-# -- scored tokens, by family ----------------------------------------------------------------
+# -- scored tokens, by family, and random words ----------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,6 @@ def make_batch(
     (prose, Norwegian) are cut to `longest` tokens, and all their tokens are scored.
 
     Args:
-        families: by default all of them.
         longest: longer documents are left out. There are at least `answers / 4` of each family.
 
     Raises:
@@ -195,9 +194,7 @@ def losses_of_stream(model: LanguageModel, batch: Batch, final: Tensor) -> dict[
     """`family_losses` from the final stream (n, length, d_model)."""
     logits = model.unembed(final[batch.rows, batch.positions - 1]).float()
     losses = F.cross_entropy(logits, batch.ids[batch.rows, batch.positions], reduction="none")
-    return {
-        name: losses[batch.family == index].mean().item() for index, name in enumerate(batch.names)
-    }
+    return {name: losses[batch.family == i].mean().item() for i, name in enumerate(batch.names)}
 
 
 def token_pool(
@@ -206,11 +203,7 @@ def token_pool(
     """A reference for `Mean` and `Resample`: activations at the tokens of a batch, without `<bos>`
     and padding, {(site, layer): (tokens, ...)}; by default of fresh documents of all families."""
     batch = make_batch(model, answers=8, seed=30_000) if batch is None else batch
-    found = record(model, batch.ids, sites)
-    return {key: x[batch.inside()] for key, x in found.items()}
-
-
-# -- random words ----------------------------------------------------------------------------
+    return {key: x[batch.inside()] for key, x in record(model, batch.ids, sites).items()}
 
 
 def word_ids(model: LanguageModel) -> Tensor:

@@ -1,8 +1,10 @@
 """The pronoun skew: the occupations that a model calls 'she' or 'he'; what carries and removes it.
 
-pairs = pronoun_pairs(model, 24, seed=0)
-slope = skew(mean_log_odds(model))               # 1: all of the world's skew, 0: none of it
-hooks = without_direction(*best_direction(model, JOBS))
+    pairs = pronoun_pairs(model, 24, seed=0)
+    slope = skew(mean_log_odds(model))               # 1: all of the world's skew, 0: none of it
+    hooks = without_direction(*best_direction(model, JOBS))
+
+TinyWorld's own skew is `lexicon.occupations()`, the probability of 'she' for each occupation.
 """
 
 from __future__ import annotations

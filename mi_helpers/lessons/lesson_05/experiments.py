@@ -1,4 +1,4 @@
-"""Induction: what repeated words are worth, what is lost without some heads, when heads form.
+"""Induction: the gain from repeated words, the loss without some heads, the birth of heads.
 
 ids = repeated_tokens(model, n=16, length=24)    # random words, then the same again
 first, second = halves(model.loss(ids), 24)
