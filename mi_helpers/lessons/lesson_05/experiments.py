@@ -1,9 +1,11 @@
 """Induction: the gain from repeated words, the loss without some heads, the birth of heads.
 
-ids = repeated_tokens(model, n=16, length=24)    # random words, then the same again
-first, second = halves(model.loss(ids), 24)
-lost = share_lost(model, [induction_heads], 24)
-log = training_log()                             # {column: (checkpoints,)}
+    ids = repeated_tokens(model, n=16, length=24)    # random words, then the same again
+    first, second = halves(model.loss(ids), 24)
+    lost = share_lost(model, [induction_heads], 24)
+    log = training_log()                             # {column: (checkpoints,)}
+
+The task of indirect objects is in `ioi`, its circuit in `circuit`.
 """
 
 from __future__ import annotations
