@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from mi_helpers.lens import logit_lens
     from mi_helpers.loading import load_model, untrained
     from mi_helpers.models import LanguageModel
-    from mi_helpers.patching import activation_patch, attribution_patch, path_patch
+    from mi_helpers.patching import activation_patch, attribution_patch
+    from mi_helpers.paths import path_patch
     from mi_helpers.probes import fit_probe
     from mi_helpers.widgets import explore
 
@@ -43,7 +44,8 @@ _MODULES = {
     "lens": ["logit_lens"],
     "loading": ["load_model", "untrained"],
     "models": ["LanguageModel"],
-    "patching": ["activation_patch", "attribution_patch", "path_patch"],
+    "patching": ["activation_patch", "attribution_patch"],
+    "paths": ["path_patch"],
     "probes": ["fit_probe"],
     "widgets": ["explore"],
 }
