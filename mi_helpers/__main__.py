@@ -10,8 +10,11 @@ COMMANDS = {
     "exercises": ("mi_helpers.course.prove:main", "prove every exercise of every lesson"),
     "features": ("mi_helpers.saes.pipeline:main_features", "say what each latent of a coder is"),
     "harvest": ("mi_helpers.saes.pipeline:main_harvest", "write a model's activations to disk"),
-    "make-sae": ("mi_helpers.lessons.lesson_06.grid:main", "make the sparse autoencoder that ships in data/"),
-    "make-transcoders": ("mi_helpers.lessons.lesson_07.experiments:main", "make the transcoders in data/"),
+    "make-sae": (
+        "mi_helpers.lessons.lesson_06.grid:main",
+        "make the sparse autoencoder that ships in data/",
+    ),
+    "make-transcoders": ("mi_helpers.saes.transcoders:main", "make the transcoders in data/"),
     "manifest": ("mi_helpers.files:main_manifest", "check or write the checksums of data/"),
     "notebooks": ("mi_helpers.course.notebooks:main", "run the notebooks and save them clean"),
     "report": ("mi_helpers.saes.pipeline:main_report", "measure a trained coder, in the model too"),

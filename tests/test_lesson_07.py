@@ -19,11 +19,12 @@ from mi_helpers.circuits.replacement import (
     zeros,
 )
 from mi_helpers.layouts import norm_gain
-from mi_helpers.lessons.lesson_07 import experiments as transcoders
+from mi_helpers.lessons.lesson_07 import experiments as lab
 from mi_helpers.lessons.lesson_07 import figures as transcoder_figures
 from mi_helpers.lessons.shared import make_batch
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
+from mi_helpers.saes import transcoders
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.features import collect, logit_effects
 from mi_helpers.saes.figures import Page
@@ -63,11 +64,11 @@ def test_a_target_makes_a_transcoder_of_the_same_fit():
     config = TrainConfig(32, 4, steps=200, batch=256)
     coder = fit(x, config, y)
     assert coder.transcoder and (coder.d_in, coder.d_out) == (8, 6)
-    assert transcoders.explained(coder, x, y) > 0.8
-    linear = transcoders.linear_explained(x, y, x, y)
+    assert lab.explained(coder, x, y) > 0.8
+    linear = lab.linear_explained(x, y, x, y)
     assert linear < 1 and fit(x, replace(config, steps=1)).transcoder is False
     with_skip = fit(x, replace(config, skip=True), y)
-    assert transcoders.explained(with_skip, x, y) > linear
+    assert lab.explained(with_skip, x, y) > linear
     with pytest.raises(ValueError, match="2000 rows of input and 10 of target"):
         fit(x, config, y[:10])
 
@@ -75,7 +76,7 @@ def test_a_target_makes_a_transcoder_of_the_same_fit():
 def test_a_linear_map_is_explained_by_a_linear_map():
     x = torch.randn(500, 5, generator=torch.Generator().manual_seed(0))
     y = x @ torch.arange(20.0).reshape(5, 4) + 3
-    assert transcoders.linear_explained(x[:400], y[:400], x[400:], y[400:]) == pytest.approx(1)
+    assert lab.linear_explained(x[:400], y[:400], x[400:], y[400:]) == pytest.approx(1)
 
 
 def test_rows_are_what_the_mlps_read_and_write(monkeypatch):
@@ -105,12 +106,12 @@ def test_rows_are_what_the_mlps_read_and_write(monkeypatch):
 
 
 def test_replacing_mlps_by_what_they_write_changes_nothing_and_by_zeros_a_lot(model, batch):
-    clean = transcoders.losses(model, batch, {})
-    same = transcoders.losses(model, batch, {i: lambda x, y: y for i in range(model.n_layers)})
+    clean = lab.losses(model, batch, {})
+    same = lab.losses(model, batch, {i: lambda x, y: y for i in range(model.n_layers)})
     assert same == pytest.approx(clean, abs=1e-5)
-    zero = transcoders.losses(model, batch, {0: zeros})
-    assert transcoders.mean_loss(zero) > transcoders.mean_loss(clean) + 1
-    assert transcoders.losses(model, batch, {}) == clean  # the hooks are gone
+    zero = lab.losses(model, batch, {0: zeros})
+    assert lab.mean_loss(zero) > lab.mean_loss(clean) + 1
+    assert lab.losses(model, batch, {}) == clean  # the hooks are gone
 
 
 def test_a_replacement_reads_what_the_mlp_reads_but_not_at_bos():
@@ -132,7 +133,7 @@ def test_no_latent_leaves_the_bias_and_the_skip_path():
 
 
 def test_loss_recovered_by_hand():
-    run = transcoders.Faithful({"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 2.5}, {"a": 5.0, "b": 2.01})
+    run = lab.Faithful({"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 2.5}, {"a": 5.0, "b": 2.01})
     assert run.recovered == pytest.approx((3.505 - 2.25) / (3.505 - 1.5))
     assert run.added == pytest.approx(0.75)
     by_family = run.by_family()
@@ -199,12 +200,12 @@ def test_reading_and_own_tokens(model, tmp_path, monkeypatch):
     config = HarvestConfig(("mlp_in", 0), ("mlp_out", 0), 3_000)
     held = harvest(model, source, tmp_path, config, progress=False)
     page = Page(held, coder, collect(held, coder), model)
-    share, exchanged = transcoders.predicted_tokens(page, 0)
+    share, exchanged = lab.predicted_tokens(page, 0)
     assert share > 0.3 > exchanged
-    own = transcoders.own_tokens(page)
-    latent = transcoders.plainest(page, 0)
+    own = lab.own_tokens(page)
+    latent = lab.plainest(page, 0)
     assert latent in own and own[latent][0] in table[:, latent].topk(10).indices.tolist()
-    after = transcoders.next_tokens(page, latent)
+    after = lab.next_tokens(page, latent)
     effect = logit_effects(model, coder.W_dec[[latent]])[0]
     assert np.isin(after, effect.topk(10).indices).mean() > 0.5
     shard = held.shard(0)
@@ -244,19 +245,19 @@ def test_a_text_longer_than_the_context_is_cut(model):
 
 def test_neurons_random_features_and_affine_maps(model):
     x, y = transcoders.read_mlps(model, 1_500, 1, [1])[1]
-    found = transcoders.neurons_explained(model, 1, x, [1, 32, model.config.intermediate_size])
+    found = lab.neurons_explained(model, 1, x, [1, 32, model.config.intermediate_size])
     assert found[1] < found[32] < 1 and found[model.config.intermediate_size] == pytest.approx(1)
-    chance = transcoders.random_features(x[:1_000], y[:1_000], 200, 8)
-    assert chance.transcoder and 0 < transcoders.explained(chance, x[:1_000], y[:1_000]) < 0.95
-    W, b = transcoders.affine_map(x, y)
-    mapped = transcoders.by_map(W, b)(x[None].float(), y[None].float())[0]
+    chance = lab.random_features(x[:1_000], y[:1_000], 200, 8)
+    assert chance.transcoder and 0 < lab.explained(chance, x[:1_000], y[:1_000]) < 0.95
+    W, b = lab.affine_map(x, y)
+    mapped = lab.by_map(W, b)(x[None].float(), y[None].float())[0]
     assert torch.allclose(mapped, x.float() @ W + b, atol=1e-3)
 
 
 def test_random_features_have_the_best_decoder():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(400, 6, generator=generator) for _ in range(2))
-    coder = transcoders.random_features(x, y, 40, 5, ridge=1e-6)
+    coder = lab.random_features(x, y, 40, 5, ridge=1e-6)
     left = y - coder(x)
     assert left.mean(0).abs().max() < 1e-4  # the bias is right
     assert (coder.encode(x).T @ left).abs().max() < 1e-2  # and what is left, no latent explains
@@ -265,20 +266,17 @@ def test_random_features_have_the_best_decoder():
 def test_ways_are_compared_layer_by_layer_and_together(model, batch):
     coders = dict(enumerate(transcoders.load_transcoders()[:2]))
     ways = {
-        "a": transcoders.by_coders(coders),
+        "a": lab.by_coders(coders),
         "nothing": {i: without_latents(c) for i, c in coders.items()},
     }
-    runs = transcoders.compare(model, batch, ways)
-    places = ("layer 0", "layer 1", transcoders.ALL_LAYERS)
+    runs = lab.compare(model, batch, ways)
+    places = ("layer 0", "layer 1", lab.ALL_LAYERS)
     assert set(runs) == {(where, way) for where in places for way in ways}
-    alone = transcoders.losses(model, batch, {1: ways["a"][1]})
+    alone = lab.losses(model, batch, {1: ways["a"][1]})
     assert runs["layer 1", "a"].spliced == pytest.approx(alone, abs=1e-5)
-    alone = transcoders.losses(model, batch, {1: zeros})
+    alone = lab.losses(model, batch, {1: zeros})
     assert runs["layer 1", "a"].zero == pytest.approx(alone, abs=1e-5)
-    assert (
-        runs[transcoders.ALL_LAYERS, "a"].recovered
-        > runs[transcoders.ALL_LAYERS, "nothing"].recovered
-    )
+    assert runs[lab.ALL_LAYERS, "a"].recovered > runs[lab.ALL_LAYERS, "nothing"].recovered
 
 
 def test_coders_for_a_model_without_published_ones():
@@ -295,7 +293,7 @@ def test_even_attention_is_even_and_causal():
 
 
 def test_figures_draw_and_say_what_is_missing():
-    run = transcoders.Faithful({"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 2.5}, {"a": 5.0, "b": 2.01})
+    run = lab.Faithful({"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 2.5}, {"a": 5.0, "b": 2.01})
     runs = {("layer 0", "plain"): run, ("all layers", "plain"): run}
     for values in corners(part=["layer 0", "all layers"], kind=["plain"]):
         assert render(transcoder_figures.replacement(runs, **values))
@@ -314,7 +312,7 @@ def test_published_form_reads_without_the_gain_and_computes_the_same(tmp_path):
     stream = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
     bare = stream * (stream.pow(2).mean(1, keepdim=True) + 1e-6).rsqrt()
     x = bare * norm_gain(model.part("ln2", 1)).detach()
-    place = transcoders.as_published(model, coder, 1, x, tmp_path / "transcoders")
+    place = lab.as_published(model, coder, 1, x, tmp_path / "transcoders")
     assert place.relative_to(tmp_path).as_posix() == "transcoders/layer_1/width_30/average_l0_30"
     loaded = load_coder(place)
     assert loaded.transcoder and loaded.activation == "jumprelu"
@@ -324,10 +322,10 @@ def test_published_form_reads_without_the_gain_and_computes_the_same(tmp_path):
     again = transcoders.of_mlp_in(model, loaded, 1)
     assert torch.allclose(again(x), coder(x), atol=1e-3)
     assert transcoders.of_mlp_in(model, again, 1) is again
-    place = transcoders.as_published(model, again, 1, x, tmp_path / "transcoders" / "twice")
+    place = lab.as_published(model, again, 1, x, tmp_path / "transcoders" / "twice")
     assert torch.allclose(load_coder(place)(bare), coder(x), atol=1e-3)
     with pytest.raises(ValueError, match="no skip path"):
-        transcoders.as_published(model, random_coder(skip=True), 1, x, tmp_path)
+        lab.as_published(model, random_coder(skip=True), 1, x, tmp_path)
 
 
 def test_the_command_makes_a_set_that_loads_again(tmp_path):
@@ -376,9 +374,9 @@ def test_what_ships(model):
 def test_the_shipped_set_works_in_the_model_and_its_biases_do_not(model, batch):
     coders = transcoders.load_transcoders()
     ways = {
-        "transcoders": transcoders.by_coders(coders),
+        "transcoders": lab.by_coders(coders),
         "biases": {i: without_latents(coder) for i, coder in enumerate(coders)},
     }
-    runs = transcoders.compare(model, batch, ways)
-    assert runs[transcoders.ALL_LAYERS, "transcoders"].recovered > 0.8
-    assert runs[transcoders.ALL_LAYERS, "biases"].recovered < 0.5
+    runs = lab.compare(model, batch, ways)
+    assert runs[lab.ALL_LAYERS, "transcoders"].recovered > 0.8
+    assert runs[lab.ALL_LAYERS, "biases"].recovered < 0.5

@@ -17,13 +17,13 @@ from mi_helpers.circuits.graphs import (
 )
 from mi_helpers.circuits.interventions import predicted_effect
 from mi_helpers.circuits.replacement import LocalReplacement
-from mi_helpers.lessons.lesson_07.experiments import coders_for
 from mi_helpers.lessons.lesson_08 import experiments as lab
 from mi_helpers.lessons.lesson_08 import figures as tracing_figures
 from mi_helpers.lessons.lesson_08 import prompts, stories
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.transcoders import coders_for
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.widgets import corners
 

@@ -34,6 +34,7 @@ from mi_helpers.attribution import frozen_scale
 from mi_helpers.layouts import ModelError, norm_gain
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes.report import predict, spliced
+from mi_helpers.saes.transcoders import reads_of
 
 READS = ("mlp_in", "normalised")
 
@@ -108,18 +109,6 @@ def by_layer(coders: Coders) -> dict[int, nn.Module]:
     coders = coders.coders if isinstance(coders, Transcoders) else coders
     pairs = coders.items() if isinstance(coders, Mapping) else enumerate(coders)
     return {layer: coder for layer, coder in pairs if coder is not None}
-
-
-def reads_of(coder: nn.Module) -> str:
-    """What a transcoder reads: "mlp_in", the MLP's own input, or "normalised", the stream after
-    the norm's division but before its gain (Gemma Scope's transcoders).
-
-    Its metadata says so: "reads", or a TransformerLens hook name ending in "hook_normalized".
-    """
-    about = getattr(coder, "metadata", None) or {}
-    if "reads" in about:
-        return about["reads"]
-    return "normalised" if str(about.get("hook_name", "")).endswith("hook_normalized") else "mlp_in"
 
 
 def check_coders(

@@ -23,12 +23,12 @@ from mi_helpers.circuits.replacement import (
     LocalReplacement,
     Transcoders,
     by_layer,
-    reads_of,
 )
 from mi_helpers.layouts import norm_gain
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.features import extremes, logit_effects
+from mi_helpers.saes.transcoders import reads_of
 
 MOST_NUMBERS = 2**27  # of latents by tokens that are computed at once
 

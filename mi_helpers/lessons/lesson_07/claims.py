@@ -17,25 +17,21 @@ from mi_helpers.layouts import NORMALIZED
 from mi_helpers.lessons.lesson_07.experiments import (
     ALL_LAYERS,
     Faithful,
-    K,
     as_published,
     by_coders,
     compare,
     explained,
     linear_explained,
-    load_transcoders,
     losses,
     make_pages,
     neurons_explained,
-    of_mlp_in,
     predicted_tokens,
     random_features,
-    read_mlps,
-    text_ids,
 )
 from mi_helpers.lessons.shared import make_batch, shipped_model
 from mi_helpers.saes.files import load_coder
 from mi_helpers.saes.training import TrainConfig, fit
+from mi_helpers.saes.transcoders import K, load_transcoders, of_mlp_in, read_mlps, text_ids
 
 
 @functools.cache

@@ -8,7 +8,6 @@ import numpy as np
 
 from mi_helpers.circuits.edges import attribution_graph
 from mi_helpers.circuits.graphs import Graph, graph_scores, random_graph
-from mi_helpers.lessons.lesson_07.experiments import coders_for
 from mi_helpers.lessons.lesson_08.experiments import (
     latent_labels,
     read_sentences,
@@ -26,6 +25,7 @@ from mi_helpers.lessons.lesson_08.stories import (
 )
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
+from mi_helpers.saes.transcoders import coders_for
 
 
 @cache

@@ -35,13 +35,14 @@ from mi_helpers.circuits.graphs import (
     group_by_label,
     random_graph,
 )
-from mi_helpers.circuits.replacement import Coders, by_layer, reads_of
+from mi_helpers.circuits.replacement import Coders, by_layer
 from mi_helpers.layouts import ModelError, norm_gain
 from mi_helpers.lessons.lesson_08.prompts import KINDS, Asked, Question, length_of, sentences
 from mi_helpers.loading import untrained
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.features import logit_effects
+from mi_helpers.saes.transcoders import reads_of
 
 # ------------------------------------------------------------------------------------- a toy model
 
