@@ -184,7 +184,7 @@ def test_pairs_that_fire_together_are_counted():
 
 def test_reading_and_own_tokens(model, tmp_path, monkeypatch):
     coder = transcoders.load_transcoders()[0]
-    table = model.part("ln2", 0)(model.W_E) @ coder.W_enc + coder.b_enc  # (d_vocab, latents)
+    table = (model.part("ln2", 0)(model.W_E) @ coder.W_enc + coder.b_enc).detach()
     first = rules.top_input_tokens(model, coder, 0, 3)
     monkeypatch.setattr(rules, "MOST_NUMBERS", 100 * model.d_vocab)
     assert torch.equal(rules.top_input_tokens(model, coder, 0, 3), first)
