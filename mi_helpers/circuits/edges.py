@@ -187,22 +187,19 @@ def attribution_graph(
 ) -> Graph:
     """The attribution graph of a prompt's next token.
 
-    Nodes are the embeddings, the active features, the errors and the logits. For a feature or a
-    logit, value = Σ incoming edges + bias; `graph.edge_error` says how exactly (about 1e-6 in
-    float32; a model in bfloat16 adds its own rounding: load it in float32).
+    Nodes are embeddings, active features, errors and logits. For a feature or a logit, value =
+    Σ incoming edges + bias, to about 1e-6 in float32 (load a bfloat16 model in float32).
 
     Args:
         coders: a transcoder for each layer: a list, {layer: transcoder} or `Transcoders`.
-        targets: the tokens whose logits are nodes (text of one token each, or ids); see
-            `pick_logits` for the default.
+        targets: the tokens whose logits are nodes, texts or ids; see `pick_logits`.
         max_features: keep that many, those with the largest effect on the logits; what the others
             write becomes error (`LocalReplacement.fold`), so edges still sum.
-        bos_is_bias: False makes nodes of a `<bos>`'s features and errors, too; see `replacement`.
+        bos_is_bias: False makes nodes of a `<bos>`'s features and errors, too.
         method: one of `METHODS`.
 
     Raises:
-        ModelError: transcoders or targets do not fit; the prompt is empty or too long; there are
-            too many nodes to hold the edges between them.
+        ModelError: transcoders, targets or prompt do not fit; there are too many nodes.
     """
     if method not in METHODS:
         raise ModelError(f"The method is one of {', '.join(METHODS)}, not {method!r}.")
@@ -210,7 +207,7 @@ def attribution_graph(
         raise ModelError(f"max_features is {max_features}: keep 1 feature or more.")
     local = LocalReplacement(model, coders, prompt, bos_is_bias)
     ids = pick_logits(model, local.logits, targets)
-    p = torch.softmax(local.logits, -1)[ids]
+    p, value = torch.softmax(local.logits, -1)[ids], (local.uncapped - local.uncapped.mean())[ids]
     vectors, logit_bias = logit_vectors(model, ids)
     if max_features is not None:
         local.fold(max_features, vectors, p)
@@ -221,7 +218,7 @@ def attribution_graph(
         tuple(_nodes(local, ids)),
         adjacency,
         bias,
-        _values(local, (local.uncapped - local.uncapped.mean())[ids]),
+        _values(local, value),
         p.cpu(),
         model.n_layers,
         model=model.name,

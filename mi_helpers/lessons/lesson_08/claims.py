@@ -23,7 +23,7 @@ from mi_helpers.lessons.lesson_08.stories import (
     share_of_gap,
     singles,
 )
-from mi_helpers.loading import load_model
+from mi_helpers.lessons.shared import shipped_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes.transcoders import coders_for
 
@@ -31,7 +31,7 @@ from mi_helpers.saes.transcoders import coders_for
 @cache
 def _shipped() -> tuple[LanguageModel, dict, Steps]:
     """The shipped model, its transcoders, and the steps."""
-    model = load_model("tiny-gemma")
+    model = shipped_model()
     coders = coders_for(model, range(model.n_layers))
     return model, coders, Steps(model, coders, read_sentences(model))
 
