@@ -361,19 +361,9 @@ def mark_month(document: Document, rng: random.Random) -> Mark | None:
 
 
 Marker = Callable[[Document, random.Random], Mark | None]
-KINDS: dict[str, Marker] = {
-    "family": mark_family,
-    "tense": mark_tense,
-    "topic": mark_topic,
-    "voice": mark_voice,
-    "head": mark_head,
-    "attractor": mark_attractor,
-    "number": mark_number,
-    "country": mark_country,
-    "asked": mark_asked,
-    "day": mark_day,
-    "month": mark_month,
-}
+_MARKERS = (mark_family, mark_tense, mark_topic, mark_voice, mark_head, mark_attractor, mark_number)
+_MARKERS += (mark_country, mark_asked, mark_day, mark_month)
+KINDS: dict[str, Marker] = {each.__name__.removeprefix("mark_"): each for each in _MARKERS}
 SOURCE: dict[str, tuple[str, dict]] = {  # kind -> family of the documents it is read in, choices
     **dict.fromkeys(("tense", "topic", "voice"), ("prose", {})),
     **dict.fromkeys(("head", "attractor", "number"), ("agreement", {})),
@@ -440,15 +430,10 @@ class Readings:
     def where(self, chosen) -> Readings:
         """The readings that a mask (n,) of booleans, or a list of indices, chooses."""
         index = np.arange(len(self))[np.asarray(chosen)]
-        return Readings(
-            {key: x[index] for key, x in self.x.items()},
-            self.y[index],
-            self.words[index],
-            self.groups[index],
-            self.tokens[index],
-            [self.documents[i] for i in index],
-            [self.marks[i] for i in index],
-        )
+        x = {key: values[index] for key, values in self.x.items()}
+        arrays = [each[index] for each in (self.y, self.words, self.groups, self.tokens)]
+        lists = [[each[i] for i in index] for each in (self.documents, self.marks)]
+        return Readings(x, *arrays, *lists)
 
 
 def _site_name(key: Key) -> str:
