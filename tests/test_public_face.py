@@ -13,9 +13,6 @@ import mi_helpers
 ROOT = Path(mi_helpers.__file__).parent
 CORE = sorted({path.stem for path in ROOT.glob("*.py")} - {"__init__", "__main__"})
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))  # above the core
-WHILE_LESSONS_STAND_IN_THE_CORE = pytest.mark.xfail(
-    reason="ablation, heads, lens and probes hold parts of lessons, which load their rooms"
-)
 TOLD = """
 import importlib, json, sys
 found = {}
@@ -65,7 +62,6 @@ def core_loads():
     return loaded(*(f"mi_helpers.{name}" for name in CORE))
 
 
-@WHILE_LESSONS_STAND_IN_THE_CORE
 @pytest.mark.parametrize("module", CORE)
 def test_a_core_module_loads_core_modules_alone(module, core_loads):
     """No lesson, no world, no coder and no circuit stands behind a method of the core."""
@@ -73,7 +69,6 @@ def test_a_core_module_loads_core_modules_alone(module, core_loads):
     assert not above
 
 
-@WHILE_LESSONS_STAND_IN_THE_CORE
 def test_the_public_face_loads_core_modules_alone():
     for name, modules in loaded(*(f"mi_helpers:{name}" for name in mi_helpers.__all__)).items():
         assert set(modules) <= set(CORE), name
