@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mi_helpers.attribution import direct_logit_attribution
     from mi_helpers.heads import head_scores
-    from mi_helpers.layouts import SITES, ModelError
+    from mi_helpers.layouts import ModelError
     from mi_helpers.lens import logit_lens
     from mi_helpers.loading import load_model, untrained
     from mi_helpers.models import LanguageModel
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "SITES",
     "LanguageModel",
     "ModelError",
     "activation_patch",
@@ -40,7 +39,7 @@ __all__ = [
 _MODULES = {
     "attribution": ["direct_logit_attribution"],
     "heads": ["head_scores"],
-    "layouts": ["SITES", "ModelError"],
+    "layouts": ["ModelError"],
     "lens": ["logit_lens"],
     "loading": ["load_model", "untrained"],
     "models": ["LanguageModel"],

@@ -24,8 +24,6 @@ from mi_helpers.layouts import NORMALIZED, SITES, Hook, Key, ModelError, normali
 
 UNSEEN = 0.99  # cosine with the padding token's column of W_U, from which `in_use` says no
 DEFAULT_SITES = ("embed", "attn_out", "mlp_out", "resid_post")
-
-
 At = tuple[Tensor, Tensor]  # rows (n,), positions (n,): the n tokens ids[rows, positions]
 
 
