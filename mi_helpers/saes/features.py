@@ -440,36 +440,21 @@ def write_latents(
     """Write a line of JSON per latent.
 
     Its numbers, its contexts with the firing token in [[brackets]], firings at evenly spaced ranks,
-    the tokens whose logits it raises and lowers, and its nearest latents.
+    its nearest latents, and the tokens whose logits it raises and lowers, where it writes to the
+    stream.
 
     Args:
         progress: whether a progress bar is shown.
     """
-    near, cosine = (each.tolist() for each in nearest_latents(coder))
-    writes = coder.d_out == model.d_model
-    effects = extreme_logits(model, coder) if writes else None
+    near = nearest_latents(coder)
+    effects = extreme_logits(model, coder) if coder.d_out == model.d_model else ()
     name = cache(lambda i: model.tokenizer.decode([i]))
 
-    def text(row: int) -> str:
-        return str(context(held, row, name))
-
     def line(latent: int) -> dict:
-        top = zip(features.top_row[latent], features.top_value[latent], strict=True)
-        said = {
-            "latent": latent,
-            "fires": int(features.count[latent]),
-            "frequency": float(features.frequency[latent]),
-            "mean": round(float(features.mean[latent]), 4),
-            "top": [[round(float(v), 4), text(int(r))] for r, v in top if r >= 0],
-            "quantiles": [text(row) for row in features.quantiles(latent)],
-            "nearest": [
-                [j, round(c, 4)] for j, c in zip(near[latent], cosine[latent], strict=True)
-            ],
-        }
-        if effects is not None:
-            for key, (ids, values) in zip(("raises", "lowers"), effects, strict=True):
-                pairs = zip(ids[latent].tolist(), values[latent].tolist(), strict=True)
-                said[key] = [[name(i), round(v, 4)] for i, v in pairs]
+        said = _firing_facts(features, latent, lambda row: str(context(held, row, name)))
+        said["nearest"] = _rounded_pairs(near, latent)
+        for key, end in zip(("raises", "lowers"), effects, strict=False):
+            said[key] = [[name(i), v] for i, v in _rounded_pairs(end, latent)]
         return said
 
     def write(to: Path) -> None:
@@ -480,3 +465,22 @@ def write_latents(
                 bar.update()
 
     write_atomically(path, write)
+
+
+def _firing_facts(features: Features, latent: int, text: Callable[[int], str]) -> dict:
+    """How often a latent fires, and where; `text` writes the context of a row."""
+    top = zip(features.top_row[latent], features.top_value[latent], strict=True)
+    return {
+        "latent": latent,
+        "fires": int(features.count[latent]),
+        "frequency": float(features.frequency[latent]),
+        "mean": round(float(features.mean[latent]), 4),
+        "top": [[round(float(v), 4), text(int(r))] for r, v in top if r >= 0],
+        "quantiles": [text(row) for row in features.quantiles(latent)],
+    }
+
+
+def _rounded_pairs(tables: tuple[Tensor, Tensor], latent: int) -> list[list]:
+    """[number, value to four digits] for a latent's row of (numbers, values)."""
+    numbers, values = (table[latent].tolist() for table in tables)
+    return [[i, round(v, 4)] for i, v in zip(numbers, values, strict=True)]

@@ -101,8 +101,7 @@ def by_pairs(
         gathered(t, processes) for t in (u, error, indices, values, d_pre)
     )
     factor = 2 / len(u)
-    fired = torch.zeros(coder.d_latent, dtype=torch.bool, device=u.device)
-    fired[indices[values > 0]] = True
+    fired = torch.bincount(indices[values > 0], minlength=coder.d_latent) > 0
 
     order, offsets = by_latent(indices, coder.d_latent)
     row = order // coder.k  # (pairs,), by latent
@@ -116,17 +115,26 @@ def by_pairs(
         small["b_dec"] -= b_enc @ top_k.rows
     if coder.skip:
         small["W_skip"] = error.T @ u * factor
+    block = _blocks_of_pairs(u, error, (row, value, d_value), offsets, aux)
+    return Gradients(small, block, fired, metrics)
+
+
+def _blocks_of_pairs(
+    u: Tensor, error: Tensor, pairs: tuple[Tensor, Tensor, Tensor], offsets: Tensor, aux: Aux
+) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """`Gradients.block` from pairs by latent: their rows, values and values' gradients (pairs,)."""
+    row, value, d_value = pairs
     starts = offsets.tolist()
 
     def block(first: int, last: int) -> tuple[Tensor, Tensor]:
-        pairs = slice(starts[first], starts[last])
+        here = slice(starts[first], starts[last])
         at = offsets[first : last + 1] - starts[first]
-        W_enc = weighted_sums(u, row[pairs], d_value[pairs], at)
-        W_dec = weighted_sums(error, row[pairs], value[pairs], at)
+        W_enc = weighted_sums(u, row[here], d_value[here], at)
+        W_dec = weighted_sums(error, row[here], value[here], at)
         aux.add_to(W_enc, W_dec, first, last)
         return W_enc, W_dec
 
-    return Gradients(small, block, fired, metrics)
+    return block
 
 
 def by_autograd(

@@ -245,13 +245,28 @@ def report(
         RunError: the run is not finished, or the harvest is not of this model.
     """
     held, folder = Activations.open(harvest), Path(folder)
-    config = TrainConfig(
-        **{k: v for k, v in read_json(folder / RECIPE).items() if k in TrainConfig.__annotations__}
-    )
-    coder = load_coder(folder / CODER)
-    log, n = read_log(folder / LOG), split(held, config, ALONE)
-    about = held.manifest
-    numbers = {
+    kept = read_json(folder / RECIPE)
+    config = TrainConfig(**{k: v for k, v in kept.items() if k in TrainConfig.__annotations__})
+    coder, log = load_coder(folder / CODER), read_log(folder / LOG)
+    n = split(held, config, ALONE)
+    numbers = run_numbers(held, config, coder, log[-1]["dead"])
+    if model is not None:
+        check_model(held, model)
+        losses = spliced_losses(model, held, coder, held_out_texts(held, n, tokens))
+        numbers["loss"] = losses.per_token() | {"tokens": int(losses.tokens.sum())}
+        numbers["loss_recovered"] = {name: losses.recovered(name) for name in ("zero", "mean")}
+    write_json(folder / "report.json", numbers)
+    seconds = read_json(folder / SECONDS)["seconds"] if (folder / SECONDS).exists() else None
+    write_text(folder / "report.md", as_markdown(numbers, seconds))
+    image = plots.render(curves(log))
+    write_atomically(folder / "curves.png", lambda path: path.write_bytes(image))
+    return numbers
+
+
+def run_numbers(held: Activations, config: TrainConfig, coder: SparseCoder, dead: float) -> dict:
+    """What a run was trained on and how, its share of dead latents, `quality` on held-out rows."""
+    about, n = held.manifest, split(held, config, ALONE)
+    return {
         "model": about["model"]["name"],
         "source": site_name(held.source),
         "target": site_name(held.target or held.source),
@@ -263,22 +278,10 @@ def report(
         "batch": config.batch,
         "latents": coder.d_latent,
         "activation": coder.activation,
-        "dead": log[-1]["dead"],
+        "dead": dead,
         "dead_window": dead_window(config, n),
         **quality(coder, *held.slice(n, held.rows)),
     }
-    if model is not None:
-        check_model(held, model)
-        texts = held_out_texts(held, n, tokens)
-        losses = spliced_losses(model, held, coder, texts)
-        numbers["loss"] = losses.per_token() | {"tokens": int(losses.tokens.sum())}
-        numbers["loss_recovered"] = {name: losses.recovered(name) for name in ("zero", "mean")}
-    write_json(folder / "report.json", numbers)
-    seconds = read_json(folder / SECONDS)["seconds"] if (folder / SECONDS).exists() else None
-    write_text(folder / "report.md", as_markdown(numbers, seconds))
-    image = plots.render(curves(log))
-    write_atomically(folder / "curves.png", lambda path: path.write_bytes(image))
-    return numbers
 
 
 def as_markdown(numbers: dict, seconds: float | None = None) -> str:

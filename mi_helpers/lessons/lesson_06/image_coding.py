@@ -6,8 +6,8 @@
 
 A patch is written as a sum of few filters: x = a Φ + rest. `spread` measures how much of the patch
 a filter covers, and `orientation` how strongly it prefers one orientation. The controls are
-`principal_components` and `gaussian_like` patches, which have the photographs' pairwise statistics
-and nothing else.
+`principal_components`, and Gaussian patches (`saes.similarity.gaussian_like`), which have the
+photographs' pairwise statistics and nothing else.
 
 Source: Olshausen and Field, "Emergence of simple-cell receptive field properties by learning a
 sparse code for natural images", Nature 381 (1996).
