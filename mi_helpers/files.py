@@ -5,7 +5,6 @@ finds the old content or the new one, also after a SIGKILL or a power cut. Tenso
 files that carry the checksum of their own content. What ships in `data/` stands in its manifest.
 """
 
-import argparse
 import errno
 import hashlib
 import json
@@ -13,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -45,7 +45,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(why_not_written(path, error)) from error
 
 
@@ -247,17 +248,18 @@ def verify_manifest(folder: Path = DATA) -> list[str]:
     return problems + [f"{path} differs." for path in both if listed[path] != present[path]]
 
 
-def main_manifest(argv: list[str]) -> int:
-    """`python -m mi_helpers manifest [--write] [--folder DATA]`."""
-    parser = argparse.ArgumentParser(prog="python -m mi_helpers manifest", description=CHECKSUMS)
-    parser.add_argument("--write", action="store_true", help="write it anew from what is there")
-    parser.add_argument("--folder", type=Path, default=DATA)
-    options = parser.parse_args(argv)
-    if not options.folder.is_dir():
-        print(f"There is no folder {options.folder.name}.")
+def main_manifest(write: bool = False, folder: Path = DATA) -> int:
+    """Check the files of data/ against their checksums; the exit code is 1 when they differ.
+
+    Args:
+        write: write the checksums anew from what is there
+        folder: of the files
+    """
+    if not folder.is_dir():
+        print(f"There is no folder {folder.name}.")
         return 1
-    if options.write:
-        write_manifest(options.folder)
-    problems = verify_manifest(options.folder)
-    print("\n".join(problems) or f"{len(shipped_files(options.folder))} files, all as listed.")
+    if write:
+        write_manifest(folder)
+    problems = verify_manifest(folder)
+    print("\n".join(problems) or f"{len(shipped_files(folder))} files, all as listed.")
     return 1 if problems else 0

@@ -1,6 +1,5 @@
 """`python -m mi_helpers doctor`: what works on this machine, in sentences."""
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -8,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from mi_helpers.files import shipped_files, verify_manifest
 
@@ -66,27 +67,15 @@ def packages(wanted: dict[str, str]) -> Iterator[Finding]:
             yield Finding(NOTE, f"{name} is {have[name]}, the course was made with {version}.")
 
 
-def memory() -> tuple[float | None, float | None]:
-    """Total and available memory in bytes; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            fields = dict(line.split(":") for line in stream)
-        return tuple(float(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), None
-    except (AttributeError, OSError, ValueError):
-        return None, None
-
-
-def machine(total: float | None, available: float | None, disk: float) -> Finding:
-    """Cores, memory and disk."""
-    size = "unknown" if total is None else f"{total / GB:.1f} GB"
-    free = "" if available is None else f" ({available / GB:.1f} GB available)"
-    words = f"{os.cpu_count()} cores, memory {size}{free}, {disk / GB:.1f} GB of disk free."
-    small = (available or total or 4 * GB) < 2 * GB
-    return Finding(NOTE, f"{words} The lessons want 2 GB.") if small else Finding(GOOD, words)
+def machine(total: float, available: float, disk: float) -> Finding:
+    """Cores, and bytes of memory and disk."""
+    words = (
+        f"{os.cpu_count()} cores, memory {total / GB:.1f} GB ({available / GB:.1f} GB available), "
+        f"{disk / GB:.1f} GB of disk free."
+    )
+    if available < 2 * GB:
+        return Finding(NOTE, f"{words} The lessons want 2 GB.")
+    return Finding(GOOD, words)
 
 
 def data(folder: Path) -> Finding:
@@ -111,7 +100,7 @@ def generation() -> Finding:
     return Finding(GOOD, f"tiny-gemma writes: {' '.join(str(text).split())}")
 
 
-def gemma(total: float | None) -> Finding:
+def gemma(total: float) -> Finding:
     """What Gemma 2 2B would need here."""
     half, full = 2 * GEMMA_PARAMETERS / GB, 4 * GEMMA_PARAMETERS / GB
     need = f"Gemma 2 2B (optional) needs {half:.1f} GB in bfloat16 or {full:.1f} GB in float32"
@@ -119,8 +108,6 @@ def gemma(total: float | None) -> Finding:
         "; the first time also a network, its licence accepted on the hub, and a token from there. "
         "For real text to run it on: pip install -e .[gemma]"
     )
-    if total is None:
-        return Finding(NOTE, f"{need}, and the memory of this machine is unknown{how}")
     spare = total - 2 * GB
     fits = [name for name, size in (("bfloat16", half), ("float32", full)) if size * GB < spare]
     verdict = f"fits in {' and '.join(fits)}" if fits else "does not fit"
@@ -129,23 +116,24 @@ def gemma(total: float | None) -> Finding:
 
 def findings() -> Iterator[Finding]:
     """The whole report, line by line."""
-    total, available = memory()
+    memory = psutil.virtual_memory()
     yield python()
     requirements = ROOT / "requirements.txt"
     if requirements.is_file():
         yield from packages(pins(requirements.read_text("utf-8")))
     else:
         yield Finding(BAD, "requirements.txt is missing: run this in a copy of the repository.")
-    yield machine(total, available, shutil.disk_usage(ROOT).free)
+    yield machine(memory.total, memory.available, shutil.disk_usage(ROOT).free)
     yield data(ROOT / "data")
     yield generation()
-    yield gemma(total)
+    yield gemma(memory.total)
 
 
-def main(argv: list[str]) -> int:
-    """Print the report; 1 when anything essential is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m mi_helpers doctor", description=__doc__)
-    parser.parse_args(argv)
+def main() -> int:
+    """Say what works on this machine: packages, memory, data, the model; and Gemma 2 2B.
+
+    The exit code is 1 when anything essential is wrong.
+    """
     bad = 0
     for finding in findings():
         print(finding, flush=True)

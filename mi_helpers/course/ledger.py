@@ -9,7 +9,6 @@ room, above the function that measures it. To add a row, write `measure(seed) ->
     python -m mi_helpers claims --readme        write the table between the markers in README.md
 """
 
-import argparse
 import csv
 import functools
 import importlib
@@ -23,6 +22,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from mi_helpers.course.check import lesson_numbers
 from mi_helpers.files import put_between, write_text
@@ -790,7 +792,9 @@ def problems(rows: list[dict[str, str]], claims: list[Claim] | None = None) -> l
     return found
 
 
-def measure(lessons: list[int], path: Path = LEDGER, claims: list[Claim] | None = None) -> None:
+def measure_anew(
+    lessons: list[int], path: Path = LEDGER, claims: list[Claim] | None = None
+) -> None:
     """Measure the claims of these lessons (all of them when empty), keep the others' rows."""
     claims = all_claims() if claims is None else claims
     measured = {}
@@ -849,27 +853,37 @@ def update_readme(rows: list[dict[str, str]], path: Path = README) -> bool:
     return put_between(path, BEGIN, END, markdown(rows))
 
 
-def main(argv: list[str]) -> int:
-    """`python -m mi_helpers claims [--measure [LESSON …]] [--readme]`."""
-    parser = argparse.ArgumentParser(prog="python -m mi_helpers claims", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--measure", nargs="*", type=int, metavar="LESSON", help="measure anew")
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    parser.add_argument("--ledger", type=Path, default=LEDGER, help="another claims.csv")
-    options = parser.parse_args(argv)
+def main(
+    measure: Annotated[list[int] | None, tyro.conf.arg(metavar="[LESSON ...]")] = None,
+    readme: bool = False,
+    ledger: Path = LEDGER,
+) -> int:
+    """Show the ledger: what is claimed, by whom, what we measure, and whether it holds.
+
+    The exit code is 1 when a claim fails.
+
+    Args:
+        measure: measure these lessons anew over their seeds, or all of them, and write the rows
+        readme: write the table into README.md
+        ledger: another claims.csv
+    """
     lessons = {claim.lesson for claim in all_claims()}
-    if unknown := set(options.measure or []) - lessons:
-        parser.error(f"lesson {min(unknown)} has no claims; there are lessons {sorted(lessons)}.")
+    if unknown := set(measure or []) - lessons:
+        print(
+            f"Lesson {min(unknown)} has no claims; there are lessons {sorted(lessons)}.",
+            file=sys.stderr,
+        )
+        return 2
     try:
-        if options.measure is not None:
-            measure(options.measure, options.ledger)
+        if measure is not None:
+            measure_anew(measure, ledger)
             print("Now write the checksums of data/: python -m mi_helpers manifest --write\n")
-        rows = read(options.ledger)
+        rows = read(ledger)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
     print(table(rows))
-    if options.readme and not update_readme(rows):
+    if readme and not update_readme(rows):
         print(f"README.md has no markers {BEGIN} … {END}: put them where the table should stand.")
         return 1
     found = problems(rows)

@@ -1,15 +1,20 @@
 """Notebooks as they are committed: run from top to bottom, clean, with nothing of this machine."""
 
-import argparse
 import json
 import os
 import re
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import nbformat
+import tyro
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+from mi_helpers.files import write_text
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -17,7 +22,7 @@ KEPT_OF_A_CELL = {"tags", "jupyter"}
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|var/folders)/\w|[A-Z]:\\+Users\b")
 
 
-def find(names: list[str], folder: Path = FOLDER) -> list[Path]:
+def find(names: Sequence[str], folder: Path = FOLDER) -> list[Path]:
     """The notebooks whose names begin with any of `names`, or all; ValueError where none does."""
     found = sorted(folder.glob("*.ipynb"))
     for name in names:
@@ -86,9 +91,7 @@ def cell_problems(cell) -> list[str]:
 
 def save(notebook, path: Path) -> None:
     """Write a notebook atomically, with Unix line ends."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(nbformat.writes(notebook) + "\n", "utf-8", newline="\n")
-    os.replace(temporary, path)
+    write_text(path, nbformat.writes(notebook) + "\n")
 
 
 def refresh(path: Path, run: bool = True) -> list[str]:
@@ -106,21 +109,29 @@ def refresh(path: Path, run: bool = True) -> list[str]:
     return found
 
 
-def main(argv: list[str]) -> int:
-    """`python -m mi_helpers notebooks [NAMES] [--clean-only]`."""
-    parser = argparse.ArgumentParser(prog="python -m mi_helpers notebooks", description=__doc__)
-    parser.add_argument("names", nargs="*", help="how names begin, such as 00 03; all without")
-    parser.add_argument("--clean-only", action="store_true", help="do not run them")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    options = parser.parse_args(argv)
+def main(
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")
+    ] = (),
+    clean_only: bool = False,
+    folder: Path = FOLDER,
+) -> int:
+    """Run the notebooks from top to bottom and save them clean; one that fails stays as it was.
+
+    Args:
+        names: how the names begin, such as 00 03; all notebooks without
+        clean_only: do not run them
+        folder: where they are
+    """
     try:
-        paths = find(options.names, options.folder)
+        paths = find(names, folder)
     except ValueError as error:
-        parser.error(str(error))
+        print(error, file=sys.stderr)
+        return 2
     failed = False
     for path in paths:
         try:
-            found = refresh(path, run=not options.clean_only)
+            found = refresh(path, run=not clean_only)
         except CellExecutionError as error:
             found = [str(error)]
         print(f"{path.name}: " + ("saved" if not found else "left as it was"), flush=True)

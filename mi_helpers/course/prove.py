@@ -1,6 +1,5 @@
 """The proof of every exercise: the reference passes, the stub is neutral, wrong answers fail."""
 
-import argparse
 import inspect
 import re
 import time
@@ -79,10 +78,11 @@ def wrong(exercise: Exercise) -> list[str]:
     return found
 
 
-def main(argv: list[str]) -> int:
-    """`python -m mi_helpers exercises`: prove all, print a table, exit 1 when anything fails."""
-    parser = argparse.ArgumentParser(prog="python -m mi_helpers exercises", description=__doc__)
-    parser.parse_args(argv)
+def main() -> int:
+    """Prove every exercise: the reference passes, the stub is neutral, wrong answers fail.
+
+    The exit code is 1 when anything fails.
+    """
     print("lesson  exercises  wrong answers  seconds")
     found, total = [], 0
     for lesson, exercises in lessons().items():

@@ -6,6 +6,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from platformdirs import user_state_path
+
 _this_session: set[str] = set()
 
 
@@ -13,11 +15,10 @@ def path() -> Path:
     """Where progress is kept: `$MI_PROGRESS`, or the platform's folder for a user's state."""
     if given := os.environ.get("MI_PROGRESS"):
         return Path(given)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "mi-course" / "progress.json"
+    before = Path.home() / ".local" / "state" / "mi-course" / "progress.json"
+    if sys.platform == "darwin" and before.is_file():  # where earlier versions put it
+        return before
+    return user_state_path("mi-course", appauthor=False) / "progress.json"
 
 
 def saved() -> set[str]:
@@ -43,17 +44,11 @@ def passed() -> set[str]:
 
 def add(exercise_id: str) -> str:
     """Record one id; "" or, where the file cannot be written, a sentence that says so."""
+    from mi_helpers.files import RunError, write_json  # loads torch, which commands do without
+
     _this_session.add(exercise_id)
-    file = path()
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        ids = saved() | {exercise_id}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"passed": sorted(ids)}, indent=1) + "\n", "utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = error.strerror or type(error).__name__
-        return f"Your progress cannot be saved here ({reason}), so it lasts for this session only."
+        write_json(path(), {"passed": sorted(saved() | {exercise_id})})
+    except RunError as error:
+        return f"Your progress cannot be saved, so it lasts for this session only: {error}"
     return ""
