@@ -58,8 +58,14 @@ def test_a_mistake_in_the_options_gets_one_sentence(arguments, said, capsys):
     assert error.startswith(said) and error.count("\n") == 1 and "│" not in error
 
 
-def test_a_sentence_is_taken_out_of_a_box():
-    box = "╭─ Value error ─╮\n│ Error parsing │\n│ --k: no. │\n│ ───── │\n│ Helptext │\n╰──╯\n"
+@pytest.mark.parametrize(
+    "box",
+    [
+        "╭─ Value error ─╮\n│ Error parsing │\n│ --k: no │\n│ ───── │\n│ Helptext │\n╰─────╯\n",
+        " Value error \n ----------- \n  Error parsing  \n  --k: no.  \n  ------\n Helptext \n",
+    ],
+)
+def test_a_sentence_is_taken_out_of_a_box(box):
     assert sentence(box) == "Error parsing --k: no."
 
 

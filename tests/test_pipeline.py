@@ -236,8 +236,16 @@ def test_the_verdict():
     assert lines[0].startswith("harvest       2.0 h  memory   3.0 GB  disk   1.0 GB  how")
 
 
-def test_help_lists_the_options(capsys):
+def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit):
-        pipeline.main_train(["--help"])
+        main(["train", "--help"])
     shown = capsys.readouterr().out
-    assert "--warm-up" in shown and "(4096)" in shown and "--dry-run" in shown
+    assert all(f"--{name.replace('_', '-')}" in shown for name in Settings.__dataclass_fields__)
+    assert "(4096)" in shown and "--dry-run" in shown
+
+
+def test_an_option_is_given_or_it_is_not(monkeypatch):
+    given = []
+    monkeypatch.setattr(pipeline, "run_stage", lambda *args: given.append(args))
+    assert main(["run", "--skip", "--warm-up", "0.1", "--layer", "-1", "--dry-run"]) == 0
+    assert given == [("run", Settings(skip=True, warm_up=0.1), True)]

@@ -273,7 +273,8 @@ def lessons() -> dict[int, list[Exercise]]:
 def exercises_of(lesson: int) -> list[Exercise]:
     """The exercises of one lesson; ModuleNotFoundError where there is none."""
     room = importlib.import_module(f"mi_helpers.lessons.lesson_{lesson:02d}.exercises")
-    return [each.exercise for each in vars(room).values() if hasattr(each, "exercise")]
+    found = [getattr(each, "exercise", None) for each in vars(room).values()]
+    return [each for each in found if isinstance(each, Exercise)]
 
 
 def find(exercise_id: str) -> Exercise:

@@ -37,10 +37,7 @@ COMMANDS = {
         "train-model": ("mi_helpers.tiny_gemma.training:main_train", "train tiny-gemma again"),
         "skills": ("mi_helpers.tiny_gemma.skills:main", "what tiny-gemma can do, per family"),
         "make-sae": ("mi_helpers.lessons.lesson_06.grid:main", "make the autoencoder"),
-        "make-transcoders": (
-            "mi_helpers.lessons.lesson_07.experiments:main",
-            "make the transcoders",
-        ),
+        "make-transcoders": ("mi_helpers.saes.transcoders:main", "make the transcoders"),
     },
 }
 BY_NAME = {name: command for group in COMMANDS.values() for name, command in group.items()}
@@ -95,10 +92,12 @@ def parse(command: Callable, name: str, argv: list[str]) -> Callable[[], int]:
 
 
 def sentence(box: str) -> str:
-    """What a box of tyro's says above its first rule, without the frame, in one line."""
-    rows = [row.strip("│ ") for row in box.splitlines()[1:]]
-    said = " ".join(row for row in rows[: next(i for i, r in enumerate(rows) if r[:1] in "─╰")])
-    return re.sub(r"(?<![.?!])$", ".", said)
+    """What a box of tyro's says between its title and its next rule, in one line."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    rows = [row.strip("│╭╮╰╯ ") for row in plain.splitlines()]
+    parts = re.split("[─-]{4,}", " ".join(row for row in rows[1:] if row))
+    said = next(part.strip() for part in parts if part.strip())
+    return said if said.endswith((".", "?", "!")) else f"{said}."
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,27 +1,28 @@
 """`python -m mi_helpers harvest | train | report | features | run`: text to features, in stages.
 
-    python -m mi_helpers run                                    # tiny-gemma on TinyWorld
-    python -m mi_helpers run --config config/gemma_2_2b.toml --dry-run      # hours, memory, disk
-    torchrun --nproc-per-node 2 -m mi_helpers run --folder runs/two
-
 Each stage leaves files in --folder, which the next one reads. A stage that was killed continues
 from where it was when the same command is given again. Settings come from a TOML file (`key =
 value`; the keys are the options' names, with "_" for "-") and from options, which win.
+
+    python -m mi_helpers run                                    # tiny-gemma on TinyWorld
+    python -m mi_helpers run --config config/gemma_2_2b.toml --dry-run      # hours, memory, disk
+    torchrun --nproc-per-node 2 -m mi_helpers run --folder runs/two
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import os
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict, Unpack
 
 import torch
+import tyro
 
 from mi_helpers.files import RunError
 from mi_helpers.layouts import Key
@@ -302,69 +303,53 @@ def run_stage(stage: str, settings: Settings, dry_run: bool = False) -> None:
 # ----------------------------------------------------------------------------------- commands
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence."""
-
-    def error(self, message: str):
-        self.exit(2, f"{message[0].upper()}{message[1:]}{'' if message.endswith('?') else '.'}\n")
-
-
-def parser(stage: str) -> argparse.ArgumentParser:
-    """The options of a stage's command: one per field of `Settings`."""
-    made = Parser(
-        prog=f"python -m mi_helpers {stage}",
-        description=getattr(Pipeline, stage).__doc__,
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.add_argument("--config", type=Path, help="a TOML file with these settings")
-    made.add_argument("--dry-run", action="store_true", help="time, memory and disk, and no more")
-    for field in dataclasses.fields(Settings):
-        option, kind = "--" + field.name.replace("_", "-"), type(field.default)
-        about, only = field.metadata["help"], [v for v in field.metadata["only"] if v]
-        about = about or f"one of {', '.join(only)}"
-        shown = "" if field.default in ("", -1, 0, 0.0, False) else f" ({field.default})"
-        if kind is bool:
-            made.add_argument(option, action="store_true", default=None, help=about)
-        else:
-            made.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=about + shown)
-    return made
+def _option(field: dataclasses.Field) -> object:
+    """The type of a field of `Settings` with its help, as an option of a command."""
+    kind, only = type(field.default), [value for value in field.metadata["only"] if value]
+    about = field.metadata["help"] or f"one of {', '.join(only)}"
+    shown = "" if field.default in ("", -1, 0, 0.0) else f" ({field.default})"
+    name = kind.__name__.upper()
+    return Annotated[kind, tyro.conf.arg(help=about + shown, metavar=name, help_behavior_hint="")]
 
 
-def main(stage: str, argv: list[str]) -> int:
-    """`python -m mi_helpers STAGE …`: 2 for what cannot be done, in one sentence."""
-    given = vars(parser(stage).parse_args(argv))
-    config, dry_run = given.pop("config"), given.pop("dry_run")
-    try:
-        settings = read_settings({k: v for k, v in given.items() if v is not None}, config)
-        run_stage(stage, settings, dry_run)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+Options = TypedDict(
+    "Options",
+    {f.name: _option(f) for f in dataclasses.fields(Settings) if f.name != "skip"},
+    total=False,
+)
 
 
-def main_harvest(argv: list[str]) -> int:
-    """`python -m mi_helpers harvest …`."""
-    return main("harvest", argv)
+def command(stage: str) -> Callable[..., int]:
+    """A stage as a command; its exit code is 2 for what cannot be done, said in one sentence."""
+
+    def main(
+        config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+        dry_run: bool = False,
+        skip: bool = False,
+        **settings: Unpack[Options],
+    ) -> int:
+        given = {**settings, **({"skip": True} if skip else {})}
+        try:
+            run_stage(stage, read_settings(given, config), dry_run)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        return 0
+
+    about, more = getattr(Pipeline, stage).__doc__, (__doc__ or "").partition("\n\n")[2]
+    main.__doc__ = f"""{about}
+
+{more}
+Args:
+    config: a TOML file with these settings
+    dry_run: say the time, the memory and the disk that it takes, and no more
+    skip: an affine path around the latents
+"""
+    return main
 
 
-def main_train(argv: list[str]) -> int:
-    """`python -m mi_helpers train …`."""
-    return main("train", argv)
-
-
-def main_report(argv: list[str]) -> int:
-    """`python -m mi_helpers report …`."""
-    return main("report", argv)
-
-
-def main_features(argv: list[str]) -> int:
-    """`python -m mi_helpers features …`."""
-    return main("features", argv)
-
-
-def main_run(argv: list[str]) -> int:
-    """`python -m mi_helpers run …`."""
-    return main("run", argv)
+main_harvest = command("harvest")
+main_train = command("train")
+main_report = command("report")
+main_features = command("features")
+main_run = command("run")

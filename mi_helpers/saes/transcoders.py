@@ -11,7 +11,6 @@ layer one TopK transcoder without and one with a skip path, in SAELens' layout.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
@@ -225,15 +224,13 @@ def make_transcoders(
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def main(argv: list[str]) -> int:
-    """`python -m mi_helpers make-transcoders [--folder data/transcoders]`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mi_helpers make-transcoders", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--folder", type=Path, default=SHIPPED, help="where to put them")
-    options = parser.parse_args(argv)
-    made = make_transcoders(load_model("tiny-gemma"), options.folder)
+def main(folder: Path = SHIPPED) -> int:
+    """Make the transcoders that ship in data/.
+
+    Args:
+        folder: where to put them
+    """
+    made = make_transcoders(load_model("tiny-gemma"), folder)
     print(f"{len(made)} files, {sum(path.stat().st_size for path in made) / 2**20:.1f} MiB")
     print("Now write the checksums of data/: python -m mi_helpers manifest --write")
     return 0

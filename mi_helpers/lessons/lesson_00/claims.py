@@ -1,9 +1,18 @@
 """Lesson 00's rows of the ledger: each function measures one claim, at one seed."""
 
+from mi_helpers.course.ledger import claim
 from mi_helpers.lessons.shared import shipped_model
 from mi_helpers.tinyworld.world import World
 
 
+@claim(
+    "stream-sum",
+    "embed + Σ attn_out + Σ mlp_out against the final residual, relative to its largest entry",
+    source="Elhage et al. 2021, A Mathematical Framework, "
+    "Residual Stream as a Communication Channel",
+    published="0",
+    tolerance="<= 1e-5",
+)
 def stream_sum_error(seed: int) -> float:
     """max |embed + Σ attn_out + Σ mlp_out - resid_final| / max |resid_final|, on one document.
 

@@ -8,7 +8,6 @@ machine give the same files.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import tempfile
@@ -210,14 +209,14 @@ def make_sae(
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def main(argv: list[str]) -> int:
-    """`python -m mi_helpers make-sae [--folder data/sae]`."""
-    parser = argparse.ArgumentParser(prog="python -m mi_helpers make-sae", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--folder", type=Path, default=SHIPPED, help="where to put it")
-    options = parser.parse_args(argv)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    for path in make_sae(shipped_model(), options.folder):
-        print(f"{path.relative_to(options.folder)}: {path.stat().st_size:,} bytes")
+def main(folder: Path = SHIPPED) -> int:
+    """Make the sparse autoencoder that ships in data/, and the table of its rivals.
+
+    Args:
+        folder: where to put them
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in make_sae(shipped_model(), folder):
+        print(f"{path.relative_to(folder)}: {path.stat().st_size:,} bytes")
     print("Now write the checksums of data/: python -m mi_helpers manifest --write")
     return 0
