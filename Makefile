@@ -11,12 +11,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .peers/.ready
 CODERS := .peers-coders/.ready
+# The tests that hold numbers to a tolerance: other processors and threads round otherwise.
+NUMERIC = $(shell grep -lwE 'allclose|assert_close|isclose|approx|near|agrees' tests/test_*.py)
 FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
 # In a container the only user is often root, whom Jupyter turns away unless told.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: help lab test unit notebook-tests model notebooks bench exercises doctor
+.PHONY: help lab test unit numeric notebook-tests model notebooks bench exercises doctor
 .DEFAULT_GOAL := help
 
 help:  ## show these commands
@@ -46,6 +48,10 @@ unit: export HF_HUB_OFFLINE = 1
 unit: $(READY)
 	@$(BIN)/python -m ruff check --quiet .
 	@$(BIN)/python -m pytest -q -n $(WORKERS) tests
+
+numeric: export HF_HUB_OFFLINE = 1
+numeric: $(READY)  ## only tests that compare numbers: set ATEN_CPU_CAPABILITY, OMP_NUM_THREADS
+	@$(BIN)/python -m pytest -q -n $(WORKERS) $(NUMERIC)
 
 notebook-tests: export OMP_NUM_THREADS = 1
 notebook-tests: export HF_HUB_OFFLINE = 1

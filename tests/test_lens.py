@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import near
 from test_models import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import lens as lenses
@@ -57,7 +58,7 @@ def test_reading_tokens_is_reading_the_cache(model):
     _, cache = model.run_with_cache(ids, sites)
     assert set(found) == set(cache)
     for key, values in found.items():
-        torch.testing.assert_close(values, cache[key][rows, positions], atol=1e-5, rtol=1e-5)
+        assert near(values, cache[key][rows, positions])
 
 
 def test_reading_no_token(gemma):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from rounding import SHARE
 from tiny_models import tiny_model, word_tokenizer
 
 from mi_helpers import plots
@@ -143,11 +144,13 @@ def test_the_ruler_of_prompts_that_agree(tiny):
 
 def test_the_way_from_one_run_to_the_other(tiny):
     one = small_pairs(tiny)[0]
-    whole = activation_patch(tiny, one.clean, one.corrupted, "resid_pre", one.metric(tiny))
+    metric = one.metric(tiny)
+    whole = activation_patch(tiny, one.clean, one.corrupted, "resid_pre", metric)
     way = lab.interpolate(tiny, one, "resid_pre", 1, 2, [0, 0.5, 1])
     assert way.shape == (3,)
-    assert way[0] == pytest.approx(0, abs=1e-4)
-    assert way[2] == pytest.approx(float(whole[1, 2]), abs=1e-4)
+    rounding = 10 * SHARE / abs(metric.clean - metric.corrupted)  # logits of 10, over their gap
+    assert way[0] == pytest.approx(0, abs=rounding)
+    assert way[2] == pytest.approx(float(whole[1, 2]), abs=rounding)
 
 
 def test_true_effects_and_estimates_have_the_same_cells(tiny):

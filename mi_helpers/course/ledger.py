@@ -66,6 +66,19 @@ class Claim:
         """Measure it once."""
         return float(self.measure(seed))
 
+    def agrees(self, value: float, row: dict[str, str]) -> bool:
+        """Whether one seed, measured again on any machine, agrees with the ledger's row.
+
+        It has the row's verdict, and is within four standard deviations over the seeds of its
+        value, or within a fiftieth of the value or of the tolerance, on which no verdict hangs.
+        Every processor rounds its own way: rounding has its bound, and no value.
+        """
+        if verdict(self.published, value, self.tolerance) != row["verdict"]:
+            return False
+        ours, (_, limit) = float(row["ours"]), bound(self.tolerance)
+        slack = max(4 * float(row["sd"]), 0.02 * abs(ours), 0.02 * abs(limit))
+        return is_rounding(row) or abs(value - ours) <= slack
+
 
 def claim(
     id: str,
@@ -108,20 +121,32 @@ def number(text: str) -> float:
     return float(Fraction(text))
 
 
-def verdict(published: str, ours: float, tolerance: str) -> str:
-    """HOLDS or FAILS. ValueError, with a sentence, for a tolerance that cannot be read."""
+def bound(tolerance: str) -> tuple[str, float]:
+    """Its sign, "±", ">=" or "<=", and its number. ValueError, with a sentence, for other text."""
     found = re.fullmatch(r"(±|>=|<=) *(\S+)", tolerance.strip())
-    if not found or (found[1] == "±" and not published):
+    if not found:
         raise ValueError(
             f"The tolerance '{tolerance}' cannot be applied: write '± 0.02' beside a published "
             "value, or a bound such as '>= 0.9' or '<= 1e-5'."
         )
-    sign, limit = found[1], number(found[2])
+    return found[1], number(found[2])
+
+
+def verdict(published: str, ours: float, tolerance: str) -> str:
+    """HOLDS or FAILS. ValueError, with a sentence, for a tolerance that cannot be applied."""
+    sign, limit = bound(tolerance)
+    if sign == "±" and not published:
+        raise ValueError(f"'{tolerance}' cannot be applied: there is no published value beside it.")
     if not math.isfinite(ours):
         return FAILS
     if sign == "±":
         return HOLDS if abs(ours - number(published)) <= limit else FAILS
     return HOLDS if (ours >= limit if sign == ">=" else ours <= limit) else FAILS
+
+
+def is_rounding(row: dict[str, str]) -> bool:
+    """Whether only rounding is measured: 0 is derived, and ours is to stay under a bound."""
+    return row["published"] == "0" and bound(row["tolerance"])[0] == "<="
 
 
 def row_of(claim: Claim, values: list[float]) -> dict[str, str]:
@@ -214,9 +239,11 @@ def measure_anew(
 
 
 def ours(row: dict[str, str]) -> str:
-    """Our value as text: mean ± standard deviation over the seeds."""
+    """Our value as text: mean ± standard deviation over the seeds; of rounding, its bound."""
     if not row["ours"]:
         return UNMEASURED
+    if is_rounding(row) and row["verdict"] == HOLDS:
+        return row["tolerance"]
     mean, sd = float(row["ours"]), float(row["sd"])
     digits = 4 if not sd else min(4, max(2, 1 - math.floor(math.log10(sd))))
     shown = f"{mean:.{digits}f}" if abs(mean) >= 1e-3 or mean == 0 else f"{mean:.1e}"
