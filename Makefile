@@ -18,7 +18,7 @@ FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: help lab test unit numeric notebook-tests model notebooks bench exercises doctor
+.PHONY: help lab test lint unit numeric notebook-tests model notebooks bench exercises doctor
 .DEFAULT_GOAL := help
 
 help:  ## show these commands
@@ -41,12 +41,19 @@ lab: $(READY)  ## open the first lesson in JupyterLab (LAB_ARGS="--no-browser --
 	@$(BIN)/python -m jupyterlab --LabApp.app_settings_dir="$(CURDIR)/config/lab" \
 	  --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/$(FIRST) $(AS_ROOT) $(LAB_ARGS)
 
-test: unit notebook-tests exercises  ## lint, unit tests, every notebook, every exercise
+test: lint unit notebook-tests exercises  ## lint, unit tests, every notebook, every exercise
+
+lint: $(READY)  ## style, the import rule, the core's types
+	@$(BIN)/python -m ruff check --quiet .
+	@$(BIN)/python -m ruff format --check --quiet .
+	@mkdir -p .cache
+	@$(BIN)/lint-imports --no-logo --no-cache >.cache/imports.txt || { cat .cache/imports.txt; exit 1; }
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python --level error >.cache/types.txt || \
+	  { cat .cache/types.txt; exit 1; }
 
 unit: export OMP_NUM_THREADS = 1
 unit: export HF_HUB_OFFLINE = 1
 unit: $(READY)
-	@$(BIN)/python -m ruff check --quiet .
 	@$(BIN)/python -m pytest -q -n $(WORKERS) tests
 
 numeric: export HF_HUB_OFFLINE = 1

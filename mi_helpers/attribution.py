@@ -219,7 +219,7 @@ def head_writes(
     """
     heads = torch.einsum("...hi,hid->...hd", z.double(), model.weight("W_O", layer).double())
     bias = model.part("o", layer).bias
-    bias = None if bias is None else bias.double().expand_as(heads[..., 0, :])
+    bias = None if bias is None else bias.double().expand_as(heads[..., 0, :])  # pyright: ignore[reportCallIssue]
     norm = model.part("ln1_post", layer)
     if norm is None or not post_norm:
         return heads, bias

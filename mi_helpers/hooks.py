@@ -129,7 +129,7 @@ class HookedModel:
         self.family: str = config.model_type
         self.name: str = name or config.name_or_path or self.family
         self.layout = layout_of(self.family, self.name)
-        hf.set_attn_implementation("eager")
+        hf.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
         hf.eval().requires_grad_(False)
         self.decoder: nn.Module = hf.get_submodule(self.layout.decoder)
         self.blocks: nn.ModuleList = self.decoder.get_submodule(self.layout.blocks)

@@ -48,7 +48,7 @@ def load_model(
     try:
         layout_of(AutoConfig.from_pretrained(source).model_type, name)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        hf, info = AutoModelForCausalLM.from_pretrained(
+        hf, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source,
             dtype=dtype or "auto",
             attn_implementation="eager",
@@ -176,8 +176,8 @@ def materialize(
     for parameter in hf.parameters():
         parameter.data = parameter.data.to(dtype)
     hf.to_empty(device=device)
-    hf.tie_weights()
+    hf.tie_weights()  # pyright: ignore[reportCallIssue]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        hf.initialize_weights()
+        hf.initialize_weights()  # pyright: ignore[reportCallIssue]
     return LanguageModel(hf, model.tokenizer, model.name)

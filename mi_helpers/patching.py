@@ -127,7 +127,7 @@ def normalised_logit_diff(
         ModelError: an answer is several tokens; answer and wrong are equal; the prompts do not line
             up (`pair`); the two runs have the same logit difference.
     """
-    answer, wrong = answer_ids(model, answer), answer_ids(model, wrong)
+    answer, wrong = answer_ids(model, answer), answer_ids(model, wrong)  # pyright: ignore[reportAssignmentType]
     run, other = _two_runs(model, clean, corrupted)
     batch = run.ids.shape[0]
     for ids in (answer, wrong):

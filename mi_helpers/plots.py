@@ -196,7 +196,7 @@ def bars(
     """
     first = next(iter(values.values()), None)
     series = dict(values) if isinstance(first, Mapping) else {"": dict(values)}
-    names = list(dict.fromkeys(name for each in series.values() for name in each))
+    names = list(dict.fromkeys(name for each in series.values() for name in each))  # pyright: ignore[reportGeneralTypeIssues]
     thick = 0.8 / len(series)
     picture, axes = figure(width, clamp(1.2 + 0.38 * len(names) * max(1, 0.7 * len(series))))
     for index, (label, each) in enumerate(series.items()):

@@ -71,7 +71,7 @@ def _own_attention(model: LanguageModel):
     finally:
         model.use_attention(before)
         for layer in range(model.n_layers):
-            replaced_attention.pop(model.part("attn", layer), None)
+            replaced_attention.pop(model.part("attn", layer), None)  # pyright: ignore[reportCallIssue]
 
 
 # ------------------------------------------------------------------------------- the base run

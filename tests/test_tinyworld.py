@@ -298,7 +298,7 @@ def test_a_name_in_two_slots_has_two_derivations():
     assert reader.derivations("The court chase the net in straight sets.", frames) == []
 
 
-# -- determined families: exact by brute force ------------------------------------------------------------
+# -- determined families: exact by brute force -----------------------------------------------
 
 WORDS = {
     "object": ("book", "apple"),
