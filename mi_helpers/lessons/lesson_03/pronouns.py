@@ -60,14 +60,12 @@ def sides(jobs: Sequence[str] = JOBS, share: float = 1 / 3) -> tuple[list[str], 
     return order[-count:], order[:count]
 
 
-def pronoun_pairs(
-    model: LanguageModel, n: int, seed: int, jobs: Sequence[str] = JOBS, held: bool = False
-) -> Pairs:
+def pronoun_pairs(model: LanguageModel, n: int, seed: int, jobs: Sequence[str] = JOBS) -> Pairs:
     """n pairs of one sentence: clean with a 'she' occupation, corrupted with a 'he' occupation.
 
     Occupations with an unusual number of tokens are left out.
     """
-    texts = dict(zip(jobs, pronoun_texts(seed, jobs, held), strict=True))
+    texts = dict(zip(jobs, pronoun_texts(seed, jobs), strict=True))
     counts = {job: model.tokens(text).shape[1] for job, text in texts.items()}
     usual = max(set(counts.values()), key=list(counts.values()).count)
     she, he = sides([job for job in jobs if counts[job] == usual])
