@@ -7,7 +7,7 @@
 
 It runs in the environment of `benchmarks/requirements-coders.txt`; a peer that is not installed is
 left out. Each contender is timed in a process of its own, one after the other, so that its peak of
-memory is its own too. The tables go to benchmarks/results and, between markers, into README.md.
+memory is its own too. The tables go to `results` and README.md here.
 """
 
 import argparse
@@ -54,7 +54,7 @@ from mi_helpers.tinyworld.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "benchmarks" / "README.md"
 BEGIN, END = "<!-- bench coders -->", "<!-- /bench coders -->"
 OURS = "this course"
 
@@ -676,7 +676,7 @@ def markdown(folder: Path = RESULTS) -> str:
     return "\n\n".join([*parts, END])
 
 
-def update_readme(path: Path = README, folder: Path = RESULTS) -> bool:
+def update_page(path: Path = PAGE, folder: Path = RESULTS) -> bool:
     """Put the tables between the markers; False where there are none."""
     return put_between(path, BEGIN, END, markdown(folder))
 
@@ -739,8 +739,8 @@ def main(argv: list[str]) -> int:
             show(rows, title)
             if not options.quick:
                 keep(f"coders_{part}", rows)
-    if not options.quick and not update_readme():
-        print(f"README.md has no markers {BEGIN} … {END}: put them where the tables should stand.")
+    if not options.quick and not update_page():
+        print(f"{PAGE.name} has no markers {BEGIN} … {END}: put them where the tables should be.")
     return 0
 
 

@@ -6,7 +6,7 @@
 
 It runs in the environment of `benchmarks/requirements.txt`, on two threads. Every sweep is timed in
 turn with the others, the activations of both prompts included, and the medians are compared; then
-its numbers are compared with the peers'. The tables go to benchmarks/results and into README.md.
+its numbers are compared with the peers'. The tables go to `results` and README.md here.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from mi_helpers.paths import path_patch_map
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
+PAGE = HERE / "README.md"
 THREADS = 2
 PROMPT = (
     "{0} is an old city, and people live in {0}. People go to {0} to see the city. "
@@ -389,7 +389,7 @@ def markdown(folder: Path = RESULTS) -> str:
     return "\n".join([BEGIN, "", *lines, "", END])
 
 
-def update_readme(path: Path = README, folder: Path = RESULTS) -> bool:
+def update_page(path: Path = PAGE, folder: Path = RESULTS) -> bool:
     """Put the tables between the markers; False where there are none."""
     return put_between(path, BEGIN, END, markdown(folder))
 
@@ -412,8 +412,8 @@ def main(argv: list[str]) -> int:
             rows = TABLES[name](options.quick)
             if not options.quick:
                 save(name, rows)
-    if not options.quick and not update_readme():
-        print(f"README.md has no markers {BEGIN} … {END}: put them where the table should stand.")
+    if not options.quick and not update_page():
+        print(f"{PAGE.name} has no markers {BEGIN} … {END}: put them where the tables should be.")
     return 0
 
 

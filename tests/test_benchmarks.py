@@ -1,4 +1,4 @@
-"""The benchmark's tables: written, read back, and shown in the README as they were measured."""
+"""The benchmark's tables: written, read back, and shown on their page as they were measured."""
 
 import pytest
 import torch
@@ -13,22 +13,22 @@ ROWS = [dict(zip(bench.COLUMNS, "abcdefg", strict=True))]
 
 
 def test_tables_are_kept_apart_and_shown_together(tmp_path):
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n", "utf-8")
+    page, folder = tmp_path / "README.md", tmp_path / "results"
+    page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n", "utf-8")
     for name in ("gemma_2_2b", "tiny_gemma"):
         bench.save(name, [row | {"what": name} for row in ROWS], folder)
-    assert bench.update_readme(readme, folder)
-    text = readme.read_text("utf-8")
+    assert bench.update_page(page, folder)
+    text = page.read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.index("| tiny_gemma | b |") < text.index("| gemma_2_2b | b |")
-    assert bench.update_readme(readme, folder) and readme.read_text("utf-8") == text
-    readme.write_text("no markers", "utf-8")
-    assert not bench.update_readme(readme, folder)
+    assert bench.update_page(page, folder) and page.read_text("utf-8") == text
+    page.write_text("no markers", "utf-8")
+    assert not bench.update_page(page, folder)
 
 
-def test_the_readme_shows_what_was_measured():
+def test_the_page_shows_what_was_measured():
     if any((bench.RESULTS / f"{name}.csv").is_file() for name in bench.TABLES):
-        assert bench.markdown() in bench.README.read_text("utf-8")
+        assert bench.markdown() in bench.PAGE.read_text("utf-8")
 
 
 SPEEDS = {  # milliseconds with the same float32 product, and as they come
@@ -56,23 +56,23 @@ def test_how_many_times_faster_by_hand():
     assert f"wanted at most {coder_bench.BOUND}" in said
 
 
-def test_the_coders_tables_in_the_readme(tmp_path, monkeypatch):
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
+def test_the_coders_tables_on_the_page(tmp_path, monkeypatch):
+    page, folder = tmp_path / "README.md", tmp_path / "results"
     monkeypatch.setattr(coder_bench, "RESULTS", folder)
-    readme.write_text(f"before\n{coder_bench.BEGIN}\nold\n{coder_bench.END}\nafter\n", "utf-8")
+    page.write_text(f"before\n{coder_bench.BEGIN}\nold\n{coder_bench.END}\nafter\n", "utf-8")
     gradients = [{"difference": "3e-7"}, {"difference": "1.2e-06"}, {"difference": "9e-8"}]
     coder_bench.keep("coders_gradients", gradients)
     coder_bench.keep("coders_files", [{"file": "one", "read here": "0.0e+00"}])
-    assert coder_bench.update_readme(readme, folder)
-    text = readme.read_text("utf-8")
+    assert coder_bench.update_page(page, folder)
+    text = page.read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "1.2e-06" in text and "| one | 0.0e+00 |" in text
-    readme.write_text("no markers", "utf-8")
-    assert not coder_bench.update_readme(readme, folder)
+    page.write_text("no markers", "utf-8")
+    assert not coder_bench.update_page(page, folder)
 
 
-def test_the_readme_shows_what_was_measured_of_coders():
-    assert coder_bench.markdown() in coder_bench.README.read_text("utf-8")
+def test_the_page_shows_what_was_measured_of_coders():
+    assert coder_bench.markdown() in coder_bench.PAGE.read_text("utf-8")
 
 
 def test_the_median_of_ways_that_take_turns():

@@ -57,8 +57,8 @@ def test_one_seed_measured_again_agrees_with_the_ledger(each):
     assert each.agrees(value := each.value(seed=0), row), f"{value}, and {claims.ours(row)}"
 
 
-def test_the_readme_shows_the_ledger_as_it_is():
-    shown = between(claims.README.read_text("utf-8"), claims.BEGIN, claims.END)
+def test_the_page_shows_the_ledger_as_it_is():
+    shown = between(claims.PAGE.read_text("utf-8"), claims.BEGIN, claims.END)
     assert shown == claims.markdown(ROWS)
 
 
@@ -205,21 +205,21 @@ def test_a_lesson_without_claims_is_refused(capsys):
     assert "Lesson 99 has no claims" in capsys.readouterr().err
 
 
-# -- the README ------------------------------------------------------------------------------
+# -- the page ------------------------------------------------------------------------------
 
 
 def test_the_table_goes_between_the_markers(ledger, tmp_path):
-    readme, rows = tmp_path / "README.md", claims.read(ledger)
-    readme.write_text(f"# T\n\n{claims.BEGIN}\nOUTDATED\n{claims.END}\n\nend\n", "utf-8")
-    assert claims.update_readme(rows, readme)
-    text = readme.read_text("utf-8")
+    page, rows = tmp_path / "README.md", claims.read(ledger)
+    page.write_text(f"# T\n\n{claims.BEGIN}\nOUTDATED\n{claims.END}\n\nend\n", "utf-8")
+    assert claims.update_page(rows, page)
+    text = page.read_text("utf-8")
     assert text.startswith("# T\n\n") and text.endswith("\n\nend\n") and "OUTDATED" not in text
     assert between(text, claims.BEGIN, claims.END) == claims.markdown(rows)
     assert "| 77 | Half of one | derived: 1/2 | 1/2 | 0.510 ± 0.01 | 3 | ± 0.02 | holds |" in text
 
 
-def test_a_readme_without_markers_stays(ledger, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("# T\n", "utf-8")
-    assert not claims.update_readme(claims.read(ledger), readme)
-    assert readme.read_text("utf-8") == "# T\n"
+def test_a_page_without_markers_stays(ledger, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("# T\n", "utf-8")
+    assert not claims.update_page(claims.read(ledger), page)
+    assert page.read_text("utf-8") == "# T\n"

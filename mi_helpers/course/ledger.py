@@ -6,7 +6,7 @@ room, above the function that measures it. To add a row, write `measure(seed) ->
 
     python -m mi_helpers claims                 the table; exit code 1 when a claim fails
     python -m mi_helpers claims --measure 1     measure lesson 1 anew over its seeds, write the rows
-    python -m mi_helpers claims --readme        write the table between the markers in README.md
+    python -m mi_helpers claims --page          write the table into docs/ledger.md
 """
 
 import csv
@@ -31,7 +31,7 @@ from mi_helpers.files import put_between, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "data" / "claims.csv"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "ledger.md"
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 HOLDS, FAILS, UNMEASURED = "holds", "fails", "not measured"
 COLUMNS = "lesson id claim source published ours sd seeds tolerance verdict".split()
@@ -265,7 +265,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The ledger as a Markdown table, with its markers, for the README."""
+    """The ledger as a Markdown table, with its markers, for the page."""
     head = "Lesson,Claim,Source,Published or derived,Ours,Seeds,Tolerance,Verdict".split(",")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
@@ -276,14 +276,14 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join([BEGIN, "", *lines, "", END])
 
 
-def update_readme(rows: list[dict[str, str]], path: Path = README) -> bool:
-    """Put the table between the README's markers; False where there are none."""
+def update_page(rows: list[dict[str, str]], path: Path = PAGE) -> bool:
+    """Put the table between the page's markers; False where there are none."""
     return put_between(path, BEGIN, END, markdown(rows))
 
 
 def main(
     measure: Annotated[list[int] | None, tyro.conf.arg(metavar="[LESSON ...]")] = None,
-    readme: bool = False,
+    page: Annotated[bool, tyro.conf.arg(aliases=["--readme"])] = False,
     ledger: Path = LEDGER,
 ) -> int:
     """Show the ledger: what is claimed, by whom, what we measure, and whether it holds.
@@ -292,7 +292,7 @@ def main(
 
     Args:
         measure: measure these lessons anew over their seeds, or all of them, and write the rows
-        readme: write the table into README.md
+        page: write the table into docs/ledger.md
         ledger: another claims.csv
     """
     lessons = {claim.lesson for claim in all_claims()}
@@ -311,8 +311,8 @@ def main(
         print(error, file=sys.stderr)
         return 1
     print(table(rows))
-    if readme and not update_readme(rows):
-        print(f"README.md has no markers {BEGIN} … {END}: put them where the table should stand.")
+    if page and not update_page(rows):
+        print(f"docs/ledger.md has no markers {BEGIN} … {END}: put them where the table should be.")
         return 1
     found = problems(rows)
     print("\n".join(["", *found]) if found else f"\nAll {len(rows)} claims hold.")
