@@ -12,7 +12,7 @@ READY := .venv/.ready
 PEERS := .peers/.ready
 CODERS := .peers-coders/.ready
 # The tests that hold numbers to a tolerance: other processors and threads round otherwise.
-NUMERIC = $(shell grep -lwE 'allclose|assert_close|isclose|approx|near|agrees' tests/test_*.py)
+NUMERIC = $(shell grep -lwE 'allclose|assert_close|isclose|approx|near|agrees' tests/test_*.py tests/*/test_*.py)
 FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
 # In a container the only user is often root, whom Jupyter turns away unless told.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)

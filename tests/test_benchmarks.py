@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_models import build_empty
+from families import build_empty
 
 from benchmarks import coders as coder_bench
 from benchmarks import patching as bench

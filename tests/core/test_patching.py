@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from test_models import CONFIGS, TEXT, build, make_tokenizer
+from families import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import prefix
 from mi_helpers.ablation import Gaussian, Mean, Resample, Zero, record

@@ -17,7 +17,7 @@ from mi_helpers.saes.harvest import HarvestConfig
 from mi_helpers.saes.pipeline import Settings, read_settings
 from mi_helpers.saes.training import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from families import build, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import OneHotEncoder
-from test_models import build, make_tokenizer
 
 from mi_helpers import probes
 from mi_helpers.models import LanguageModel

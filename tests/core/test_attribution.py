@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from families import CONFIGS, TEXT, build, make_tokenizer
 from rounding import SHARE, near
-from test_models import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers.attribution import Attribution, direct_logit_attribution, head_writes
 from mi_helpers.layouts import ModelError, norm_gain

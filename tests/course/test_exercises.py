@@ -14,7 +14,7 @@ from mi_helpers.course import hint, progress, prove, record, solution
 from mi_helpers.course.check import NOT_ATTEMPTED, RIGHT, WRONG, Exercise, Verdict, evaluate
 
 mechanism = importlib.import_module("mi_helpers.course.check")  # the name is the function's too
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 LESSONS = mechanism.lessons()
 EXERCISES = [
     pytest.param(exercise, lesson, id=exercise.id)

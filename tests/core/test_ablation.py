@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_models import CONFIGS, TEXT, build, make_tokenizer
+from families import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers.ablation import SITE, Gaussian, Mean, Resample, Zero, ablate, part_name, record
 from mi_helpers.layouts import ModelError

@@ -24,7 +24,7 @@ from mi_helpers.loading import empty_gemma2_2b, load_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import World
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "00_meet_the_model.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "00_meet_the_model.ipynb"
 FAMILIES = ("prose", "facts", "ioi", "repetition", "pronoun")
 SIZES = {
     "vocab_size": 300,

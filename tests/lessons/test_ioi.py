@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from test_models import build
+from families import build
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from families import TEXT, build, make_tokenizer
 from rounding import SHARE
-from test_models import TEXT, build, make_tokenizer
 
 from mi_helpers.attribution import direct_logit_attribution
 from mi_helpers.lens import TunedLens, ranks, read_out, read_stream

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from families import CONFIGS, TEXT, build, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import near
-from test_models import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import lens as lenses
 from mi_helpers.files import RunError

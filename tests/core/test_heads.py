@@ -4,7 +4,7 @@ model."""
 import numpy as np
 import pytest
 import torch
-from test_models import CONFIGS, TEXT, build, make_tokenizer
+from families import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import heads, plots
 from mi_helpers.layouts import ModelError

@@ -34,7 +34,7 @@ from mi_helpers.tinyworld.lexicon import Country, Landmark, Topic
 from mi_helpers.tinyworld.source import Draw, Script, Weighted, every_outcome
 from mi_helpers.tinyworld.world import World
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 WORLD = World()
 FAMILIES = sorted(World.families)
 HELDS = ((), ("templates",), ("entities",))
