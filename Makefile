@@ -18,25 +18,35 @@ FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
+# An environment is made anew when its .ready is not the checksum of what it is made of.
+READY_OF := requirements.txt pyproject.toml
+PEERS_OF := benchmarks/requirements.txt
+CODERS_OF := benchmarks/requirements-coders.txt
+stale = $(shell [ "$$(cat $(2) | cksum)" = "$$(cat $(1) 2>/dev/null)" ] || echo $(1))
+
 .PHONY: help lab test lint unit numeric notebook-tests model notebooks bench exercises doctor
+.PHONY: $(call stale,$(READY),$(READY_OF)) $(call stale,$(PEERS),$(PEERS_OF)) \
+  $(call stale,$(CODERS),$(CODERS_OF))
 .DEFAULT_GOAL := help
 
 help:  ## show these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-$(READY): requirements.txt pyproject.toml
+$(READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "This course needs Python 3.11 or newer, and '$(PYTHON)' is not: make lab PYTHON=python3.12"; exit 1; }
 	@echo "Making .venv (once; torch is the large part, so this may take some minutes)."
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv && rm -f $@
 	@echo "1 of 3: torch"
 	@$(PIP) "$$(grep -E '^torch==' requirements.txt)"
 	@echo "2 of 3: JupyterLab, transformers and the rest"
 	@$(PIP) --requirement requirements.txt
 	@echo "3 of 3: the helpers of this course"
-	@$(PIP) --editable . --no-deps
-	@touch $(READY)
+	@$(PIP) --editable . --no-deps --no-build-isolation
+	@cat $(READY_OF) | cksum >$@
 
+# Threads that wait sleep: where they spin, a lesson beside other work takes many times as long.
+lab: export OMP_WAIT_POLICY ?= PASSIVE
 lab: $(READY)  ## open the first lesson in JupyterLab (LAB_ARGS="--no-browser --port=8899")
 	@$(BIN)/python -m jupyterlab --LabApp.app_settings_dir="$(CURDIR)/config/lab" \
 	  --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/$(FIRST) $(AS_ROOT) $(LAB_ARGS)
@@ -78,22 +88,22 @@ notebooks: $(READY)  ## run the notebooks again and save them clean (NAMES="00 0
 model: $(READY)  ## train tiny-gemma again
 	@$(BIN)/python -m mi_helpers train-model
 
-$(PEERS): benchmarks/requirements.txt
+$(PEERS):
 	@echo "Making .peers (once): TransformerLens and nnsight, to compare with."
-	@$(PYTHON) -m venv .peers
+	@$(PYTHON) -m venv .peers && rm -f $@
 	@.peers/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
-	  "$$(grep -E '^torch==' $<)"
-	@.peers/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $<
-	@touch $(PEERS)
+	  "$$(grep -E '^torch==' $(PEERS_OF))"
+	@.peers/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $(PEERS_OF)
+	@cat $(PEERS_OF) | cksum >$@
 
-$(CODERS): benchmarks/requirements-coders.txt
+$(CODERS):
 	@echo "Making .peers-coders (once): SAELens, dictionary_learning and sparsify, to compare with."
-	@$(PYTHON) -m venv .peers-coders
+	@$(PYTHON) -m venv .peers-coders && rm -f $@
 	@.peers-coders/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
-	  "$$(grep -E '^torch==' $<)"
+	  "$$(grep -E '^torch==' $(CODERS_OF))"
 	@.peers-coders/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
-	  --no-deps --requirement $<
-	@touch $(CODERS)
+	  --no-deps --requirement $(CODERS_OF)
+	@cat $(CODERS_OF) | cksum >$@
 
 bench: $(READY) $(PEERS) $(CODERS)  ## time sliders, patching and coders against other libraries (BENCH_ARGS=--gemma)
 	@$(BIN)/python -m benchmarks.run

@@ -43,6 +43,13 @@ GO_TO_FIRST_WIDGET = f"""async () => {{
   await notebook.scrollToItem(index, 'start');
   return true;
 }}"""
+SAVE_AND_STOP = """async () => {
+  await window.jupyterapp.commands.execute('docmanager:save');
+  await window.jupyterapp.shell.currentWidget.sessionContext.shutdown();
+}"""
+PICTURE_IS_DRAWN = """() => [
+  ...document.querySelectorAll('.jp-mod-active .jp-OutputArea img')
+].some(image => image.naturalWidth > 0)"""
 PICTURE_CHANGED = """([before]) => [
   ...document.querySelectorAll('.jp-mod-active .jp-OutputArea img')
 ].some(image => image.src && image.src !== before)"""
@@ -69,11 +76,11 @@ def open_notebook(page, lab, name: str) -> None:
     page.goto(lab.page_of(name))
     page.wait_for_selector(".jp-Notebook", timeout=60 * SECONDS)
     page.get_by_text("| Idle").wait_for(timeout=60 * SECONDS)
-    page.evaluate(FORGET_OUTPUTS)
 
 
 def run_all(page, minutes: float = 5) -> list[str]:
     """Run All Cells from the menu, wait for the end or the first error, and give the errors."""
+    page.evaluate(FORGET_OUTPUTS)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     page.wait_for_function(FINISHED, timeout=minutes * 60 * SECONDS)
@@ -114,6 +121,22 @@ def test_a_small_notebook_runs_and_its_slider_works(lab, page):
     cells = new_markdown_cell("# Small"), new_code_cell(SMALL), new_code_cell("1 + 1")
     write(lab, "small.ipynb", *cells)
     open_notebook(page, lab, "small.ipynb")
+    assert run_all(page) == []
+    move_first_control(page)
+
+
+def test_the_day_after_a_saved_notebook_still_shows_its_figure(lab, page):
+    write(lab, "saved.ipynb", new_code_cell(SMALL))
+    open_notebook(page, lab, "saved.ipynb")
+    assert run_all(page) == []
+    move_first_control(page)
+    page.evaluate(SAVE_AND_STOP)
+    open_notebook(page, lab, "saved.ipynb")
+    assert page.evaluate(GO_TO_FIRST_WIDGET), "no cell shows a widget"
+    page.get_by_text("model not found").or_(page.locator(".jp-mod-active img")).first.wait_for()
+    assert page.get_by_text("model not found").count() == 0
+    page.wait_for_function(PICTURE_IS_DRAWN, timeout=30 * SECONDS)
+    assert page.locator(".jp-mod-active").get_by_role("slider").count() == 1
     assert run_all(page) == []
     move_first_control(page)
 
