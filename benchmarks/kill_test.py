@@ -49,18 +49,20 @@ def stage(folder: Path) -> str:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """Every file that has to be the same; the time a run took is its own."""
-    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    """Every file and folder that has to be the same; the time a run took is its own."""
+    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*")}
     times = ("seconds.json", "report.md")
-    return {name: path.read_bytes() for name, path in paths.items() if name not in times}
+    found = {name: path for name, path in paths.items() if name not in times}
+    return {name: path.read_bytes() if path.is_file() else b"" for name, path in found.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("runs/kill_test"))
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
     options = parser.parse_args(argv)
+    options.folder /= "kill_test"  # its own, made anew each time
     shutil.rmtree(options.folder, ignore_errors=True)
     rng, counts, differ, runs = random.Random(options.seed), collections.Counter(), [], 0
     begin = time.monotonic()

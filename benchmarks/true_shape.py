@@ -1,6 +1,6 @@
 """The pipeline at Gemma 2 2B's true size, with random weights: does it run, how fast, how large?
 
-    python -m benchmarks.true_shape [--tokens 8192] [--steps 20] [--folder runs/true_shape]
+    python -m benchmarks.true_shape [--tokens 8192] [--steps 20] [--folder runs]
 
 The model has every shape of google/gemma-2-2b, in bfloat16 (5.2 GB), and random weights, so that no
 download is needed; text is TinyWorld's, in tiny-gemma's tokens. Harvest at layer 12, training steps
@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--loss-tokens", type=int, default=400)
-    parser.add_argument("--folder", type=Path, default=Path("runs/true_shape"))
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
     options = parser.parse_args(argv)
-    if options.folder.exists():
-        shutil.rmtree(options.folder)
+    options.folder /= "true_shape"  # its own, made anew each time
+    shutil.rmtree(options.folder, ignore_errors=True)
     config = TrainConfig(latents=18_432, k=32, batch=4_096, steps=options.steps, log_every=10)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     plan = HarvestConfig(SITE, tokens=options.tokens, context=options.context)

@@ -1,8 +1,9 @@
 """Files that survive: written whole or not at all, checked when read, and listed when they ship.
 
-A file is written under another name, flushed to the disk, and then renamed, so whoever opens it
-finds the old content or the new one, also after a SIGKILL or a power cut. Tensors are safetensors
-files that carry the checksum of their own content. What ships in `data/` stands in its manifest.
+A file is written in a directory of its own, flushed to the disk, and then moved to its place, so
+whoever opens it finds the old content or the new one, also after a SIGKILL or a power cut. Tensors
+are safetensors files that carry the checksum of their own content. A run's folder belongs to one
+process at a time. What ships in `data/` stands in its manifest.
 """
 
 import errno
@@ -11,50 +12,108 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 MANIFEST = "MANIFEST"
-PART, META = ".part", "mi_helpers"
-STALE = (f"*{PART}", ".tmp??????")  # what a kill may leave: ours, and safetensors' own
+META = "mi_helpers"
+BEGIN, END = ".mi-helpers-", ".part"  # of the directories in which files are written
+LOCK, HOLDER = ".mi-helpers.lock", ".mi-helpers.holder"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # on some network disks
 
 
 class RunError(ValueError):
     """What stopped a run, and what to do about it: in one sentence."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(temporary path)`, flush it to the disk, rename it to `path`.
+class InUse(RunError):
+    """Another process is at work in a run's folder."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(temporary path)`, a file or a folder; flush it to the disk, move it to `path`.
+
+    Whatever else `write` leaves beside the temporary path goes with its directory.
 
     Raises:
         RunError: the disk is full, or the file cannot be written; what was there before is intact.
     """
-    temporary = path.with_name(path.name + PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        flush(temporary)
-        os.replace(temporary, path)
+        with TemporaryDirectory(END, BEGIN, path.parent, ignore_cleanup_errors=True) as own:
+            temporary = Path(own) / path.name
+            write(temporary)
+            flush(temporary)
+            os.replace(temporary, path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise RunError(why_not_written(path, error)) from error
 
 
-def sweep(folder: Path) -> None:
-    """Delete what killed writes have left in a folder; nobody may be writing there."""
-    for pattern in STALE:
-        for stale in folder.glob(pattern):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+def sweep(folder: Path, mark: str) -> None:
+    """Delete what killed writes have left in a run's folder; nobody may be writing there.
+
+    It deletes only the directories that `write_atomically` made, and only where the file `mark`
+    shows that the folder is a run's: whatever else is there is not ours.
+    """
+    if (folder / mark).is_file():
+        for stale in folder.glob(f"{BEGIN}????????{END}"):
+            if stale.is_dir() and not stale.is_symlink():
+                shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder; the system frees it however the process ends.
+
+    Raises:
+        InUse: another process holds it.
+        RunError: the folder cannot be written.
+    """
+    lock, holder, new = FileLock(folder / LOCK, timeout=0.5), folder / HOLDER, not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InUse(
+            f"{folder} is in use by {read_holder(holder)}: wait until it has ended, or choose "
+            "another folder."
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise RunError(why_not_written(folder / LOCK, error)) from error
+    try:
+        with suppress(OSError):
+            who = f"process {os.getpid()} on {socket.gethostname()}"
+            holder.write_text(f"{who} since {time.strftime('%Y-%m-%d %H:%M:%S')}", "utf-8")
+        yield
+    finally:
+        for path in (holder, folder / LOCK):  # while it is held: nobody takes a lock without a name
+            with suppress(OSError):
+                path.unlink()
+        lock.release()
+        if new:
+            with suppress(OSError):
+                folder.rmdir()  # nothing was written
+
+
+def read_holder(path: Path) -> str:
+    """Who holds a folder's lock, as `alone_in` wrote it."""
+    with suppress(OSError):
+        return path.read_text("utf-8") or "another process"
+    return "another process"
 
 
 def flush(path: Path) -> None:
@@ -203,8 +262,8 @@ def shipped_files(folder: Path) -> list[Path]:
 
 
 def is_hidden(names: tuple[str, ...]) -> bool:
-    """Whether any part of a path is hidden, a cache, or what a killed write left."""
-    return any(n.startswith(".") or n == "__pycache__" or n.endswith(PART) for n in names)
+    """Whether any part of a path is hidden, as what a killed write left is, or a cache."""
+    return any(n.startswith(".") or n == "__pycache__" for n in names)
 
 
 def sha256(path: Path) -> str:

@@ -6,11 +6,14 @@ They are forked from a server that has imported torch once, so each starts at on
 import multiprocessing
 import os
 import signal
+import sys
+import time
 
 import torch
 from tiny_models import sentences, tiny_model
 
 from mi_helpers import files as durable
+from mi_helpers.__main__ import main
 from mi_helpers.saes.activations import Activations
 from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.processes import RENDEZVOUS, finish, start
@@ -101,6 +104,23 @@ def one_of_many(rank, size, folder, text, config=CONFIG):
     finish()
 
 
+def holds(folder, told):
+    """Hold a run's folder until it is killed; `told` gets "in", or why it could not."""
+    try:
+        with durable.alone_in(folder):
+            told.put("in")
+            time.sleep(600)
+    except durable.RunError as error:
+        told.put(str(error))
+
+
+def command_of_many(rank, size, meet, argv):
+    """Process `rank` of `size` runs a command, and ends with its exit code."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ[RENDEZVOUS] = f"file://{meet}"
+    sys.exit(main(argv))
+
+
 def killed_after(seconds, folder, text):
     """Run `work` in a process and SIGKILL it after some seconds; whether it was still running."""
     process = context().Process(target=work, args=(folder, text))
@@ -120,10 +140,10 @@ def finish_run(folder, text):
 
 
 def results(folder):
-    """Bytes of every file of a finished run that has to be the same, by its path."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {n: p.read_bytes() for n, p in names.items() if n not in ("seconds.json", "meet")}
+    """Bytes of every file of a finished run that has to be the same, by its path; folders too."""
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    apart = ("seconds.json", "meet")
+    return {n: p.read_bytes() if p.is_file() else b"" for n, p in names.items() if n not in apart}
 
 
 __all__ = ["Activations", "CONFIG", "context", "die_at", "finish_run", "killed_after", "results"]

@@ -382,9 +382,9 @@ def keep_plan(folder: Path, plan: dict, processes: Processes) -> None:
             )
     processes.wait()
     if processes.first:
-        sweep(folder)
         if not (folder / PLAN).exists():
             write_json(folder / PLAN, plan)
+        sweep(folder, PLAN)
     processes.wait()
 
 

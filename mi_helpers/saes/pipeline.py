@@ -24,7 +24,7 @@ from typing import Annotated, TypedDict, Unpack
 import torch
 import tyro
 
-from mi_helpers.files import RunError
+from mi_helpers.files import InUse, RunError, sweep
 from mi_helpers.layouts import Key
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel, site_width
@@ -36,7 +36,7 @@ from mi_helpers.saes.harvest import HarvestConfig, check_model, harvest
 from mi_helpers.saes.processes import Processes
 from mi_helpers.saes.report import as_markdown, report
 from mi_helpers.saes.sources import open_source
-from mi_helpers.saes.training import CODER, PRODUCTS, TrainConfig, check_config, train
+from mi_helpers.saes.training import CODER, PRODUCTS, RECIPE, TrainConfig, check_config, train
 
 HARVEST = "harvest"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -288,6 +288,7 @@ def run_stage(stage: str, settings: Settings, dry_run: bool = False) -> None:
         dry_run: print what it would take, and write nothing.
 
     Raises:
+        InUse: another process is at work in the folder.
         RunError, ModelError, SourceError: what cannot be done, and what to do about it.
     """
     try:
@@ -295,7 +296,10 @@ def run_stage(stage: str, settings: Settings, dry_run: bool = False) -> None:
         if dry_run:
             pipeline.dry_run(STAGES[stage])
         else:
-            getattr(pipeline, stage)()
+            with pipeline.group.alone_in(settings.path):
+                if pipeline.group.first:  # who alone writes into it
+                    sweep(settings.path, RECIPE)
+                getattr(pipeline, stage)()
     finally:
         processes.finish()
 
@@ -320,7 +324,8 @@ Options = TypedDict(
 
 
 def command(stage: str) -> Callable[..., int]:
-    """A stage as a command; its exit code is 2 for what cannot be done, said in one sentence."""
+    """A stage as a command, whose exit code is 2 for what cannot be done, said in one sentence,
+    and 1 where another process is at work in the folder."""
 
     def main(
         config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
@@ -333,7 +338,7 @@ def command(stage: str) -> Callable[..., int]:
             run_stage(stage, read_settings(given, config), dry_run)
         except ValueError as error:
             print(error, file=sys.stderr)
-            return 2
+            return 1 if isinstance(error, InUse) else 2
         return 0
 
     about, more = getattr(Pipeline, stage).__doc__, (__doc__ or "").partition("\n\n")[2]

@@ -5,11 +5,16 @@ processes.sum_(tensor)       # the sum over all processes, in place
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mi_helpers.files import InUse, RunError, alone_in
 
 RENDEZVOUS = "MI_RENDEZVOUS"  # such as file:///path, in place of torchrun's address and port
 
@@ -37,6 +42,20 @@ class Processes:
         """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+    @contextmanager
+    def alone_in(self, folder: Path) -> Iterator[None]:
+        """`files.alone_in` of process 0, which all of them wait for: where it raises, all do."""
+        with ExitStack() as held:
+            refused = None
+            if self.first:
+                try:
+                    held.enter_context(alone_in(folder))
+                except RunError as error:
+                    refused = error
+            if self.sum_(torch.tensor([refused is not None], device=self.device).int()):
+                raise refused or InUse(f"Process 0 could not lock {folder}.")
+            yield
 
     def share(self, n: int) -> slice:
         """This process's part of n rows, contiguous; the parts differ by at most one row."""

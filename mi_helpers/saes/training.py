@@ -14,8 +14,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +22,6 @@ import torch
 from torch import Tensor
 
 from mi_helpers.files import (
-    PART,
     RunError,
     flush,
     load_tensors,
@@ -32,7 +29,7 @@ from mi_helpers.files import (
     read_json,
     save_tensors,
     sweep,
-    why_not_written,
+    write_atomically,
     write_json,
     write_text,
 )
@@ -245,11 +242,11 @@ def keep_config(
             )
     processes.wait()
     if processes.first:
-        sweep(folder)
         if not path.exists():
             chosen = PRODUCTS.get(config.products)
             chosen = chosen or quickest(processes.device, held.d_in, config.latents)
             write_json(path, own | {CHOSEN: asdict(chosen)})
+        sweep(folder, RECIPE)
     processes.wait()
     kept = read_json(path)[CHOSEN]
     return Products(tuple(kept["kinds"]), kept["float32"])
@@ -296,14 +293,7 @@ def finish_coder(coder: SparseCoder, folder: Path, about: dict) -> None:
     Raises:
         RunError: the disk is full, or the folder cannot be written.
     """
-    temporary = folder / (CODER + PART)
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_coder(coder, temporary, **about)
-        os.replace(temporary, folder / CODER)
-        flush(folder)
-    except OSError as error:
-        raise RunError(why_not_written(folder / CODER, error)) from error
+    write_atomically(folder / CODER, lambda to: save_coder(coder, to, **about))
 
 
 def origin(held: Activations) -> dict:

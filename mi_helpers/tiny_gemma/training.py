@@ -9,6 +9,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from mi_helpers.files import sweep, write_atomically, write_json, write_manifest
+from mi_helpers.files import InUse, alone_in, sweep, write_atomically, write_json, write_manifest
 from mi_helpers.loading import load_model
 from mi_helpers.tiny_gemma import skills
 from mi_helpers.tinyworld.tokenizer import train_tokenizer
@@ -28,6 +29,7 @@ from mi_helpers.tinyworld.world import World, batches
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "data" / "tiny_gemma"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+STATE = "state.json"
 BLOCK = 100  # steps between possible checkpoints; also the unit of the text stream
 WARM_UP = 200
 TAIL = 800  # steps at the lowest learning rate, where probabilities settle
@@ -104,18 +106,19 @@ def save_run(folder: Path, model, optimizer, state: dict) -> None:
     for name, tensors in (("model", weights), ("moments", moments)):
         path = folder / f"{name}-{step}.safetensors"
         write_atomically(path, lambda to, tensors=tensors: save_file(tensors, to))
-    write_json(folder / "state.json", state)
+    write_json(folder / STATE, state)
+    sweep(folder, STATE)
     for old in folder.glob("m*-*.safetensors"):
-        if not old.stem.endswith(f"-{step}"):
+        if re.fullmatch(r"(model|moments)-\d+", old.stem) and not old.stem.endswith(f"-{step}"):
             old.unlink()
 
 
 def load_run(folder: Path, model, optimizer) -> dict:
     """Put the last checkpoint into `model` and `optimizer`; its state ({} for a new run)."""
-    sweep(folder)
-    if not (folder / "state.json").exists():
+    sweep(folder, STATE)
+    if not (folder / STATE).exists():
         return {}
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / STATE).read_text())
     parameters = dict(model.named_parameters())
     for name, value in load_file(folder / f"model-{state['step']}.safetensors").items():
         parameters[name].data.copy_(value)
@@ -320,10 +323,14 @@ def main_train(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.steps < BLOCK or options.steps % BLOCK:
         parser.error(f"--steps is {options.steps}; it has to be a multiple of {BLOCK}.")
-    model = train(
-        options.run, options.steps, options.peak, seed=options.seed, compiled=not options.no_compile
-    )
-    if not options.no_ship:
-        ship(options.run, model)
-        print(f"Shipped to {SHIPPED.relative_to(ROOT)}.")
+    run, compiled = options.run, not options.no_compile
+    try:
+        with alone_in(run):
+            model = train(run, options.steps, options.peak, seed=options.seed, compiled=compiled)
+            if not options.no_ship:
+                ship(run, model)
+                print(f"Shipped to {SHIPPED.relative_to(ROOT)}.")
+    except InUse as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0

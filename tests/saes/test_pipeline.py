@@ -1,23 +1,30 @@
 """The commands: settings, a whole run on a tiny model, dry runs, sentences for bad input."""
 
+import errno
 import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from pipeline_worker import command_of_many, context, holds
 from tiny_models import sentences, tiny_model
 from transformers import AutoConfig
 
 from mi_helpers.__main__ import main
-from mi_helpers.files import RunError
+from mi_helpers.files import HOLDER, LOCK, RunError, alone_in, sweep
 from mi_helpers.saes import estimate, pipeline
 from mi_helpers.saes.estimate import Stage, blocks_needed, verdict
 from mi_helpers.saes.harvest import HarvestConfig
 from mi_helpers.saes.pipeline import Settings, read_settings
 from mi_helpers.saes.training import TrainConfig
+from mi_helpers.tiny_gemma import training as train_model
 
 ROOT = Path(__file__).resolve().parents[2]
+needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,132 @@ def test_bad_input_is_one_sentence_before_any_work(place, tmp_path, change, says
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert not list(tmp_path.rglob("shard*"))
+
+
+# -- one folder, several processes -----------------------------------------------------------
+
+
+@pytest.fixture
+def held_elsewhere(tmp_path):
+    """(folder, process): a run's folder, and another process that holds it."""
+    told = context().Queue()
+    process = context().Process(target=holds, args=(tmp_path / "run", told))
+    process.start()
+    assert told.get(timeout=120) == "in"
+    yield tmp_path / "run", process
+    process.kill()
+    process.join()
+
+
+@needs_fork
+def test_a_second_process_is_told_who_is_at_work(held_elsewhere, place, capsys):
+    folder, process = held_elsewhere
+    assert main(["harvest", *options(place, folder)]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"{re.escape(str(folder))} is in use by process {process.pid} on \S+ since "
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d: wait until it has ended, or choose another folder\.\n",
+        said,
+    )
+    assert train_model.main_train(["--run", str(folder), "--no-ship"]) == 1
+    assert capsys.readouterr().err == said
+    assert main(["harvest", "--dry-run", *options(place, folder)]) == 0  # it writes nothing
+    assert {path.name for path in folder.iterdir()} == {LOCK, HOLDER}
+    process.kill()
+    process.join()
+    assert main(["harvest", *options(place, folder)]) == 0  # the killed one's lock is nobody's
+    assert {path.name for path in folder.iterdir()} == {"harvest"}
+
+
+@needs_fork
+def test_of_processes_that_start_at_once_one_gets_the_folder(tmp_path):
+    told, made = context().Queue(), context()
+    racing = [made.Process(target=holds, args=(tmp_path / "run", told)) for _ in range(4)]
+    for process in racing:
+        process.start()
+    said = sorted(told.get(timeout=120) for _ in racing)
+    for process in racing:
+        process.kill()
+        process.join()
+    assert said[-1] == "in" and len(set(said[:-1])) == 1
+    (winner,) = [each.pid for each in racing if f"process {each.pid} on" in said[0]]
+    assert winner
+
+
+@needs_fork
+def test_ranks_are_one_run_and_all_of_them_stop_where_another_holds_the_folder(
+    held_elsewhere, place, tmp_path
+):
+    def together(folder, name):
+        argv = ["harvest", "--device", "cpu", *options(place, folder)]
+        given = [(rank, 2, tmp_path / name, argv) for rank in (0, 1)]
+        ranks = [context().Process(target=command_of_many, args=each) for each in given]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(120)
+        return [process.exitcode for process in ranks]
+
+    assert together(held_elsewhere[0], "meet-1") == [1, 1]
+    assert together(tmp_path / "own", "meet-2") == [0, 0]
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {"harvest"}
+
+
+def test_a_folder_is_left_as_it_was_where_nothing_is_written(tmp_path):
+    for folder in (tmp_path / "new", tmp_path):
+        with alone_in(folder):
+            assert {path.name for path in folder.iterdir()} == {LOCK, HOLDER}
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_disk_knows_no_locks_it_goes_on_without_one(tmp_path, monkeypatch):
+    def none(self):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", none)
+    with alone_in(tmp_path):
+        pass
+
+
+FOREIGN = ["model.part", "film.mp4.part", ".tmp123456", ".mi-helpers-notes.part", "a.safetensors"]
+
+
+def test_what_others_have_in_a_runs_folder_stays(place, tmp_path):
+    """Downloads in progress, folders, links: only what a killed write of ours left is removed."""
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    mine = [here / ".mi-helpers-abcd_123.part" for here in (folder, folder / "harvest")]
+    for each in (folder, folder / "harvest", outside, *mine):
+        each.mkdir(exist_ok=True)
+        for name in FOREIGN:
+            (each / name).write_text(name)
+        (each / "folder.part").mkdir()
+        (each / "folder.part" / "x").write_text("x")
+    for each in (folder, folder / "harvest"):
+        (each / ".mi-helpers-abcd_124.part").write_text("a file")
+        (each / ".mi-helpers-abcd_125.part").symlink_to(outside, target_is_directory=True)
+        (each / "link.part").symlink_to(outside / "model.part")
+    before = files(tmp_path)
+    assert main(["run", *options(place, folder)]) == 0
+    gone = before.keys() - files(tmp_path).keys()
+    assert gone and all(".mi-helpers-abcd_123.part/" in name for name in gone)
+    assert not any(each.exists() for each in mine)
+    mine[0].mkdir()
+    assert main(["report", *options(place, folder)]) == 0
+    assert not mine[0].exists()
+    after = files(tmp_path)
+    assert {name: after[name] for name in before.keys() - gone} == {
+        name: before[name] for name in before.keys() - gone
+    }
+
+
+def test_nothing_is_swept_from_a_folder_that_is_no_runs(tmp_path):
+    stale = tmp_path / ".mi-helpers-abcd_123.part"
+    stale.mkdir()
+    sweep(tmp_path, "plan.json")
+    assert stale.exists()
+    (tmp_path / "plan.json").write_text("{}")
+    sweep(tmp_path, "plan.json")
+    assert not stale.exists()
 
 
 # -- settings --------------------------------------------------------------------------------

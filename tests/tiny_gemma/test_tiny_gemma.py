@@ -78,6 +78,17 @@ def test_killed_between_checkpoints_it_ends_bit_identical(run, tmp_path):
     assert [p.name for p in (tmp_path / "killed").glob("model-*")] == ["model-4.safetensors"]
 
 
+def test_only_its_own_old_checkpoints_and_killed_writes_are_removed(run, tmp_path):
+    stale = tmp_path / ".mi-helpers-abcd_123.part"
+    stale.mkdir()
+    others = ["mistral-7.safetensors", "model-00001-of-00002.safetensors", "x.part", ".tmp123456"]
+    for name in others:
+        (tmp_path / name).write_text(name)
+    run(tmp_path)
+    assert not stale.exists() and not (tmp_path / "model-2.safetensors").exists()
+    assert [(tmp_path / name).read_text() for name in others] == others
+
+
 def test_a_finished_run_is_not_trained_again(run, tmp_path):
     first = run(tmp_path)
     again = run(tmp_path, killed_at=0)
