@@ -144,6 +144,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda to: to.write_text(text, encoding="utf-8", newline="\n"))
 
 
+BLANK = r"[^\S\0-\x1f\x85]"
+MARKS = re.compile(r"[\\`*\[\]<>&|~$#\t\n\r]|(?<![^\W_])_|_(?![^\W_])" rf"|^{BLANK}|{BLANK}$")
+
+
+def literal(text: str) -> str:
+    """A text as Markdown that shows it as it is, in a table too."""
+    return MARKS.sub(lambda mark: f"&#{ord(mark[0])};", text)
+
+
 def between(text: str, begin: str, end: str) -> str | None:
     """The part of a text from one marker to the other, markers included; None without them."""
     found = re.search(re.escape(begin) + ".*?" + re.escape(end), text, flags=re.DOTALL)

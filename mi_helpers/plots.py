@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypedDict, Unpack
 
@@ -16,13 +16,17 @@ import matplotlib
 import matplotlib.rcsetup
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, LogitFormatter, ScalarFormatter
 
 AMOUNT, EFFECT = "cividis", "PuOr"
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
 DPI = 100
+NUMBERS = (LogFormatter, LogitFormatter, ScalarFormatter)  # what matplotlib writes on an axis
 MOST_PRINTED = 200  # a heatmap with more cells than this prints no values unless told how
 
 
@@ -58,7 +62,22 @@ def style():
 
 
 class Picture(Figure):
-    """A Figure that no pyplot state knows, and that a notebook shows once, as a PNG."""
+    """A Figure that no pyplot state knows, and that a notebook shows once, as a PNG.
+
+    Every text is drawn as it is, `$` too: only an axis' numbers, such as 10³, are mathematics.
+    """
+
+    def draw(self, renderer) -> None:
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        for axis in self.findobj(Axis):
+            major = axis.get_major_formatter(), axis.get_major_ticks()
+            minor = axis.get_minor_formatter(), axis.get_minor_ticks()
+            for formatter, ticks in (major, minor):
+                for tick in ticks if isinstance(formatter, NUMBERS) else ():
+                    tick.label1.set_parse_math(True)
+                    tick.label2.set_parse_math(True)
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         return render(self)
@@ -165,6 +184,13 @@ def name_ticks(axis, labels: Sequence | None, count: int) -> None:
     axis.set_ticks(range(count), [str(label) for label in labels])
 
 
+def name_series(place: Axes | Figure, drawn: Iterable, names: Iterable[str], **look) -> None:
+    """A legend of the first things drawn, one per name; matplotlib's own drops names with "_"."""
+    named = [pair for pair in zip(drawn, names, strict=False) if pair[1]]
+    if named:
+        place.legend(*zip(*named, strict=True), **look)
+
+
 def print_values(axes: Axes, image, values: np.ndarray, form: str) -> None:
     """Each finite value in its cell, in black or white, whichever contrasts with the cell."""
     for (row, column), value in np.ndenumerate(values):
@@ -216,7 +242,7 @@ def bars(
     if reference is not None:
         axes.axvline(reference, color="black", linestyle="--", marker="", linewidth=1.5)
     if len(series) > 1:
-        axes.legend()
+        name_series(axes, axes.containers, series)
     return picture
 
 
@@ -256,8 +282,7 @@ def lines(
     axes.set(title=title, **frame)
     axes.set(**({} if limits is None else {"ylim": limits}))
     axes.set(**({"xscale": "log"} if log_x else {}), **({"yscale": "log"} if log_y else {}))
-    if any(series):
-        axes.legend()
+    name_series(axes, axes.get_lines(), series)
     return picture
 
 
@@ -302,7 +327,8 @@ def before_after(
     axes.invert_yaxis()
     axes.grid(axis="x", color="0.9")
     axes.set(title=title, xlabel=xlabel, xlim=(low, high))
-    axes.legend(loc="lower left", bbox_to_anchor=(1.0, 1.0), ncols=1, borderaxespad=0)
+    where = {"loc": "lower left", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0}
+    name_series(axes, axes.get_lines(), labels, **where)
     return picture
 
 
@@ -438,7 +464,8 @@ def layer_panels(
         one.set_xticks(places, names)
         one.set(title=title, ylim=[*limits, *missing][index], **{"xlabel": "layer"} | frame)
         one.set_ylabel([*ylabels, *[""] * len(panels)][index])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    labels = next(iter(panels.values()), ())
     if len(labels) > 1:
-        picture.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        where = {"loc": "outside lower center", "ncols": min(4, len(labels))}
+        name_series(picture, axes[0, 0].get_lines(), labels, **where)
     return picture

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from mi_helpers.plots import render
 
+PLAIN = "mathjax_ignore tex2jax_ignore"  # classes of a text whose $…$ is no mathematics
+
 
 def control(name: str, given) -> ipywidgets.Widget:
     """A labelled widget. A text box answers on Enter, a slider at once.
@@ -65,7 +67,7 @@ class Explorer:
         try:
             self.image.value = render(self.figure(**self.values()))
         except ValueError as error:
-            self.message.value = f"<p>⚠️ {html.escape(str(error))}</p>"
+            self.message.value = f'<p class="{PLAIN}">⚠️ {html.escape(str(error))}</p>'
             self.image.layout.display = "none"
             return
         self.message.value = ""

@@ -114,7 +114,9 @@ def _node_json(graph: Graph, place: int) -> dict:
     }[node.kind]
     stem = node.id.rsplit("_", 1)[0] if logit is None else f"L_{node.index}"
     last = 0 if node.kind == FEATURE else node.position
-    own = {} if logit is None else {"token": graph.target_names[logit]}
+    own = {}
+    if logit is not None:
+        own = {"token": graph.target_names[logit], "label": graph.labels.get(node.id, "")}
     return own | {
         "node_id": node.id,
         "feature": number,
@@ -213,6 +215,8 @@ def _words(entry: dict) -> tuple[str, str]:
     text = entry.get("clerp") or ""
     if entry["feature_type"] != FILE_KINDS[LOGIT]:
         return text, ""
+    if "label" in entry:  # as `_node_json` writes it
+        return entry["label"], entry["token"]
     output = re.fullmatch(r'Output "(.*)" \(p=[^()]*\)', text, re.DOTALL)
     token = entry.get("token") or (output[1] if output else text)
     return "" if output or text == token else text, token

@@ -304,7 +304,8 @@ class Note:
         return self.text
 
     def __repr__(self) -> str:
-        return self.text.replace("**", "")
+        bold_or_code = re.compile(r"(`+).*?\1|\*\*", re.DOTALL)
+        return bold_or_code.sub(lambda found: found[0] if found[1] else "", self.text)
 
 
 def display(text: str) -> None:
@@ -316,7 +317,7 @@ def display(text: str) -> None:
 
 def code(text: str) -> str:
     """Markdown code of one line, whatever backticks the text holds."""
-    text = " ".join(text.split())
+    text = re.sub(r"\s*[\n\r]\s*", " ", text.strip())
     ticks = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{ticks}{space}{text}{space}{ticks}"

@@ -17,7 +17,7 @@ from mi_helpers import plots
 from mi_helpers.layouts import Key
 from mi_helpers.models import LanguageModel, read_sites
 from mi_helpers.saes.activations import Activations, site_name
-from mi_helpers.saes.features import Features, bin_edges, contexts, extremes, logit_effects
+from mi_helpers.saes.features import Context, Features, bin_edges, contexts, extremes, logit_effects
 
 LINE = 122  # characters of a context on a page
 SHOWN = 8  # contexts on a page
@@ -141,27 +141,26 @@ def draw_contexts(picture: Figure, page: Page, latent: int) -> None:
     picture.text(0.07, 0.455, title, fontsize="large")
     columns = {
         0.07: [f"{each.value:6.2f}" for each in found],
-        0.13: [centred(str(e)) for e in found],
+        0.13: [centred(each) for each in found],
     }
     for x, lines in columns.items():
         look = {"family": "monospace", "fontsize": 10.5, "va": "top", "linespacing": 2.4}
         picture.text(x, 0.425, "\n".join(lines), **look)
 
 
-def centred(text: str, room: int = LINE) -> str:
+def centred(context: Context, room: int = LINE) -> str:
     """A context on one line of at most `room` characters, cut so that its [[token]] stays in."""
-    text = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
-    begin = max(0, min(text.index("[[") - room * 2 // 3, len(text) - room))
+    text = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in str(context))
+    firing = text.index("[[", sum(map(len, context.tokens[: context.at])))  # not a bracket before
+    begin = max(0, min(firing - room * 2 // 3, len(text) - room))
     cut = text[begin : begin + room]
     cut = "…" + cut[1:] if begin else cut
-    cut = cut[:-1] + "…" if begin + room < len(text) else cut
-    return cut.replace("$", r"\$")
+    return cut[:-1] + "…" if begin + room < len(text) else cut
 
 
 def printable(token: str) -> str:
-    """A token as a label: control characters and dollar signs would not be drawn as they are."""
-    shown = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in token)
-    return shown.replace("$", r"\$") or "∅"
+    """A token as a label: control characters would not be drawn."""
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in token) or "∅"
 
 
 def firing_map(model: LanguageModel, coder, site: Key, text: str, n: int = 12) -> Figure:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mi_helpers import plots
-from mi_helpers.files import read_json, write_atomically, write_json, write_text
+from mi_helpers.files import literal, read_json, write_atomically, write_json, write_text
 from mi_helpers.layouts import NORMALIZED, Key, ModelError
 from mi_helpers.models import LanguageModel, site_reader
 from mi_helpers.saes.activations import Activations, site_name
@@ -288,7 +288,7 @@ def as_markdown(numbers: dict, seconds: float | None = None) -> str:
     """The report as Markdown: a table, and what each number means."""
     left = numbers["left_out"]
     rows = [
-        ("model", numbers["model"]),
+        ("model", literal(numbers["model"])),
         ("reads → predicts", f"{numbers['source']} → {numbers['target']}"),
         ("tokens", f"{numbers['tokens']:,}"),
         ("left out", f"{left['bos']:,} BOS, {left['outliers']:,} outliers in norm"),
@@ -313,7 +313,7 @@ def as_markdown(numbers: dict, seconds: float | None = None) -> str:
         ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
-        f"# A sparse coder of {numbers['model']}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"# A sparse coder of {literal(numbers['model'])}\n\n| | |\n|---|---|\n{table}\n\n"
         f"Measured on {numbers['rows_held_out']:,} rows at the end of the text, which were not "
         "trained on. Explained variance is 1 − E‖t − t̂‖² / E‖t − E t‖², normalised MSE the same "
         "without the 1 −, and the relative error has E‖t‖² below the line. Loss recovered is the "

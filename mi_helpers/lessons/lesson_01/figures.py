@@ -201,7 +201,7 @@ def sticky(density, per_feature, D, bands: Mapping[str, float], title: str = "")
     left.plot(x, per_feature, color=OKABE_ITO[0])
     left.set(
         xlabel="1/(1 − S): 1 is dense, right is sparser",
-        ylabel="$m / ‖W‖^2_F$",
+        ylabel="m / ‖W‖² (Frobenius)",
         title="The whole model",
         ylim=(0, 1.1),
         xscale="log",
@@ -216,7 +216,7 @@ def sticky(density, per_feature, D, bands: Mapping[str, float], title: str = "")
     right.scatter(where[keep], D[keep], s=14, alpha=0.6, color=OKABE_ITO[5], linewidths=0)
     right.set(
         xlabel="1/(1 − S)",
-        ylabel="feature dimensionality $D_i$",
+        ylabel="feature dimensionality Dᵢ",
         title="Each feature",
         ylim=(0, 1.1),
         xscale="log",

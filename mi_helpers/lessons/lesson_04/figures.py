@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from mi_helpers import lens as lenses
+from mi_helpers.files import literal
 from mi_helpers.layouts import ModelError
 from mi_helpers.lens import TunedLens, depth_names
 from mi_helpers.models import LanguageModel
@@ -25,7 +26,7 @@ LENSES = ("logit lens", "tuned lens")
 
 def shown(token: str, most: int = 11) -> str:
     """A token as a cell shows it: spaces stay, other invisible characters become visible."""
-    text = token.replace("\n", "↵").replace("\t", "⇥").replace("�", "·").replace("$", r"\$")
+    text = token.replace("\n", "↵").replace("\t", "⇥").replace("�", "·")
     text = "".join(letter if letter.isprintable() else "·" for letter in text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -67,9 +68,9 @@ def lens_table(names: Sequence[str], words: Sequence[Sequence[str]], p) -> str:
 
 def written(token: str) -> str:
     """A token as Markdown code that can stand in a table, its space as ␣."""
-    return (
-        "`" + token.replace(" ", "␣").replace("\n", "↵").replace("`", "ˋ").replace("|", "∣") + "`"
-    )
+    text = token.replace(" ", "␣").replace("\n", "↵")
+    plain = text and not set(text) & set("`|$\r")
+    return f"`{text}`" if plain else f"<code>{literal(text)}</code>"
 
 
 @style()

@@ -96,7 +96,7 @@ def rule(page: Page, layer: int, latent: int) -> Figure:
     picture.text(0.06, 0.36, title, fontsize="large")
     look = {"family": "monospace", "fontsize": 10.5, "va": "top", "linespacing": 2.2}
     picture.text(0.06, 0.335, "\n".join(f"{each.value:6.2f}" for each in found), **look)
-    picture.text(0.13, 0.335, "\n".join(centred(str(each), 104) for each in found), **look)
+    picture.text(0.13, 0.335, "\n".join(centred(each, 104) for each in found), **look)
     return picture
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from mi_helpers.circuits.graphs import FEATURE, Graph
 from mi_helpers.circuits.interventions import Intervention, intervene, predicted_effect
 from mi_helpers.circuits.replacement import Coders, by_layer
+from mi_helpers.files import literal
 from mi_helpers.lessons.lesson_08.experiments import (
     Reading,
     activations,
@@ -324,6 +325,12 @@ def try_story(model: LanguageModel, coders: Coders, story: Story) -> list[Outcom
     ]
 
 
+def asked(story: Story) -> str:
+    """Cells of a Markdown table: the prompt, both answers, and whose features they are."""
+    q, step = story.question, story.step
+    return " | ".join(map(literal, (q.prompt + " …", f"{q.one.answer} / {q.other.answer}", step)))
+
+
 def story_table(stories: Sequence[Story]) -> str:
     """The predictions as a Markdown table."""
     lines = [
@@ -331,11 +338,9 @@ def story_table(stories: Sequence[Story]) -> str:
         "|--:|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for i, s in enumerate(stories, 1):
-        q = s.question
         lines.append(
-            f"| {i} | {q.prompt} … | {q.one.answer} / {q.other.answer} | {s.step} | "
-            f"{len(s.nodes)} | {len(s.into)} | {s.gap:.1f} | {s.gap + s.suppress:.1f} | "
-            f"{s.gap + s.swap:.1f}{' (flips)' if s.flips else ''} |"
+            f"| {i} | {asked(s)} | {len(s.nodes)} | {len(s.into)} | {s.gap:.1f} | "
+            f"{s.gap + s.suppress:.1f} | {s.gap + s.swap:.1f}{' (flips)' if s.flips else ''} |"
         )
     return "\n".join(lines)
 
@@ -350,14 +355,9 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
         "|--:|---|---|---|" + "---|" * len(INTERVENTIONS),
     ]
     for i, row in enumerate(rows.values(), 1):
-        story, q = row[0].story, row[0].story.question
-        cells = [
-            f"{o.predicted:+.1f} → {o.observed:+.1f} {'hit' if o.hit else '**miss**'}" for o in row
-        ]
-        lines.append(
-            f"| {i} | {q.prompt} … | {q.one.answer} / {q.other.answer} | {story.step} | "
-            f"{' | '.join(cells)} |"
-        )
+        both = [f"{o.predicted:+.1f} → {o.observed:+.1f}" for o in row]
+        cells = [f"{b} {'hit' if o.hit else '**miss**'}" for b, o in zip(both, row, strict=True)]
+        lines.append(f"| {i} | {asked(row[0].story)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
