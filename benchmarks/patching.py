@@ -313,7 +313,9 @@ def direct_paths(quick: bool) -> list[dict]:
     )
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        hf = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", trust_remote_code=False
+        )
         hf.save_pretrained(folder)
         tiny.tokenizer.save_pretrained(folder)
         model = load_model(folder)

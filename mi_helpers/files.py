@@ -244,6 +244,23 @@ def read_about(path: Path) -> tuple[str, dict]:
     return said["sha256"] or "", said["about"]
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, from a file's head alone; RunError when it is truncated.
+
+    A head that declares more bytes than the file has counts as truncated.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} is truncated or damaged ({error}).") from None
+
+
+def is_beside(name: object, suffix: str = ".safetensors") -> bool:
+    """Whether a name that stands in a file is a plain one, of a file in the same folder."""
+    return isinstance(name, str) and name.endswith(suffix) and not set(name) & set("/\\:\0")
+
+
 def need_space(folder: Path, needed: float, what: str) -> None:
     """RunError, before any work, when the disk of `folder` has less than `needed` bytes free."""
     there = folder

@@ -329,11 +329,12 @@ class TunedLens(nn.Module):
         if not {"kind", "n_layers", "d_model"} <= set(about) or about["kind"] != "tuned lens":
             raise ModelError(f"{folder} holds no tuned lens: its cfg.json does not describe one.")
         tensors, _ = load_tensors(folder / "lens.safetensors", advice=advice)
-        lens = cls(about["n_layers"], about["d_model"], about.get("model", ""))
+        n, d = about["n_layers"], about["d_model"]
         shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-        wanted = {name: tuple(x.shape) for name, x in lens.state_dict().items()}
+        wanted = {"weight": (n, d, d), "bias": (n, d)}
         if shapes != wanted:
             raise RunError(f"{folder} has weights {shapes}, but cfg.json says {wanted}. {advice}")
+        lens = cls(n, d, about.get("model", ""))
         lens.load_state_dict(tensors)
         if model is not None:
             lens.check(model)

@@ -8,6 +8,7 @@ large = empty_gemma2_2b()             # Gemma 2 2B's shapes on the meta device
 from __future__ import annotations
 
 import copy
+import math
 import os
 from pathlib import Path
 
@@ -15,10 +16,13 @@ import torch
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_peft_available
 
-from mi_helpers.files import DATA
-from mi_helpers.layouts import ModelError, layout_of
+from mi_helpers.files import DATA, is_beside, read_json, read_shapes
+from mi_helpers.layouts import FAMILIES, ModelError, layout_of
 from mi_helpers.models import LanguageModel
 
 
@@ -46,13 +50,18 @@ def load_model(
     if local:  # a second or two: no bar in a committed notebook
         hf_logging.disable_progress_bar()
     try:
-        layout_of(AutoConfig.from_pretrained(source).model_type, name)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        layout_of(config.model_type, name)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        check_names(name, source, config)
+        if local:
+            check_size(name, Path(source), config)
         hf, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source,
             dtype=dtype or "auto",
             attn_implementation="eager",
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except ModelError:
@@ -91,6 +100,67 @@ def check_folder(name: str, folder: Path) -> None:
         raise ModelError(f"{folder} has no tokenizer: put tokenizer.json there.")
 
 
+def check_names(name: str, source: str, config) -> None:
+    """Refuse a model whose files name weights other than safetensors files beside them.
+
+    transformers would read whatever is named, and unpickle what is no safetensors file.
+
+    Raises:
+        ModelError: the name, and the file that gives it.
+    """
+
+    def there(file: str) -> str | None:
+        return cached_file(
+            source,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+
+    if is_peft_available() and there("adapter_config.json"):
+        raise ModelError(
+            f"{name} has an adapter_config.json, which may name another model: merge the adapter "
+            "into the model's own weights, or delete it."
+        )
+    own = getattr(config, "transformers_weights", None)
+    named = [] if own is None else [("config.json", own)]
+    if index := there(SAFE_WEIGHTS_INDEX_NAME):
+        found = read_json(Path(index))
+        weights = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(weights, dict):
+            raise ModelError(f"{name} has a {SAFE_WEIGHTS_INDEX_NAME} without a weight_map.")
+        named += [(SAFE_WEIGHTS_INDEX_NAME, f) for f in weights.values() if not is_beside(f)]
+    for file, weights in named[:1]:
+        raise ModelError(
+            f"{name} names the weights {weights!r} in its {file}: only .safetensors files in the "
+            f"folder of {file} are read, so put them there under a plain name."
+        )
+
+
+def check_size(name: str, folder: Path, config) -> None:
+    """Refuse a folder whose configuration asks for far more than its files hold.
+
+    What is missing would be made up, in memory, before it is found to be missing.
+
+    Raises:
+        ModelError: how many parameters there are, and how many it asks for.
+    """
+    shapes = [s for file in folder.glob("*.safetensors") for s in read_shapes(file).values()]
+    held = sum(math.prod(shape) for shape in shapes)
+    asked = config.num_hidden_layers
+    if asked <= len(shapes):  # else not even the modules can be made
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        asked = hf.num_parameters()
+        if asked <= 2 * held:
+            return
+    raise ModelError(
+        f"{name} holds {len(shapes)} weights of {held:,} numbers in all, and its config.json asks "
+        f"for {asked:,} {'layers' if config.num_hidden_layers > len(shapes) else 'numbers'}: "
+        "they do not belong together."
+    )
+
+
 def why_not_loaded(name: str, error: BaseException) -> str:
     """One sentence for what the hub or transformers raised, or for its cause."""
     chain, e = [], error
@@ -113,6 +183,11 @@ def why_not_loaded(name: str, error: BaseException) -> str:
             f"{name} is not on this machine and huggingface.co cannot be reached: connect to the "
             "network, give a local folder, or leave MI_MODEL unset to use tiny-gemma."
         )
+    if any("trust_remote_code" in str(e) for e in chain):
+        return (
+            f"{name} needs program code of its own, and the code of a model's folder is never run "
+            f"here: choose a model of a known family ({', '.join(FAMILIES)})."
+        )
     first = str(error).strip().splitlines() or [type(error).__name__]
     return f"{name} could not be loaded: {first[0].rstrip('.:')}."
 
@@ -124,7 +199,7 @@ def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:
     """A model of the same shape, dtype and tokenizer with random weights: a negative control."""
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(
-            copy.deepcopy(model.config), attn_implementation="eager"
+            copy.deepcopy(model.config), attn_implementation="eager", trust_remote_code=False
         )
     empty = LanguageModel(hf, model.tokenizer, f"{model.name} (untrained)")
     return materialize(empty, model.dtype, seed, model.device)
@@ -152,7 +227,9 @@ def empty_gemma2_2b() -> LanguageModel:
         bos_token_id=2,
     )
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        hf = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", trust_remote_code=False
+        )
     return LanguageModel(hf, None, "google/gemma-2-2b (empty)")
 
 

@@ -35,6 +35,7 @@ FILE_KINDS = {
     ERROR: "mlp reconstruction error",
     LOGIT: "logit",
 }
+MOST = 32_768  # nodes: their edges are a matrix of 4 GiB
 THRESHOLDS = ("node_threshold", "edge_threshold")
 
 # --------------------------------------------------------------------------------------- writing
@@ -224,6 +225,10 @@ def _words(entry: dict) -> tuple[str, str]:
 
 def _adjacency(path: str | Path, names: list[str], links: list[tuple[str, str, float]]) -> Tensor:
     """The edges (n, n) between nodes of these names, from links (target, source, weight)."""
+    if len(names) > MOST:
+        raise ValueError(
+            f"{path} has {len(names):,} nodes and at most {MOST:,} are read: prune it."
+        )
     place = {name: i for i, name in enumerate(names)}
     ends = {name for target, source, _ in links for name in (target, source)}
     count = Counter(names)

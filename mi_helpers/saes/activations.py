@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mi_helpers.files import RunError, load_tensors, read_about, read_json
+from mi_helpers.files import RunError, is_beside, load_tensors, read_about, read_json, read_shapes
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -101,11 +101,20 @@ class Activations:
         if manifest.get("format") != FORMAT:
             raise RunError(f"{folder / MANIFEST} has a format that this version does not read.")
         for shard in manifest["shards"]:
+            if not is_beside(shard["file"]):
+                raise RunError(
+                    f"{folder / MANIFEST} names the shard {shard['file']!r}, and a shard is a "
+                    ".safetensors file beside it: delete it and run the harvest again."
+                )
             try:
                 digest, _ = read_about(folder / shard["file"])
+                shapes = read_shapes(folder / shard["file"])
             except RunError as error:
                 raise RunError(f"{error} {AGAIN}") from None
-            if digest != shard["sha256"]:
+            ours = shapes.get("source") == (shard["rows"], manifest["d_in"])
+            if manifest["target"]:
+                ours &= shapes.get("target") == (shard["rows"], manifest["d_out"])
+            if digest != shard["sha256"] or not ours:
                 raise RunError(f"{folder / shard['file']} is not the manifest's. {AGAIN}")
         return cls(folder, manifest)
 

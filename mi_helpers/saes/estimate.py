@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mi_helpers.files import DATA
 from mi_helpers.layouts import Key, ModelError
-from mi_helpers.loading import empty_gemma2_2b
+from mi_helpers.loading import empty_gemma2_2b, why_not_loaded
 from mi_helpers.models import LanguageModel, read_sites, site_width
 from mi_helpers.saes.harvest import HarvestConfig
 from mi_helpers.saes.progress import duration
@@ -50,8 +50,10 @@ def configuration(name: str):
     """
     source = DATA / "tiny_gemma" if name == "tiny-gemma" else os.path.expanduser(name)
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(why_not_loaded(name, error)) from None
         if name in KNOWN_SHAPES:
             return KNOWN_SHAPES[name]().config
         raise ModelError(
@@ -63,7 +65,7 @@ def configuration(name: str):
 def parameters(config) -> int:
     """How many parameters a model of this shape has; nothing is allocated."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
 
 
 def two_blocks(config, dtype: torch.dtype) -> LanguageModel:
@@ -74,7 +76,7 @@ def two_blocks(config, dtype: torch.dtype) -> LanguageModel:
         small.layer_types = list(small.layer_types[:2])
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(small, name, 0)
-    hf = AutoModelForCausalLM.from_config(small, dtype=dtype)
+    hf = AutoModelForCausalLM.from_config(small, dtype=dtype, trust_remote_code=False)
     return LanguageModel(hf, None, "two blocks")
 
 

@@ -16,6 +16,8 @@ A source is a local folder, a local file, or a repository of the Hugging Face hu
 from __future__ import annotations
 
 import json
+import lzma
+import math
 import os
 import zipfile
 import zlib
@@ -37,6 +39,7 @@ from mi_helpers.saes.coder import SparseCoder
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SPARSIFY, SCOPE, SCOPE2 = "sae.safetensors", "params.npz", "params.safetensors"
 KNOWN = (WEIGHTS, SPARSIFY, SCOPE, SCOPE2)
+INFLATED, INFLATION = 64 * 2**20, 20  # most bytes of an archive unpacked, and times its own size
 LAYOUT = "6.54.12"  # the version of SAELens whose cfg.json is written
 
 # SAELens' `architecture` of an SAE and of a transcoder. It has no TopK transcoder: those two names
@@ -362,16 +365,46 @@ def _safetensors(path: Path, name: str) -> dict[str, Tensor]:
 
 def _npz(path: Path, name: str) -> dict[str, Tensor]:
     try:
+        _check_npz(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         return {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
-    except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = error
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         reason = error
     raise ModelError(
         f"{name} cannot be read: {path.name} is no plain NumPy archive ({reason})."
     ) from None
+
+
+def _check_npz(path: Path) -> None:
+    """Compare what an archive declares with what it holds, before any of it is read.
+
+    Raises:
+        ValueError: it inflates to far more than weights can, or an array's shape is not its size.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        inflated = sum(entry.file_size for entry in entries)
+        if inflated > max(INFLATED, INFLATION * path.stat().st_size):
+            raise ValueError(
+                f"its {path.stat().st_size:,} bytes would inflate to {inflated:,}, which weights "
+                "do not"
+            )
+        for entry in entries:
+            with archive.open(entry) as stream:
+                version = np.lib.format.read_magic(stream)
+                head = "read_array_header_2_0" if version > (1, 0) else "read_array_header_1_0"
+                shape, _, dtype = getattr(np.lib.format, head)(stream)
+                declared = stream.tell() + dtype.itemsize * math.prod(shape)
+            if dtype.hasobject:
+                raise ValueError(f"{entry.filename} holds Python objects, which are never read")
+            if declared != entry.file_size:
+                raise ValueError(
+                    f"{entry.filename} declares the shape {shape} of {dtype}, and has "
+                    f"{entry.file_size:,} bytes"
+                )
 
 
 def _is_local(source: str) -> bool:

@@ -20,7 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from mi_helpers.files import InUse, alone_in, sweep, write_atomically, write_json, write_manifest
+from mi_helpers.files import (
+    InUse,
+    RunError,
+    alone_in,
+    read_json,
+    sweep,
+    write_atomically,
+    write_json,
+    write_manifest,
+)
 from mi_helpers.loading import load_model
 from mi_helpers.tiny_gemma import skills
 from mi_helpers.tinyworld.tokenizer import train_tokenizer
@@ -118,7 +127,9 @@ def load_run(folder: Path, model, optimizer) -> dict:
     sweep(folder, STATE)
     if not (folder / STATE).exists():
         return {}
-    state = json.loads((folder / STATE).read_text())
+    state = read_json(folder / STATE)
+    if type(state.get("step")) is not int:
+        raise RunError(f"{folder / STATE} has the step {state.get('step')!r}, no number.")
     parameters = dict(model.named_parameters())
     for name, value in load_file(folder / f"model-{state['step']}.safetensors").items():
         parameters[name].data.copy_(value)
@@ -190,7 +201,7 @@ def train(
     if tokenizer is None:
         if not (folder / "tokenizer.json").exists():
             tokenizer_to(folder, world)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(model_config or config(len(tokenizer))).to(device)
@@ -298,7 +309,7 @@ def model_card(model, folder: Path, rows: list) -> str:
 
 def ship(folder: Path, model, target: Path = SHIPPED) -> None:
     """Write what the course loads: weights, config, tokenizer, training log, model card."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     rows = skills.measure(model, skills.Suite(World(), tokenizer))
     target.mkdir(parents=True, exist_ok=True)
     model.float().save_pretrained(target)

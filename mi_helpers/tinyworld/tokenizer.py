@@ -119,7 +119,7 @@ def load_tokenizer(folder: Path):
     """The shipped tokenizer, through transformers' AutoTokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def offsets(tokenizer, text: str) -> tuple[list[int], np.ndarray]:

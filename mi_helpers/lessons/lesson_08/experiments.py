@@ -69,7 +69,9 @@ def toy() -> tuple[LanguageModel, list[SparseCoder]]:
         max_position_embeddings=8,
         tie_word_embeddings=False,
     )
-    hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    hf = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", trust_remote_code=False
+    ).eval()
     with torch.no_grad():
         for name, p in hf.named_parameters():
             p.fill_(1.0 if "norm" in name else 0.0)
