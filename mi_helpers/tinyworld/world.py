@@ -135,6 +135,8 @@ def token_stream(world: World, tokenizer, seed: int) -> Iterator[list[int]]:
     backend = tokenizer.backend_tokenizer
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     while True:
+        backend.no_padding()  # what another call may have left on
+        backend.no_truncation()
         texts = [next(stream).text for _ in range(128)]
         for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
             yield bos + encoding.ids + eos

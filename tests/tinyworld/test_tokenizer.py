@@ -306,6 +306,12 @@ def test_what_stands_at_a_rows_start_has_the_mixtures_own_lengths(tokenizer):
         assert abs(share - among_rows) < 4 * error, limit
 
 
+def test_a_padded_call_before_changes_no_batch(tokenizer):
+    clean = next(batches(WORLD, tokenizer, seed=3, length=64, rows=4))
+    tokenizer(["one", "one two three four"], padding=True, truncation=True, max_length=3)
+    np.testing.assert_array_equal(next(batches(WORLD, tokenizer, seed=3, length=64, rows=4)), clean)
+
+
 def test_equal_seeds_give_equal_batches(tokenizer):
     def take(seed):
         stream = batches(WORLD, tokenizer, seed=seed, rows=4)
