@@ -5,6 +5,7 @@ WORKERS ?= 2
 LAB_ARGS ?=
 PIP_ARGS ?=
 NAMES ?=
+LESSONS ?= 0 1 2 3 4 5 6 7 8
 BENCH_ARGS ?=
 
 BIN := .venv/bin
@@ -18,7 +19,7 @@ FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: help lab test lint unit numeric notebook-tests model notebooks bench exercises doctor
+.PHONY: help lab test lint unit numeric notebook-tests model downstream notebooks bench exercises doctor
 .DEFAULT_GOAL := help
 
 help:  ## show these commands
@@ -74,6 +75,15 @@ exercises: $(READY)  ## prove every exercise: reference, stub, wrong answers
 
 notebooks: $(READY)  ## run the notebooks again and save them clean (NAMES="00 03")
 	@$(BIN)/python -m mi_helpers notebooks $(NAMES)
+
+downstream: export OMP_NUM_THREADS = $(WORKERS)
+downstream: $(READY)  ## make all that hangs on tiny-gemma again: coders, transcoders, ledger, notebooks
+	@$(BIN)/python -m mi_helpers make-sae
+	@$(BIN)/python -m mi_helpers make-transcoders
+	@$(BIN)/python -m mi_helpers claims --measure $(LESSONS)
+	@$(BIN)/python -m mi_helpers claims --page
+	@$(BIN)/python -m mi_helpers notebooks
+	@$(BIN)/python -m mi_helpers manifest --write
 
 model: $(READY)  ## train tiny-gemma again
 	@$(BIN)/python -m mi_helpers train-model
