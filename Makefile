@@ -6,6 +6,10 @@ LAB_ARGS ?=
 PIP_ARGS ?=
 NAMES ?=
 BENCH_ARGS ?=
+# Where the learner's own copies of the lessons are.
+WORK ?= work
+# Which build of torch: cpu, pip (as plain pip has it), or another that uv knows, such as cu126.
+TORCH ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell nvidia-smi -L 2>/dev/null),pip,cpu),pip)
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -16,7 +20,9 @@ NUMERIC = $(shell grep -lwE 'allclose|assert_close|isclose|approx|near|agrees' t
 FIRST := $(firstword $(sort $(wildcard notebooks/*.ipynb)))
 # In a container the only user is often root, whom Jupyter turns away unless told.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+QUIET := --quiet --disable-pip-version-check $(PIP_ARGS)
+PIP := $(BIN)/python -m pip install $(QUIET)
+MINE := $(patsubst ~/%,$(HOME)/%,$(WORK))
 
 # An environment is made anew when its .ready is not the checksum of what it is made of.
 READY_OF := requirements.txt pyproject.toml
@@ -24,7 +30,7 @@ PEERS_OF := benchmarks/requirements.txt
 CODERS_OF := benchmarks/requirements-coders.txt
 stale = $(shell [ "$$(cat $(2) | cksum)" = "$$(cat $(1) 2>/dev/null)" ] || echo $(1))
 
-.PHONY: help lab test lint unit numeric notebook-tests model notebooks bench exercises doctor
+.PHONY: help lab fresh test lint unit numeric notebook-tests model notebooks bench exercises doctor
 .PHONY: $(call stale,$(READY),$(READY_OF)) $(call stale,$(PEERS),$(PEERS_OF)) \
   $(call stale,$(CODERS),$(CODERS_OF))
 .DEFAULT_GOAL := help
@@ -35,11 +41,11 @@ help:  ## show these commands
 $(READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "This course needs Python 3.11 or newer, and '$(PYTHON)' is not: make lab PYTHON=python3.12"; exit 1; }
-	@echo "Making .venv (once; torch is the large part, so this may take some minutes)."
+	@echo "Making .venv, once: some minutes. The first two of three steps download."
 	@$(PYTHON) -m venv .venv && rm -f $@
 	@echo "1 of 3: torch"
-	@$(PIP) "$$(grep -E '^torch==' requirements.txt)"
-	@echo "2 of 3: JupyterLab, transformers and the rest"
+	@sh config/torch.sh $(BIN)/python requirements.txt $(TORCH) $(QUIET)
+	@echo "2 of 3: JupyterLab, transformers and the rest (230 MB)"
 	@$(PIP) --requirement requirements.txt
 	@echo "3 of 3: the helpers of this course"
 	@$(PIP) --editable . --no-deps --no-build-isolation
@@ -47,9 +53,17 @@ $(READY):
 
 # Threads that wait sleep: where they spin, a lesson beside other work takes many times as long.
 lab: export OMP_WAIT_POLICY ?= PASSIVE
-lab: $(READY)  ## open the first lesson in JupyterLab (LAB_ARGS="--no-browser --port=8899")
+# The lessons do not run in this folder: a model's folder is named from here.
+ifneq ($(wildcard $(MI_MODEL)/config.json),)
+lab: export MI_MODEL := $(abspath $(MI_MODEL))
+endif
+lab: $(READY)  ## open your copy of the first lesson (LAB_ARGS="--no-browser --port=8899")
+	@$(BIN)/python -m mi_helpers lessons --folder "$(MINE)"
 	@$(BIN)/python -m jupyterlab --LabApp.app_settings_dir="$(CURDIR)/config/lab" \
-	  --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/$(FIRST) $(AS_ROOT) $(LAB_ARGS)
+	  --ServerApp.root_dir="$(MINE)" --LabApp.default_url=/lab/tree/$(notdir $(FIRST)) $(AS_ROOT) $(LAB_ARGS)
+
+fresh: $(READY)  ## a clean copy of a lesson, yours kept beside it (NAMES=03)
+	@$(BIN)/python -m mi_helpers lessons --folder "$(MINE)" --fresh $(NAMES)
 
 test: lint unit notebook-tests exercises  ## lint, unit tests, every notebook, every exercise
 
@@ -91,18 +105,15 @@ model: $(READY)  ## train tiny-gemma again
 $(PEERS):
 	@echo "Making .peers (once): TransformerLens and nnsight, to compare with."
 	@$(PYTHON) -m venv .peers && rm -f $@
-	@.peers/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
-	  "$$(grep -E '^torch==' $(PEERS_OF))"
-	@.peers/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $(PEERS_OF)
+	@sh config/torch.sh .peers/bin/python $(PEERS_OF) $(TORCH) $(QUIET)
+	@.peers/bin/python -m pip install $(QUIET) --requirement $(PEERS_OF)
 	@cat $(PEERS_OF) | cksum >$@
 
 $(CODERS):
 	@echo "Making .peers-coders (once): SAELens, dictionary_learning and sparsify, to compare with."
 	@$(PYTHON) -m venv .peers-coders && rm -f $@
-	@.peers-coders/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
-	  "$$(grep -E '^torch==' $(CODERS_OF))"
-	@.peers-coders/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
-	  --no-deps --requirement $(CODERS_OF)
+	@sh config/torch.sh .peers-coders/bin/python $(CODERS_OF) $(TORCH) $(QUIET)
+	@.peers-coders/bin/python -m pip install $(QUIET) --no-deps --requirement $(CODERS_OF)
 	@cat $(CODERS_OF) | cksum >$@
 
 bench: $(READY) $(PEERS) $(CODERS)  ## time sliders, patching and coders against other libraries (BENCH_ARGS=--gemma)

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from mi_helpers.course.doctor import pins
+from mi_helpers.course.doctor import installed, pins
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -25,10 +25,14 @@ PROJECT, BUILD = PYPROJECT["project"], PYPROJECT["build-system"]["requires"]
 EXTRAS = PROJECT["optional-dependencies"]
 BASE = [Requirement(line) for line in PROJECT["dependencies"]]
 TEST = [Requirement(line) for line in EXTRAS["test"]]
-PINS = {
-    canonicalize_name(name): version
-    for name, version in pins((ROOT / "requirements.txt").read_text("utf-8")).items()
-}
+LISTS = ("requirements.txt", "requirements-extras.txt")
+PINS, EXTRA_PINS = (
+    {
+        canonicalize_name(name): version
+        for name, version in pins((ROOT / file).read_text("utf-8")).items()
+    }
+    for file in LISTS
+)
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
 
 
@@ -48,6 +52,32 @@ def needed(wanted: list[Requirement]) -> set[str]:
 def test_every_dependency_is_pinned_within_its_bounds():
     for requirement in BASE + TEST + [Requirement(line) for line in BUILD]:
         assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
+    for requirement in [Requirement(line) for lines in EXTRAS.values() for line in lines]:
+        pin = (PINS | EXTRA_PINS)[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin)
+    assert not set(PINS) & set(EXTRA_PINS)
+
+
+def test_what_is_installed_of_the_extras_needs_nothing_without_a_pin():
+    optional = [Requirement(line) for lines in EXTRAS.values() for line in lines]
+    here = [requirement for requirement in optional if installed(requirement.name)]
+    assert needed(here) - set(PINS | EXTRA_PINS) == set()
+
+
+def test_what_the_pins_allow_is_every_python_that_the_course_allows():
+    """Asked of the packages that are installed here in their pinned version."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    wanted = {
+        name: importlib.metadata.metadata(name)["Requires-Python"]
+        for name in PINS
+        if installed(name) == PINS[name]
+    }
+    assert len(wanted) > len(PINS) / 2
+    for python in (oldest, "3.12.0", "3.13.0"):
+        refuse = [
+            n for n, bounds in wanted.items() if bounds and python not in SpecifierSet(bounds)
+        ]
+        assert refuse == [], python
 
 
 def test_what_the_dependencies_need_is_pinned_too():
@@ -62,14 +92,13 @@ def test_conda_gets_the_pins_and_the_package_with_its_test_extra():
 
 
 def test_pins_are_plain_versions():
-    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
-    for line in lines:
+    for line in [line for file in LISTS for line in (ROOT / file).read_text("utf-8").splitlines()]:
         assert line.startswith("#") or line.count("==") == 1
         assert not any(mark in line for mark in ("+", "://", "@", "--"))
 
 
 def test_the_extras_are_those_the_course_speaks_of():
-    assert set(EXTRAS) == {"test", "browser", "gemma"}
+    assert set(EXTRAS) == {"test", "browser", "gemma", "install"}
 
 
 # -- what is imported, and what is declared ---------------------------------------------------
@@ -81,6 +110,7 @@ RUN_NOT_IMPORTED = {
     "ruff": "make lint",
     "nbval": "make notebook-tests",
     "pytest-xdist": "pytest -n",
+    "uv": "config/torch.sh",
 }
 
 
@@ -137,7 +167,8 @@ def test_everything_declared_is_imported_or_run():
     assert course - outside("mi_helpers", "notebooks") == set()
     tests = names(EXTRAS["test"] + EXTRAS["browser"]) - set(RUN_NOT_IMPORTED)
     assert tests - outside("tests") == set()
-    everything = names(PROJECT["dependencies"] + EXTRAS["test"])
+    assert names(EXTRAS["install"]) <= set(RUN_NOT_IMPORTED)
+    everything = names(PROJECT["dependencies"] + EXTRAS["test"] + EXTRAS["install"])
     assert set(RUN_NOT_IMPORTED) <= everything - outside("mi_helpers", "notebooks", "tests")
 
 
@@ -146,8 +177,12 @@ def test_everything_declared_is_imported_or_run():
 PYTHON = """\
 #!/bin/sh
 mkdir -p .venv
-echo "$OMP_WAIT_POLICY $*" >>log
-case "$*" in *"pip install"*) exit ${PIP_FAILS:-0};; esac
+echo "$OMP_WAIT_POLICY $MI_MODEL $*" >>log
+case "$*" in
+  *"pip config list"*) echo "$PIP_IS_SET";;
+  *"uv pip"*) exit ${UV_FAILS:-0};;
+  *"pip install"*) exit ${PIP_FAILS:-0};;
+esac
 """
 
 
@@ -156,18 +191,26 @@ def make(tmp_path):
     """`make lab` in a folder of its own, with a Python that only notes what it is told to do."""
     if not shutil.which("make"):
         pytest.skip("there is no make here")
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "config").mkdir()
+    for name in ("Makefile", *LISTS, "pyproject.toml", "config/torch.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
-    ours = {"OMP_WAIT_POLICY", "MAKEFLAGS"}
+    ours = {"OMP_WAIT_POLICY", "MAKEFLAGS", "MI_MODEL", "WORK", "TORCH"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
 
-    def run(**environment) -> list[str]:
+    def run(*arguments, **environment) -> list[str]:
         (tmp_path / "log").write_text("")
-        command = ["make", "--silent", "lab", "PYTHON=./python", "BIN=."]
-        own = kept | environment
-        subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, check=False)
+        command = ["make", "--silent", *(arguments or ["lab"]), "PYTHON=./python", "BIN=."]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=kept | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        (tmp_path / "said").write_text(done.stdout)
         return (tmp_path / "log").read_text().splitlines()
 
     return run
@@ -178,25 +221,92 @@ def installs(lines: list[str]) -> int:
 
 
 def test_make_installs_when_the_content_of_the_lists_changes_and_only_then(make, tmp_path):
-    assert installs(make()) == 3
+    assert installs(make(TORCH="pip")) == 3
     for name in ("requirements.txt", "pyproject.toml"):
         before = (tmp_path / name).read_text("utf-8")
         (tmp_path / name).touch()
-        assert installs(make()) == 0
+        assert installs(make(TORCH="pip")) == 0
         (tmp_path / name).write_text(before + "# another\n", "utf-8")
-        assert installs(make()) == 3 and installs(make()) == 0
+        assert installs(make(TORCH="pip")) == 3 and installs(make(TORCH="pip")) == 0
 
 
 def test_make_installs_again_where_an_installation_broke_off(make, tmp_path):
-    make()
+    make(TORCH="pip")
     before = (tmp_path / "requirements.txt").read_text("utf-8")
     (tmp_path / "requirements.txt").write_text(before + "# another\n", "utf-8")
-    lines = make(PIP_FAILS="1")
+    lines = make(TORCH="pip", PIP_FAILS="1")
     assert installs(lines) == 1 and "jupyterlab" not in lines[-1]
     (tmp_path / "requirements.txt").write_text(before, "utf-8")
-    assert installs(make()) == 3
+    assert installs(make(TORCH="pip")) == 3
 
 
 def test_make_lab_lets_idle_threads_sleep_unless_told_otherwise(make):
-    assert make()[-1].startswith("PASSIVE -m jupyterlab")
-    assert make(OMP_WAIT_POLICY="ACTIVE")[-1].startswith("ACTIVE -m jupyterlab")
+    assert make()[-1].startswith("PASSIVE  -m jupyterlab")
+    assert make(OMP_WAIT_POLICY="ACTIVE")[-1].startswith("ACTIVE  -m jupyterlab")
+
+
+def test_make_lab_brings_the_learners_copies_and_opens_their_folder(make):
+    *_, copies, lab = make()
+    assert copies.endswith(" -m mi_helpers lessons --folder work")
+    assert "--ServerApp.root_dir=work " in lab
+    *_, copies, lab = make("lab", WORK="~/my lessons")
+    assert f"--folder {Path.home()}/my lessons" in copies and f"={Path.home()}/my lessons " in lab
+    assert make("fresh", "NAMES=03")[-1].endswith("lessons --folder work --fresh 03")
+
+
+def test_a_model_is_named_from_where_make_is_called(make, tmp_path):
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    (tmp_path / "models" / "a" / "config.json").write_text("{}")
+    assert f" {tmp_path / 'models' / 'a'} -m jupyterlab" in make(MI_MODEL="models/a")[-1]
+    assert " google/gemma-2-2b -m jupyterlab" in make(MI_MODEL="google/gemma-2-2b")[-1]
+
+
+# -- which torch ------------------------------------------------------------------------------
+
+TORCH = f"torch=={PINS['torch']}"
+
+
+def fetched(lines: list[str]) -> list[str]:
+    """Who was asked for torch, in order."""
+    return [line.split("-m ")[1].split()[0] for line in lines if line.endswith(TORCH)]
+
+
+def test_uv_fetches_the_build_for_the_cpu_in_its_pinned_version(make, tmp_path):
+    lines = make(TORCH="cpu")
+    assert fetched(lines) == ["uv"]
+    asked = next(line for line in lines if line.endswith(TORCH))
+    assert "--torch-backend cpu" in asked and "--python ./python" in asked
+    assert any(line.endswith(f"uv=={EXTRA_PINS['uv']}") for line in lines)
+    assert "MB" in (tmp_path / "said").read_text()
+
+
+def test_plain_pip_fetches_torch_where_uv_cannot(make, tmp_path):
+    assert fetched(make(TORCH="cpu", UV_FAILS="1")) == ["uv", "pip"]
+    assert "GB" in (tmp_path / "said").read_text()
+
+
+@pytest.mark.parametrize("setting", ["global.no-index='1'", ":env:.find" + "-links='/wheels'"])
+def test_torch_comes_from_where_pip_is_told_to_look(make, setting):
+    assert fetched(make(TORCH="cpu", PIP_IS_SET=setting)) == ["pip"]
+
+
+def test_options_that_say_where_to_look_count_too(make):
+    assert fetched(make("lab", "PIP_ARGS=--no-index -f wheels", TORCH="cpu")) == ["pip"]
+
+
+@pytest.mark.parametrize(
+    ("system", "card", "who"), [("Linux", 0, "pip"), ("Linux", 1, "uv"), ("Darwin", 1, "pip")]
+)
+def test_only_linux_without_a_graphics_card_needs_another_build(make, tmp_path, system, card, who):
+    for name, does in (
+        ("nvidia-smi", f"[ {card} = 0 ] && echo GPU 0"),
+        ("uname", f"echo {system}"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    assert fetched(make(PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")) == [who]
+
+
+def test_no_pin_asks_for_what_a_build_of_torch_brings():
+    """Builds with CUDA bring their own, which other machines have no use for."""
+    assert [n for n in PINS | EXTRA_PINS if n.startswith(("nvidia", "cuda", "triton"))] == []

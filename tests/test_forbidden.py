@@ -11,7 +11,7 @@ from mi_helpers.course import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {".git", ".venv", ".cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "runs"}
-SKIPPED |= {".peers", "build", "dist", "__pycache__", ".ipynb_checkpoints"}
+SKIPPED |= {".peers", ".peers-coders", "work", "build", "dist", "__pycache__", ".ipynb_checkpoints"}
 TEXT = {"", ".cff", ".cfg", ".csv", ".css", ".ipynb", ".json", ".jsonl", ".md", ".py", ".sh"}
 TEXT |= {".svg", ".toml", ".tsv", ".txt", ".yaml", ".yml"}
 

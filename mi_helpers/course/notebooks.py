@@ -14,8 +14,6 @@ import tyro
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from mi_helpers.files import write_text
-
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 KEPT_OF_A_CELL = {"tags", "jupyter"}
@@ -91,6 +89,8 @@ def cell_problems(cell) -> list[str]:
 
 def save(notebook, path: Path) -> None:
     """Write a notebook atomically, with Unix line ends."""
+    from mi_helpers.files import write_text  # loads torch, which `make lab` does without
+
     write_text(path, nbformat.writes(notebook) + "\n")
 
 
