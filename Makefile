@@ -41,11 +41,11 @@ help:  ## show these commands
 $(READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "This course needs Python 3.11 or newer, and '$(PYTHON)' is not: make lab PYTHON=python3.12"; exit 1; }
-	@echo "Making .venv, once: some minutes. The first two of three steps download."
+	@echo "Making .venv, once: this takes some minutes, and downloads what is not there yet."
 	@$(PYTHON) -m venv .venv && rm -f $@
 	@echo "1 of 3: torch"
 	@sh config/torch.sh $(BIN)/python requirements.txt $(TORCH) $(QUIET)
-	@echo "2 of 3: JupyterLab, transformers and the rest (230 MB)"
+	@echo "2 of 3: JupyterLab, transformers and the rest (0.2 GB)"
 	@$(PIP) --requirement requirements.txt
 	@echo "3 of 3: the helpers of this course"
 	@$(PIP) --editable . --no-deps --no-build-isolation

@@ -180,6 +180,7 @@ mkdir -p .venv
 echo "$OMP_WAIT_POLICY $MI_MODEL $*" >>log
 case "$*" in
   *"pip config list"*) echo "$PIP_IS_SET";;
+  *"pip show torch"*) echo "Version: $HAVE_TORCH";;
   *"uv pip"*) exit ${UV_FAILS:-0};;
   *"pip install"*) exit ${PIP_FAILS:-0};;
 esac
@@ -277,12 +278,19 @@ def test_uv_fetches_the_build_for_the_cpu_in_its_pinned_version(make, tmp_path):
     asked = next(line for line in lines if line.endswith(TORCH))
     assert "--torch-backend cpu" in asked and "--python ./python" in asked
     assert any(line.endswith(f"uv=={EXTRA_PINS['uv']}") for line in lines)
-    assert "MB" in (tmp_path / "said").read_text()
+    assert "0.2 GB" in (tmp_path / "said").read_text()
 
 
 def test_plain_pip_fetches_torch_where_uv_cannot(make, tmp_path):
     assert fetched(make(TORCH="cpu", UV_FAILS="1")) == ["uv", "pip"]
-    assert "GB" in (tmp_path / "said").read_text()
+    assert "2.7 GB" in (tmp_path / "said").read_text()
+
+
+@pytest.mark.parametrize("build", ["cpu", "pip"])
+@pytest.mark.parametrize(("local", "there"), [("", True), ("+cpu", True), (".1", False)])
+def test_torch_is_not_fetched_where_it_is_there(make, build, local, there):
+    lines = make(TORCH=build, HAVE_TORCH=PINS["torch"] + local)
+    assert (fetched(lines) == []) == there
 
 
 @pytest.mark.parametrize("setting", ["global.no-index='1'", ":env:.find" + "-links='/wheels'"])
