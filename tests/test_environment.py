@@ -36,12 +36,18 @@ PINS, EXTRA_PINS = (
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
 
 
+BUILDS = ("nvidia-", "cuda-", "triton", "pytorch-triton")  # what a build of torch brings
+
+
 def needed(wanted: list[Requirement]) -> set[str]:
-    """The names of these packages and, on this platform, of all that they need."""
+    """The names of these packages and, on this platform, of all that they need.
+
+    What builds of torch with CUDA or ROCm bring along is theirs: other machines have no use for it.
+    """
     names, waiting = set(), list(wanted)
     while waiting:
         name = canonicalize_name(waiting.pop().name)
-        if name not in names:
+        if name not in names and not name.startswith(BUILDS):
             names.add(name)
             lines = importlib.metadata.requires(name) or []
             found = [Requirement(line) for line in lines]
@@ -81,6 +87,16 @@ def test_what_the_pins_allow_is_every_python_that_the_course_allows():
 
 
 def test_what_the_dependencies_need_is_pinned_too():
+    assert needed(BASE + TEST) - set(PINS) == set()
+
+
+def test_what_a_build_of_torch_brings_is_not_demanded(monkeypatch):
+    asked, cuda = importlib.metadata.requires, ["nvidia-cublas==13", "triton==3", "cuda-bindings"]
+    monkeypatch.setattr(
+        importlib.metadata,
+        "requires",
+        lambda name: (asked(name) or []) + (cuda if name == "torch" else []),
+    )
     assert needed(BASE + TEST) - set(PINS) == set()
 
 
@@ -316,5 +332,4 @@ def test_only_linux_without_a_graphics_card_needs_another_build(make, tmp_path, 
 
 
 def test_no_pin_asks_for_what_a_build_of_torch_brings():
-    """Builds with CUDA bring their own, which other machines have no use for."""
-    assert [n for n in PINS | EXTRA_PINS if n.startswith(("nvidia", "cuda", "triton"))] == []
+    assert [name for name in PINS | EXTRA_PINS if name.startswith(BUILDS)] == []

@@ -152,6 +152,15 @@ def test_packages_that_differ_or_lack_are_said():
     assert "no-such-package 1 is pinned but not installed" in found[2]
 
 
+def test_a_torch_with_cuda_and_what_it_brings_are_fine(monkeypatch):
+    requirements = (doctor.ROOT / "requirements.txt").read_text("utf-8")
+    wanted = doctor.pins(requirements)
+    have = wanted | {"torch": wanted["torch"] + "+cu130", "nvidia-cublas": "13", "triton": "3"}
+    monkeypatch.setattr(doctor.importlib.metadata, "version", have.__getitem__)
+    (found,) = doctor.packages(wanted)
+    assert found.status == doctor.GOOD and f"{len(wanted)} of {len(wanted)} " in found.sentence
+
+
 def test_an_essential_package_that_lacks_is_bad(monkeypatch):
     monkeypatch.setattr(doctor, "installed", lambda name: None)
     statuses = {finding.status for finding in doctor.packages({"torch": "2"})}
