@@ -86,6 +86,7 @@ numeric: $(READY)  ## only tests that compare numbers: set ATEN_CPU_CAPABILITY, 
 
 notebook-tests: export OMP_NUM_THREADS = 1
 notebook-tests: export HF_HUB_OFFLINE = 1
+notebook-tests: export MI_STATIC = 1
 notebook-tests: export MI_PROGRESS = $(CURDIR)/.cache/progress.json
 notebook-tests: $(READY) unit
 	@mkdir -p .cache && rm -f .cache/progress.json

@@ -1,5 +1,8 @@
-"""What makes notebooks a course: `check`, `hint`, `solution`, `progress` are all that one needs."""
+"""What makes notebooks a course: these are all that one needs in a lesson."""
 
-from mi_helpers.course.check import check, hint, progress, solution
+from mi_helpers.course.check import check, confirm, hint, solution
+from mi_helpers.course.investigate import investigate
+from mi_helpers.course.overview import progress
+from mi_helpers.course.predict import predict
 
-__all__ = ["check", "hint", "progress", "solution"]
+__all__ = ["check", "confirm", "hint", "investigate", "predict", "progress", "solution"]

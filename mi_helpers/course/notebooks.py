@@ -16,6 +16,7 @@ from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+KEPT = ("mi_helpers",)  # of a notebook: the form of the lesson
 KEPT_OF_A_CELL = {"tags", "jupyter"}
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|var/folders)/\w|[A-Z]:\\+Users\b")
 
@@ -44,13 +45,15 @@ def execute(notebook, folder: Path) -> None:
             store_widget_state=False,
             coalesce_streams=True,
         )
-        client.execute(env=os.environ | {"MI_PROGRESS": os.path.join(scratch, "progress.json")})
+        progress = os.path.join(scratch, "progress.json")
+        client.execute(env=os.environ | {"MI_PROGRESS": progress, "MI_STATIC": "1"})
 
 
 def clean(notebook) -> None:
     """Drop in place what is not the author's: widget state, timings, versions, view settings."""
+    ours = {key: notebook.metadata[key] for key in KEPT if key in notebook.metadata}
     notebook.metadata = nbformat.from_dict(
-        {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+        {"kernelspec": KERNEL, "language_info": {"name": "python"}} | ours
     )
     for cell in notebook.cells:
         kept = {key: value for key, value in cell.metadata.items() if key in KEPT_OF_A_CELL}

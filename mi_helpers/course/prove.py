@@ -1,31 +1,40 @@
-"""The proof of every exercise: the reference passes, the stub is neutral, wrong answers fail."""
+"""The proof of every exercise: the reference passes, the stub is neutral, wrong answers fail.
+
+Right answers written otherwise pass, and mutants of the reference die: 95 % of a lesson's, in a
+lesson of the new form, and each that lives is listed with the reason why it is right.
+"""
 
 import inspect
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
-from mi_helpers.course.check import (
-    NOT_ATTEMPTED,
-    RIGHT,
-    WRONG,
-    Exercise,
-    evaluate,
-    lessons,
-)
+from mi_helpers.course import form as forms
+from mi_helpers.course.card import Exercise, exercises_of, lesson_numbers
+from mi_helpers.course.expecting import Wrong
+from mi_helpers.course.investigate import Investigation, investigations_of, scale
+from mi_helpers.course.judge import NOT_ATTEMPTED, RIGHT, WRONG, evaluate
+from mi_helpers.course.mutants import mutants
+from mi_helpers.course.predict import predictions_of
 
 SLOWEST = 10.0  # seconds that one check may take, even on a busy machine
+KILLED = 0.95  # of a lesson's mutants
+SEED = 0  # of the inputs that checks draw here
+SEEDS = (1, 2, 3)  # the reference, and right answers, pass with any
 
 
 def problems(exercise: Exercise, lesson: int) -> list[str]:
     """What is wrong with one exercise, a sentence each; empty when it is proved."""
     try:
-        found = form(exercise, lesson) + stub(exercise) + reference(exercise) + wrong(exercise)
+        found = about(exercise, lesson) + stub(exercise) + reference(exercise) + wrong(exercise)
+        found += right(exercise)
     except Exception as error:
         found = [f"its proof stopped with {type(error).__name__}: {error}"]
     return [f"{exercise.id}: {problem}" for problem in found]
 
 
-def form(exercise: Exercise, lesson: int) -> list[str]:
+def about(exercise: Exercise, lesson: int) -> list[str]:
     """Problems of the id, the marks and the hints."""
     found = []
     if not re.fullmatch(rf"{lesson}\.[1-9]\d*", exercise.id):
@@ -43,7 +52,7 @@ def stub(exercise: Exercise) -> list[str]:
     """Problems of the stub: it reads as not attempted and has the reference's parameters."""
     function = exercise.stub_function()
     found = []
-    if (status := evaluate(exercise, function).status) != NOT_ATTEMPTED:
+    if (status := evaluate(exercise, function, SEED).status) != NOT_ATTEMPTED:
         found.append(f"the untouched stub reads as '{status}'.")
     ours, theirs = (list(inspect.signature(f).parameters) for f in (function, exercise.reference))
     if ours != theirs:
@@ -54,18 +63,41 @@ def stub(exercise: Exercise) -> list[str]:
 def reference(exercise: Exercise) -> list[str]:
     """Problems of the reference: it is right, and its check is fast."""
     start = time.perf_counter()
-    verdict = evaluate(exercise, exercise.reference)
+    verdict = evaluate(exercise, exercise.reference, SEED)
     seconds = time.perf_counter() - start
     if verdict.status != RIGHT:
         return [f"the reference is '{verdict.status}': {verdict.message}"]
     return [f"its check takes {seconds:.0f} s."] if seconds > SLOWEST else []
 
 
+def right(exercise: Exercise) -> list[str]:
+    """Problems of right answers: the declared ones pass, and all pass whatever is drawn."""
+    found = []
+    for number, answer in enumerate(exercise.right, start=1):
+        verdict = evaluate(exercise, answer, SEED)
+        if verdict.status != RIGHT:
+            found.append(f"right answer {number} is '{verdict.status}': {verdict.message}")
+    if not draws_anew(exercise):
+        return found
+    for answer in (exercise.reference, *exercise.right):
+        for seed in SEEDS:
+            verdict = evaluate(exercise, answer, seed)
+            if verdict.status != RIGHT:
+                found.append(f"inputs {seed}: {answer.__name__} is wrong: {verdict.message}")
+    return found
+
+
+def draws_anew(exercise: Exercise) -> bool:
+    """Whether a check draws its inputs, by `agree` or `draws`."""
+    names = exercise.check.__code__.co_names
+    return "agree" in names or "draws" in names
+
+
 def wrong(exercise: Exercise) -> list[str]:
     """Problems of the wrong answers: three or more, each with its own message."""
     found, messages = [], []
     for number, (answer, fragment) in enumerate(exercise.wrong, start=1):
-        verdict = evaluate(exercise, answer)
+        verdict = evaluate(exercise, answer, SEED)
         messages.append(verdict.message)
         if verdict.status != WRONG:
             found.append(f"wrong answer {number} reads as '{verdict.status}'.")
@@ -78,20 +110,163 @@ def wrong(exercise: Exercise) -> list[str]:
     return found
 
 
-def main() -> int:
-    """Prove every exercise: the reference passes, the stub is neutral, wrong answers fail.
+# -- mutants ---------------------------------------------------------------------------------
 
-    The exit code is 1 when anything fails.
+
+@dataclass
+class Survey:
+    """The mutants of an exercise's reference: how many, and the changes that the check lets live.
+
+    excused     the changes of those that are right, with the reason that the exercise gives
     """
-    print("lesson  exercises  wrong answers  seconds")
+
+    total: int = 0
+    killed: int = 0
+    excused: dict[str, str] = field(default_factory=dict)
+    survivors: list[str] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)  # declared survivors that are none
+
+    @property
+    def counted(self) -> int:
+        """How many should die."""
+        return self.total - len(self.excused)
+
+
+PATIENCE = 2.0  # seconds for a mutant beyond what the reference takes: some loop
+
+
+def survey(exercise: Exercise) -> Survey:
+    """Which mutants of the reference the check tells from it."""
+    start = time.perf_counter()
+    evaluate(exercise, exercise.reference, SEED)
+    hurried = replace(exercise, seconds=PATIENCE + 3 * (time.perf_counter() - start))
+    found, lived = Survey(), set()
+    for mutant in mutants(exercise.reference):
+        found.total += 1
+        if evaluate(hurried, mutant.function, SEED).status != RIGHT:
+            found.killed += 1
+            continue
+        lived.add(mutant.change)
+        if mutant.change in exercise.survivors:
+            found.excused[mutant.change] = exercise.survivors[mutant.change]
+        else:
+            found.survivors.append(mutant.change)
+    found.total = found.killed + len(found.survivors) + len(found.excused)
+    found.stale = sorted(set(exercise.survivors) - lived)
+    return found
+
+
+def mutant_problems(lesson: int, surveys: dict[str, Survey]) -> list[str]:
+    """What is wrong with a lesson's mutants, a sentence each."""
+    found = [
+        f"{id}: no mutant '{change}' survives: take it out of `survivors`."
+        for id, each in surveys.items()
+        for change in each.stale
+    ]
+    killed = sum(each.killed for each in surveys.values())
+    counted = sum(each.counted for each in surveys.values())
+    if counted and killed < KILLED * counted:
+        found.append(
+            f"Lesson {lesson:02d}: its checks kill {killed} of {counted} mutants, "
+            f"{KILLED:.0%} are needed; let a check draw its inputs (`agree`), or say in "
+            "`survivors` why a change is right."
+        )
+    return found
+
+
+# -- predictions and investigations ----------------------------------------------------------
+
+
+def prediction_problems(lesson: int) -> list[str]:
+    """What is wrong with a lesson's predictions: exactly one option of each has to be right."""
+    found = []
+    for each in predictions_of(lesson):
+        if len(set(each.options)) < max(2, len(each.options)):
+            found.append(f"{each.id}: a prediction needs two options or more, all different.")
+        count = sum(each.right(option) for option in each.options)
+        if count != 1:
+            found.append(f"{each.id}: {count} of its options are right, one should be.")
+    return found
+
+
+def investigation_problems(found: Investigation) -> list[str]:
+    """What is wrong with an investigation: its scale, and what it says to foolish answers."""
+    chance, best = scale(found)
+    said = [] if best > chance else [f"the best known, {best:.3g}, is no better than chance."]
+    if found.good is not None and not chance < found.score(found.good()) <= best:
+        said.append("a good answer does not lie between chance and the best known.")
+    if len(found.foolish) < 2:
+        said.append("it needs two foolish answers, of the wrong type and out of range.")
+    for answer in (None, [], object(), *found.foolish):
+        if (sentence := refusal(lambda a=answer: found.score(a))) is None:
+            said.append(f"the foolish answer {answer!r} gets a score.")
+        elif "\n" in sentence or not sentence.strip():
+            said.append(f"the foolish answer {answer!r} does not get one sentence.")
+    return [f"Investigation {found.id}: {each}" for each in said]
+
+
+def refusal(measure: Callable[[], float]) -> str | None:
+    """The sentence that refuses an answer; None where it is scored."""
+    try:
+        measure()
+    except Wrong as wrong:
+        return str(wrong)
+    return None
+
+
+# -- the command -----------------------------------------------------------------------------
+
+
+def main(lessons: tuple[int, ...] = (), survivors: bool = False, changes: bool = True) -> int:
+    """Prove every exercise: the reference passes, the stub is neutral, mistakes and mutants fail.
+
+    The exit code is 1 when anything fails. The share of mutants that die is demanded of lessons in
+    the new form, and shown of all.
+
+    Args:
+        lessons: their numbers; all without
+        survivors: list the mutants that live
+        changes: make mutants; without, only what is declared is tried
+    """
+    print("lesson  exercises  wrong answers  mutants  killed  seconds")
     found, total = [], 0
-    for lesson, exercises in lessons().items():
-        start = time.perf_counter()
+    for lesson in lessons or lesson_numbers():
+        start, exercises = time.perf_counter(), exercises_of(lesson)
         for exercise in exercises:
             found += problems(exercise, lesson)
-        rejected = sum(len(exercise.wrong) for exercise in exercises)
-        seconds = time.perf_counter() - start
-        print(f"{lesson:02d}      {len(exercises):9}  {rejected:13}  {seconds:7.1f}")
+        surveys = {each.id: survey(each) for each in exercises} if changes else {}
+        if forms.is_new(lesson):
+            found += mutant_problems(lesson, surveys) if changes else []
+            found += prediction_problems(lesson)
+            for each in investigations_of(lesson):
+                found += investigation_problems(each)
+        print_lesson(lesson, exercises, surveys, time.perf_counter() - start)
+        if survivors:
+            print_survivors(surveys)
         total += len(exercises)
     print("\n".join(found) or f"All {total} exercises are proved.")
     return 1 if found else 0
+
+
+def print_lesson(
+    lesson: int, exercises: list[Exercise], surveys: dict[str, Survey], seconds: float
+) -> None:
+    """One row of the table."""
+    rejected = sum(len(exercise.wrong) for exercise in exercises)
+    counted = sum(each.counted for each in surveys.values())
+    killed = sum(each.killed for each in surveys.values())
+    share = f"{killed / counted:7.0%}" if counted else "      -"
+    print(
+        f"{lesson:02d}      {len(exercises):9}  {rejected:13}  {counted:7} {share}  {seconds:7.1f}",
+        flush=True,
+    )
+
+
+def print_survivors(surveys: dict[str, Survey]) -> None:
+    """Each exercise's count, its mutants that live, and those that may."""
+    for id, each in surveys.items():
+        print(f"    {id}: {each.killed} of {each.counted}", flush=True)
+        for change in each.survivors:
+            print(f"        {change}")
+        for change, reason in each.excused.items():
+            print(f"        {change} (right: {reason})")

@@ -327,6 +327,7 @@ def silence_in_place(z, head):
     minutes=10,
     stub=STUB_06,
     reference=silence_head,
+    copies=False,
     hints=[
         "Make a copy first: `z = z.clone()`.",
         "One line of indexing: all documents, positions from 1 on, this head.",

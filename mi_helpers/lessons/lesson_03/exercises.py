@@ -207,6 +207,7 @@ def _patched_everywhere(z, other, head, position):
     minutes=10,
     stub=STUB_33,
     reference=patch_head,
+    copies=False,
     hints=[
         "`z.clone()` first, then assign to one slice of the clone.",
         "One position and one head, in all prompts: `[:, position, head]`.",
@@ -315,6 +316,7 @@ def _both_ways_in_place(run, clean, corrupted):
     minutes=15,
     stub=STUB_34,
     reference=both_ways,
+    copies=False,
     hints=[
         "For wire i: a copy of the corrupted wires with the clean value at i, and the reverse.",
         "Denoising reads the output; noising reads 1 - output, what is lost.",

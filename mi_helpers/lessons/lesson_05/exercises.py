@@ -220,6 +220,7 @@ def ablate_in_place(z, reference, heads):
     minutes=10,
     stub=STUB_53,
     reference=mean_ablate,
+    copies=False,
     hints=[
         "`reference.mean(0)` has shape (pos, n_heads, d_head).",
         "Clone z, then assign to `z[:, :, heads]`; the mean broadcasts over the batch.",
