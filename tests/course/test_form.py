@@ -50,7 +50,7 @@ def test_the_size_is_of_the_main_path():
         (("markdown", "It is a Gemma 2\nin small."), "a gemma 2 in small"),
         (("markdown", "The layer from which on the target leads."), "from which on"),
         (("markdown", "a " * 41 + "."), "A sentence has 41 words"),
-        (("code", "x = 1\n" * 251), "251 lines of code"),
+        (("code", "x = 1\n" * 250), "251 lines of code"),
         (("code", "# NBVAL_CHECK_OUTPUT\nx"), None),
     ],
 )
