@@ -106,7 +106,7 @@ def gemma(total: float) -> Finding:
     need = f"Gemma 2 2B (optional) needs {half:.1f} GB in bfloat16 or {full:.1f} GB in float32"
     how = (
         "; the first time also a network, its licence accepted on the hub, and a token from there. "
-        "For real text to run it on: pip install -e .[gemma]"
+        "For real text to run it on: pip install -c requirements-extras.txt -e '.[gemma]'"
     )
     spare = total - 2 * GB
     fits = [name for name, size in (("bfloat16", half), ("float32", full)) if size * GB < spare]

@@ -25,7 +25,7 @@ from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.world import World
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-EXTRA = "pip install -e '.[gemma]'"
+EXTRA = "pip install -c requirements-extras.txt -e '.[gemma]'"
 
 
 class SourceError(ValueError):
