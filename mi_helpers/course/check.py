@@ -276,7 +276,7 @@ def confirm(sentence: str, ok) -> None:
     """
     try:
         holds = as_one_bool(ok)
-    except (TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"'{sentence}' needs True or False, not {describe(ok)}.") from None
     if not holds:
         raise NotConfirmed(f"This does not hold: {sentence}.")

@@ -29,7 +29,7 @@ from mi_helpers.course.expecting import Wrong
 from mi_helpers.course.values import clone, code, describe, is_tensor, say_error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Investigation:
     """One investigation.
 

@@ -217,16 +217,15 @@ def refusal(measure: Callable[[], float]) -> str | None:
 # -- the command -----------------------------------------------------------------------------
 
 
-def main(lessons: tuple[int, ...] = (), survivors: bool = False, changes: bool = True) -> int:
+def main(lessons: tuple[int, ...] = (), survivors: bool = False, old: bool = False) -> int:
     """Prove every exercise: the reference passes, the stub is neutral, mistakes and mutants fail.
 
-    The exit code is 1 when anything fails. The share of mutants that die is demanded of lessons in
-    the new form, and shown of all.
+    The exit code is 1 when anything fails. The references of lessons in the new form are mutated.
 
     Args:
         lessons: their numbers; all without
         survivors: list the mutants that live
-        changes: make mutants; without, only what is declared is tried
+        old: mutate the references of lessons in the old form, too; nothing is demanded of them
     """
     print("lesson  exercises  wrong answers  mutants  killed  seconds")
     found, total = [], 0
@@ -234,9 +233,10 @@ def main(lessons: tuple[int, ...] = (), survivors: bool = False, changes: bool =
         start, exercises = time.perf_counter(), exercises_of(lesson)
         for exercise in exercises:
             found += problems(exercise, lesson)
-        surveys = {each.id: survey(each) for each in exercises} if changes else {}
-        if forms.is_new(lesson):
-            found += mutant_problems(lesson, surveys) if changes else []
+        new = forms.is_new(lesson)
+        surveys = {each.id: survey(each) for each in exercises} if new or old else {}
+        if new:
+            found += mutant_problems(lesson, surveys)
             found += prediction_problems(lesson)
             for each in investigations_of(lesson):
                 found += investigation_problems(each)

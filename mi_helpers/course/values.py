@@ -202,7 +202,7 @@ def as_one(value, kind: type):
     if not issubclass(kind, (numbers.Number, np.generic)):
         return None
     found = bare(value)
-    if found.ndim:
+    if found.ndim or found.dtype.kind not in "biufc":
         return None
     one = found.item()
     if isinstance(one, bool) != issubclass(kind, (bool, np.bool_)):

@@ -1,0 +1,473 @@
+"""`check` in a session as learners have them: what it returns, survives, and leaves alone."""
+
+import importlib
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mi_helpers.course import card, judge, limits, prove, record, session, values
+from mi_helpers.course.check import RIGHT, WRONG, Exercise, NotConfirmed, agree, confirm, evaluate
+from mi_helpers.course.mutants import mutants
+
+mechanism = importlib.import_module("mi_helpers.course.check")
+
+
+def project(x, v):
+    """x without its part along v."""
+    u = v / v.norm()
+    return x - (x @ u)[:, None] * u
+
+
+def not_normed(x, v):
+    return x - (x @ v)[:, None] * v
+
+
+def check_project(answer):
+    agree(
+        answer,
+        project,
+        lambda draw: (draw.normal("n", "d"), draw.normal("d")),
+        mistakes=[(not_normed, "The direction has any length.")],
+        otherwise="Another result.",
+    )
+
+
+def in_numpy(x, v):
+    u = v.numpy() / np.linalg.norm(v.numpy())
+    return x.numpy() - np.outer(x.numpy() @ u, u)
+
+
+def in_double(x, v):
+    return project(x.double(), v.double())
+
+
+def as_list(x, v):
+    return project(x, v).tolist()
+
+
+def rows(x, v):
+    return list(project(x, v))
+
+
+def in_place(x, v):
+    v /= v.norm()
+    x -= (x @ v)[:, None] * v
+    return x
+
+
+def with_gradient(x, v):
+    return project(x, v.requires_grad_())
+
+
+STUB = "def project(x, v):\n    ...\n"
+PROJECT = Exercise(
+    id="77.1",
+    title="Projecting",
+    difficulty=1,
+    importance=1,
+    minutes=1,
+    stub=STUB,
+    reference=project,
+    check=check_project,
+    hints=["Norm v."],
+    wrong=[
+        (not_normed, "any length"),
+        (lambda x, v: x.T, "shape"),
+        (lambda x, v: x + 0 * v, "Another"),
+    ],
+    right=[in_numpy, in_double, as_list, rows, in_place, with_gradient],
+    seconds=0.5,
+)
+
+
+def changed(**fields) -> Exercise:
+    return Exercise(**(vars(PROJECT) | fields))
+
+
+@pytest.fixture
+def lesson(monkeypatch, tmp_path):
+    """A lesson 77 of one exercise, and a progress file of its own."""
+    monkeypatch.setenv("MI_PROGRESS", str(tmp_path / "progress.json"))
+    monkeypatch.setattr(record, "_this_session", {})
+    monkeypatch.setattr(card, "lesson_numbers", lambda: [77])
+    monkeypatch.setattr(card, "exercises_of", lambda number: [PROJECT])
+
+
+def test_every_make_of_a_right_answer_passes_and_the_proof_holds():
+    assert prove.problems(PROJECT, 77) == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_checks_inputs_differ_in_every_axis(seed):
+    seen = []
+    from mi_helpers.course.expecting import draws, seeded
+
+    with seeded(seed):
+        for case in draws():
+            x, mask = case.normal("n", "d"), case.booleans("k")
+            seen.append((*x.shape, len(mask), case.integer(0, 2), case.choice("ab")))
+            assert len(set(seen[-1][:3])) == 3 and (x > 0).any() and (x < 0).any()
+            assert mask.any() and not mask.all()
+    for one, other in zip(seen, seen[1:], strict=False):
+        assert all(a != b for a, b in zip(one, other, strict=True))
+
+
+def test_what_is_drawn_is_new_each_time_and_the_same_for_a_seed():
+    inputs = []
+
+    def watch(answer):
+        agree(lambda x: inputs.append(x) or x, lambda x: x, lambda d: (d.normal("n"),))
+
+    exercise = changed(check=watch, reference=lambda x, v: x)
+    for seed in (1, 1, 2):
+        inputs.append("run")
+        with judge.seeded(seed):
+            watch(None)
+    first, second, third = [[x.tolist() for x in inputs[i : i + 4]] for i in (1, 6, 11)]
+    assert first == second != third and exercise
+
+
+def test_a_mistake_is_named_only_where_it_is_the_one():
+    assert evaluate(PROJECT, not_normed).message == "The direction has any length."
+    assert evaluate(PROJECT, lambda x, v: x * 1.001).message == "Another result."
+
+
+# -- copies ----------------------------------------------------------------------------------
+
+
+def test_an_answer_in_place_is_right_and_is_told():
+    assert "in place" in evaluate(PROJECT, in_place).message
+
+
+def test_what_the_notebook_holds_stays_as_it_was(lesson):
+    yours = mechanism.check("77.1", in_place)
+    x, v = torch.randn(3, 2), torch.randn(2)
+    before = x.clone()
+    got = yours(x, v)
+    assert torch.equal(x, before) and not torch.equal(got, x) and yours.is_yours
+
+
+@pytest.mark.parametrize("value", [[1, [2.0]], {"a": np.ones(2)}, (torch.ones(2),), {1, 2}, "x", 3])
+def test_copies_equal_and_are_not_the_same(value):
+    copy = values.clone(value)
+    assert values.unchanged(value, copy) and type(copy) is type(value)
+
+
+def test_a_leaf_that_gradients_are_collected_in_is_not_copied():
+    leaf = torch.ones(2, requires_grad=True)
+    assert values.clone((leaf,))[0] is leaf
+
+
+# -- kinds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "like"),
+    [
+        ([1.0, 2.0], torch.ones(2)),
+        (np.ones(2), torch.ones(2)),
+        (torch.ones(2).double(), np.ones(2, np.float32)),
+        ((torch.ones(()), 3), [1.0, 2.0]),
+        (torch.ones(3, 2), (np.ones(2), np.ones(2), np.ones(2))),
+        (torch.tensor(3), 2),
+        (np.float64(3), 2.5),
+        (np.bool_(True), False),
+        ([True, False], np.array([True])),
+        ({"a": torch.tensor(1.0)}, {"b": 2.0}),
+        ([1, 2], {3}),
+    ],
+)
+def test_a_value_takes_the_make_of_another(value, like):
+    made = values.as_kind(value, values.kind_of(like))
+    assert type(made) is type(like)
+    if not isinstance(like, set):
+        assert values.kind_of(made)[:2] == values.kind_of(like)[:2] or isinstance(like, tuple)
+
+
+@pytest.mark.parametrize(
+    ("value", "like"),
+    [
+        ([0, 1], np.array([True, False])),  # indices are no mask
+        ("3", 3.0),
+        (None, 3.0),
+        (2.5, 3),
+        (torch.ones(2).topk(1), [1, 2]),
+        (torch.ones(1), 1.0),
+        ("ab", ["a", "b"]),
+    ],
+)
+def test_a_value_that_is_something_else_stays_what_it_is(value, like):
+    assert values.as_kind(value, values.kind_of(like)) is value
+
+
+@pytest.mark.parametrize("value", ["3", None, [1, "2"], {1}, 1j, object()])
+def test_what_is_no_number_is_none(value):
+    with pytest.raises(TypeError):
+        values.as_numbers(value)
+
+
+# -- what goes wrong -------------------------------------------------------------------------
+
+
+class Unshowable:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+class Evil(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+def raises_evil(x, v):
+    raise Evil
+
+
+def exits(x, v):
+    sys.exit()
+
+
+def loops(x, v):
+    while True:
+        pass
+
+
+def swallows(x, v):
+    while True:
+        try:
+            x = x + 0
+        except:  # noqa: E722
+            continue
+
+
+def forgets(x, v):
+    x = x - v
+
+
+def sleeps(x, v):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("answer", "fragment"),
+    [
+        (loops, "not finished after 0.5 seconds"),
+        (swallows, "not finished after 0.5 seconds"),
+        (sleeps, "not finished after 0.5 seconds"),
+        (exits, "raised `SystemExit`"),
+        (raises_evil, "raised `Evil`"),
+        (lambda x, v: Unshowable(), "a Unshowable that cannot be shown"),
+        (lambda x, v: nowhere.zeros(3), "the notebook's first code cell"),  # noqa: F821
+        (forgets, "returns nothing"),
+    ],
+)
+def test_an_answer_that_misbehaves_gets_a_sentence(answer, fragment):
+    start = time.monotonic()
+    verdict = evaluate(PROJECT, answer)
+    assert verdict.status == WRONG and fragment in verdict.message
+    assert time.monotonic() - start < 20 and "\n" not in verdict.message
+
+
+def test_none_is_no_missing_return_where_the_reference_returns_it():
+    def first(x):
+        return x[0] if x else None
+
+    def check_first(answer):
+        mechanism.expect(answer([]) is None, "Nothing in it: None.")
+        mechanism.expect(answer([5]) == 5, "The first is 5.")
+
+    exercise = changed(reference=first, check=check_first, stub="def first(x):\n    ...\n")
+    assert evaluate(exercise, lambda x: None if len(x) < 1 else 4).message == "The first is 5."
+    assert "returns nothing" in evaluate(exercise, lambda x: [].clear()).message
+
+
+@pytest.mark.parametrize("where", [limits.by_signal, limits.by_thread])
+@pytest.mark.parametrize("function", [lambda: loops(1, 2), lambda: swallows(1, 2)])
+def test_both_ways_of_interrupting_interrupt(where, function):
+    start = time.monotonic()
+    with pytest.raises(limits.TimeUp), where(0.2):
+        function()
+    time.sleep(0.2)  # nothing comes afterwards
+    assert time.monotonic() - start < 20
+
+
+def test_another_thread_has_the_limit_too():
+    said = []
+
+    def run():
+        try:
+            limits.within(0.2, loops, 1, 2)
+        except limits.TimeUp:
+            said.append("time is up")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(20)
+    assert said == ["time is up"]
+
+
+def test_limits_stand_inside_each_other():
+    def outer():
+        with pytest.raises(limits.TimeUp):
+            limits.within(0.2, loops, 1, 2)
+        loops(1, 2)
+
+    with pytest.raises(limits.TimeUp):
+        limits.within(1.0, outer)
+    assert limits.within(5, lambda: 3) == 3
+
+
+def test_a_patched_library_is_said_and_left_patched(monkeypatch):
+    session.remember()
+    monkeypatch.setattr(torch.Tensor, "norm", lambda self: 1.0)
+    monkeypatch.setattr(torch, "softmax", None)
+    theirs = torch.softmax
+    verdict = evaluate(PROJECT, project)
+    assert verdict.status == RIGHT and "`torch.softmax`" in verdict.message
+    assert "`torch.Tensor.norm`" in verdict.message and torch.softmax is theirs
+
+
+def test_a_check_leaves_random_numbers_defaults_and_gradients_alone():
+    torch.manual_seed(3)
+    np.random.seed(3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            assert evaluate(PROJECT, with_gradient).status == RIGHT
+            evaluate(PROJECT, lambda x, v: torch.randn(3) + np.random.rand())
+        assert torch.get_default_dtype() == torch.float64
+        got = torch.rand(1).item(), np.random.rand()
+        torch.manual_seed(3)
+        np.random.seed(3)
+        assert got == (torch.rand(1).item(), np.random.rand())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# -- what is returned ------------------------------------------------------------------------
+
+
+def test_a_right_answer_goes_on_and_in_the_make_of_the_reference(lesson, capsys):
+    yours = mechanism.check("77.1", as_list)
+    assert yours.is_yours and isinstance(yours(torch.ones(2, 3), torch.ones(3)), torch.Tensor)
+    assert mechanism.check("77.1", yours).is_yours
+    assert "That was the last exercise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer", [not_normed, PROJECT.stub_function(), 3, None, "not_there"])
+def test_any_other_answer_is_replaced_by_the_reference(lesson, answer):
+    yours = mechanism.check("77.1", answer)
+    x, v = torch.randn(3, 2), torch.randn(2)
+    assert not yours.is_yours and torch.equal(yours(x, v), project(x, v))
+
+
+@pytest.mark.parametrize(
+    ("turn", "fragment"),
+    [
+        (lambda: 1 / 0, "Your `project` raised `ZeroDivisionError: division by zero` here"),
+        (lambda: loops(1, 2), "Your `project` had not finished after 0.5 seconds"),
+        (sys.exit, "raised `SystemExit`"),
+    ],
+)
+def test_one_that_fails_later_is_named_once_and_replaced(lesson, capsys, turn, fragment):
+    def answer(x, v):
+        x -= (x @ v)[:, None] * v / v.norm() ** 2
+        if len(x) == 100:
+            turn()
+        return x
+
+    yours = mechanism.check("77.1", answer)
+    assert yours.is_yours
+    capsys.readouterr()
+    x, v = torch.randn(100, 2), torch.randn(2)
+    for _ in range(2):
+        assert torch.allclose(yours(x, v), project(x, v))
+    said = capsys.readouterr().out
+    assert said.count(fragment) == 1 and said.count("\n") == 1 and not yours.is_yours
+
+
+def test_a_name_that_is_not_defined_is_said(lesson, capsys):
+    mechanism.check("77.1", "not_there")
+    assert "`not_there` is not defined yet: run the cell above" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ok", [True, np.True_, torch.tensor(True)])
+def test_what_holds_is_confirmed_in_a_line(capsys, ok):
+    confirm("the parts sum to the stream", ok)
+    assert capsys.readouterr().out == "✓ the parts sum to the stream\n"
+
+
+def test_what_does_not_hold_is_raised_with_its_sentence():
+    with pytest.raises(NotConfirmed, match="the parts sum"):
+        confirm("the parts sum to the stream", False)
+    for ok in (torch.ones(2) > 0, None, 1, "yes"):
+        with pytest.raises(ValueError, match="needs True or False"):
+            confirm("all is well", ok)
+
+
+# -- mutants ---------------------------------------------------------------------------------
+
+
+def busy(x, k, names):
+    """Many things in one."""
+    if k > 2 and len(names) == 3:
+        return -abs(x[k - 1]) * 2
+    total = sum(x[i] for i in range(k)) / k
+    return np.mean(np.clip(x, 0, 1), axis=0) + total**0.5
+
+
+def test_mutants_are_of_every_sort():
+    found = {each.change for each in mutants(busy)}
+    for change in (
+        "k > 2 → k >= 2",
+        "k > 2 and len(names) == 3 → k > 2 or len(names) == 3",
+        "-abs(x[k - 1]) → abs(x[k - 1])",
+        "abs(x[k - 1]) → x[k - 1]",
+        "x[k - 1] → x[k - 1 - 1]",
+        "range(k) → range(1, k)",
+        "np.clip(x, 0, 1) → x",
+        "np.mean(np.clip(x, 0, 1), axis=0) → np.mean(np.clip(x, 0, 1), axis=1)",
+        "2 → 3",
+        "0.5 → 1.0",
+        "names → its first value, always",
+    ):
+        assert change in found, change
+
+
+def test_a_check_with_one_input_lets_mutants_live_and_agree_kills_them():
+    def check_once(answer):
+        x, v = torch.ones(2, 2), torch.tensor([1.0, 0.0])
+        mechanism.expect_close(answer(x, v), project(x, v), "No.")
+
+    lazy, good = prove.survey(changed(check=check_once)), prove.survey(PROJECT)
+    assert "v / v.norm() → v * v.norm()" in lazy.survivors
+    assert "x → its first value, always" in lazy.survivors
+    assert good.survivors == [] and good.killed == good.total >= 6
+    assert prove.mutant_problems(77, {"77.1": good}) == []
+    assert "95% are needed" in prove.mutant_problems(77, {"77.1": lazy})[0]
+
+
+def test_a_survivor_needs_to_survive():
+    named = prove.survey(changed(survivors={"a → b": "no reason"}))
+    assert "no mutant 'a → b' survives" in prove.mutant_problems(77, {"77.1": named})[0]
+
+
+def clipped(x, v):
+    return x.clamp(0) if x.min() < 0 else x
+
+
+def test_declared_survivors_are_not_counted():
+    reason = {"x.min() < 0 → x.min() <= 0": "at 0 nothing is clipped"}
+    exercise = changed(
+        reference=clipped,
+        check=lambda answer: agree(
+            answer, clipped, lambda d: (d.normal("n") if d.choice([0, 1]) else d.positive("n"), 0)
+        ),
+        survivors=reason,
+    )
+    found = prove.survey(exercise)
+    assert found.excused == reason and found.stale == []
