@@ -14,10 +14,12 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -30,8 +32,12 @@ MANIFEST = "MANIFEST"
 META = "mi_helpers"
 BEGIN, END = ".mi-helpers-", ".part"  # of the directories in which files are written
 LOCK, HOLDER = ".mi-helpers.lock", ".mi-helpers.holder"
+HELD: ContextVar[frozenset[Path]] = ContextVar("folders that are held here", default=frozenset())
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # on some network disks
+
+
+T = TypeVar("T")
 
 
 class RunError(ValueError):
@@ -42,10 +48,18 @@ class InUse(RunError):
     """Another process is at work in a run's folder."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(
+    path: Path,
+    write: Callable[[Path], object],
+    read_back: Callable[[Path], object] = lambda _: None,
+) -> None:
     """`write(temporary path)`, a file or a folder; flush it to the disk, move it to `path`.
 
     Whatever else `write` leaves beside the temporary path goes with its directory.
+
+    Args:
+        read_back: reads the temporary path, and raises where it is not what it should be: then
+            what was there before stays.
 
     Raises:
         RunError: the disk is full, or the file cannot be written; what was there before is intact.
@@ -56,10 +70,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary = Path(own) / path.name
             write(temporary)
             flush(temporary)
+            read_back(temporary)
             os.replace(temporary, path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise RunError(why_not_written(path, error)) from error
+
+
+def delete_replaced(old: Iterable[Path], read_back: Callable[[], T]) -> T:
+    """Delete files only after `read_back()` has read what replaces them; what it returned.
+
+    Raises:
+        RunError: a file cannot be deleted; whatever `read_back` raises, and then all files stay.
+    """
+    found = read_back()
+    for path in old:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{path} could not be deleted: {error}.") from error
+    return found
 
 
 def sweep(folder: Path, mark: str) -> None:
@@ -78,28 +108,26 @@ def sweep(folder: Path, mark: str) -> None:
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder; the system frees it however the process ends.
 
+    Inside, who asks for the same folder again, in the same thread, has it already.
+
     Raises:
-        InUse: another process holds it.
+        InUse: another process, or another thread of this one, holds it.
         RunError: the folder cannot be written.
     """
-    lock, holder, new = FileLock(folder / LOCK, timeout=0.5), folder / HOLDER, not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise InUse(
-            f"{folder} is in use by {read_holder(holder)}: wait until it has ended, or choose "
-            "another folder."
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise RunError(why_not_written(folder / LOCK, error)) from error
+    place = folder.resolve()
+    if place in HELD.get():
+        yield
+        return
+    holder, new = folder / HOLDER, not folder.exists()
+    lock = take_lock(folder)
+    inside = HELD.set(HELD.get() | {place})
     try:
         with suppress(OSError):
             who = f"process {os.getpid()} on {socket.gethostname()}"
             holder.write_text(f"{who} since {time.strftime('%Y-%m-%d %H:%M:%S')}", "utf-8")
         yield
     finally:
+        HELD.reset(inside)
         for path in (holder, folder / LOCK):  # while it is held: nobody takes a lock without a name
             with suppress(OSError):
                 path.unlink()
@@ -107,6 +135,33 @@ def alone_in(folder: Path) -> Iterator[None]:
         if new:
             with suppress(OSError):
                 folder.rmdir()  # nothing was written
+
+
+def take_lock(folder: Path) -> FileLock:
+    """The lock of a folder, which is made where it is not there; held, where the disk has locks."""
+    lock = FileLock(folder / LOCK, timeout=0.5)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InUse(
+            f"{folder} is in use by {read_holder(folder / HOLDER)}: wait until it has ended, or "
+            "choose another folder."
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise RunError(
+                why_no_folder(folder) or why_not_written(folder / LOCK, error)
+            ) from error
+    return lock
+
+
+def why_no_folder(folder: Path) -> str:
+    """One sentence where a path cannot be a folder, as a file stands in its way; else ""."""
+    for each in (folder, *folder.parents):
+        if each.exists():
+            return "" if each.is_dir() else f"{each} is a file: choose another folder for the run."
+    return ""
 
 
 def read_holder(path: Path) -> str:
@@ -184,6 +239,28 @@ def read_json(path: Path) -> dict:
         raise RunError(f"{path} is damaged: it is not JSON. Delete it and run again.") from None
 
 
+def seal(value: Mapping) -> str:
+    """sha256 over a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: Mapping) -> None:
+    """A JSON object with its own checksum under "sha256", atomically."""
+    write_json(path, {**value, "sha256": seal(value)})
+
+
+def read_sealed(path: Path, advice: str = "Delete it and run again.") -> dict:
+    """What `write_sealed` wrote, without the checksum.
+
+    Raises:
+        RunError: it is missing, damaged, or not what was written; `advice` says what to do.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or value.pop("sha256", None) != seal(value):
+        raise RunError(not_written(path, advice))
+    return value
+
+
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over name, dtype, shape and bytes of every tensor, in the order of the names."""
     digest = hashlib.sha256()
@@ -195,12 +272,15 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping | None = None) -> str:
-    """Tensors and a JSON-able `about`, atomically; returns the checksum that is saved with them."""
+    """Tensors and a JSON-able `about`, atomically; returns the checksum of both.
+
+    What is written is read back before it takes the place of what was there.
+    """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    digest = checksum(held)
-    said = {"sha256": digest, "about": dict(about or {})}
-    metadata = {META: json.dumps(said, sort_keys=True)}  # one entry: their order is not kept
-    write_atomically(path, lambda to: save_file(held, to, metadata))
+    said = {"tensors": checksum(held), "about": dict(about or {})}
+    digest = seal(said)
+    metadata = {META: json.dumps(said | {"sha256": digest}, sort_keys=True)}  # one: order is lost
+    write_atomically(path, lambda to: save_file(held, to, metadata), load_tensors)
     return digest
 
 
@@ -210,38 +290,49 @@ def load_tensors(path: Path, check: bool = True, advice: str = "") -> tuple[dict
     Raises:
         RunError: it is missing, truncated, or not what was written; `advice` says what to do.
     """
+    with opened(path, advice) as file:
+        said = read_metadata(file, path, advice)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if check and said["tensors"] != checksum(tensors):
+        raise RunError(not_written(path, advice))
+    return tensors, said["about"]
+
+
+@contextmanager
+def opened(path: Path, advice: str = "") -> Iterator:
+    """A safetensors file, open; RunError when it is missing or truncated."""
     try:
         with safe_open(path, "pt") as file:
-            said = read_metadata(file)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise RunError(f"{path} is missing. {advice}".strip()) from None
     except (SafetensorError, OSError) as error:
         reason = f"{path} is truncated or damaged ({error})."
         raise RunError(f"{reason} {advice}".strip()) from None
-    if check and said["sha256"] != checksum(tensors):
-        raise RunError(f"{path} is not what was written: its checksum differs. {advice}".strip())
-    return tensors, said["about"]
 
 
-def read_metadata(file) -> dict:
-    """What `save_tensors` wrote into an open file's head."""
+def not_written(path: Path, advice: str) -> str:
+    """One sentence for a file that is not as it was written."""
+    return f"{path} is not what was written: its checksum differs. {advice}".strip()
+
+
+def read_metadata(file, path: Path, advice: str = "") -> dict:
+    """What `save_tensors` wrote into an open file's head; RunError where it was changed."""
     try:
-        return json.loads(file.metadata()[META])
-    except (KeyError, TypeError, ValueError):
-        return {"sha256": None, "about": {}}
+        said = json.loads(file.metadata()[META])
+        digest = said.pop("sha256")
+        if digest == seal({name: said[name] for name in ("tensors", "about")}):
+            return said | {"sha256": digest}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    raise RunError(not_written(path, advice))
 
 
 def read_about(path: Path) -> tuple[str, dict]:
     """(checksum as written, about) from a file's head alone; RunError when it is truncated."""
-    try:
-        with safe_open(path, "pt") as file:
-            said = read_metadata(file)
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing.") from None
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is truncated or damaged ({error}).") from None
-    return said["sha256"] or "", said["about"]
+    with opened(path) as file:
+        said = read_metadata(file, path)
+    return said["sha256"], said["about"]
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -249,11 +340,8 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     A head that declares more bytes than the file has counts as truncated.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is truncated or damaged ({error}).") from None
+    with opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def is_beside(name: object, suffix: str = ".safetensors") -> bool:
@@ -261,7 +349,7 @@ def is_beside(name: object, suffix: str = ".safetensors") -> bool:
     return isinstance(name, str) and name.endswith(suffix) and not set(name) & set("/\\:\0")
 
 
-def need_space(folder: Path, needed: float, what: str) -> None:
+def need_space(folder: Path, needed: float, what: str, advice: str = "") -> None:
     """RunError, before any work, when the disk of `folder` has less than `needed` bytes free."""
     there = folder
     while not there.exists():
@@ -270,7 +358,7 @@ def need_space(folder: Path, needed: float, what: str) -> None:
     if free < needed:
         raise RunError(
             f"{what} needs {needed / 1e9:.1f} GB of disk and {folder} has {free / 1e9:.1f} GB "
-            "free: free some space, or ask for fewer tokens."
+            f"free: free some space{advice}."
         )
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from mi_helpers.files import save_tensors, write_json
+from mi_helpers.files import save_tensors, write_sealed
 from mi_helpers.saes.activations import FORMAT, MANIFEST, Activations
 
 
@@ -43,7 +43,7 @@ def made_harvest(folder, x, target=None, shard_rows=300, piece=7, ids=None):
         "left_out": {"bos": 0, "outliers": 0},
         "shards": shards,
     }
-    write_json(folder / MANIFEST, manifest)
+    write_sealed(folder / MANIFEST, manifest)
     return Activations.open(folder)
 
 

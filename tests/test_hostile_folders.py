@@ -18,7 +18,16 @@ from test_forbidden import FILES, ROOT
 
 from mi_helpers import loading
 from mi_helpers.circuits import files as graph_files
-from mi_helpers.files import RunError, is_beside, read_about, read_json, read_shapes, write_json
+from mi_helpers.files import (
+    RunError,
+    is_beside,
+    read_about,
+    read_json,
+    read_sealed,
+    read_shapes,
+    write_json,
+    write_sealed,
+)
 from mi_helpers.layouts import ModelError
 from mi_helpers.lens import TunedLens
 from mi_helpers.loading import load_model
@@ -59,6 +68,11 @@ def folder(tmp_path, monkeypatch):
 
 def change(path, **changes):
     write_json(path, read_json(path) | changes)
+
+
+def change_sealed(path, **changes):
+    """The same, with a checksum that fits."""
+    write_sealed(path, read_sealed(path) | changes)
 
 
 # ------------------------------------------------------------------------------ code of their own
@@ -179,7 +193,7 @@ def test_a_manifest_names_shards_beside_it_alone(tmp_path):
     held = made_harvest(tmp_path / "held", torch.randn(20, 4))
     (held.folder / "shard-00000.safetensors").rename(tmp_path / "out.safetensors")
     shard = held.manifest["shards"][0] | {"file": "../out.safetensors"}
-    change(held.folder / "manifest.json", shards=[shard])
+    change_sealed(held.folder / "manifest.json", shards=[shard])
     with pytest.raises(RunError, match="names the shard '../out.safetensors'.*beside it"):
         Activations.open(held.folder)
 
@@ -271,9 +285,11 @@ def test_a_manifest_that_declares_more_than_there_is(tmp_path, key):
     x = torch.randn(20, 4)
     held = made_harvest(tmp_path, x, x)
     if key == "rows":
-        change(tmp_path / "manifest.json", shards=[held.manifest["shards"][0] | {key: 10**15}])
+        change_sealed(
+            tmp_path / "manifest.json", shards=[held.manifest["shards"][0] | {key: 10**15}]
+        )
     else:
-        change(tmp_path / "manifest.json", **{key: 10**15})
+        change_sealed(tmp_path / "manifest.json", **{key: 10**15})
     with pytest.raises(RunError, match="shard-00000.safetensors is not the manifest's"):
         Activations.open(tmp_path)
 

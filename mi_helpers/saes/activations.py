@@ -16,10 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mi_helpers.files import RunError, is_beside, load_tensors, read_about, read_json, read_shapes
+from mi_helpers.files import (
+    RunError,
+    is_beside,
+    load_tensors,
+    read_about,
+    read_json,
+    read_sealed,
+    read_shapes,
+)
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 GIB = 2**30
 AGAIN = "Run the harvest again: it makes that shard anew and keeps the others."
 
@@ -98,8 +106,12 @@ class Activations:
             state = "is not finished" if begun else "is not there"
             raise RunError(f"The harvest in {folder} {state}: run the harvest first.")
         manifest = read_json(folder / MANIFEST)
-        if manifest.get("format") != FORMAT:
-            raise RunError(f"{folder / MANIFEST} has a format that this version does not read.")
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise RunError(
+                f"{folder / MANIFEST} has a format that this version does not read: harvest into a "
+                "new folder."
+            )
+        manifest = read_sealed(folder / MANIFEST, "Delete it and run the harvest again.")
         for shard in manifest["shards"]:
             if not is_beside(shard["file"]):
                 raise RunError(
@@ -168,6 +180,20 @@ class Activations:
                 )
         source = torch.cat([part[0] for part in parts]).float()
         return source, torch.cat([p[1] for p in parts]).float() if self.target else None
+
+
+def check_counts(config, names: tuple[str, ...]) -> None:
+    """Check that fields of a configuration are whole numbers of 1 or more.
+
+    Raises:
+        RunError: which one is not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int:
+            raise RunError(f"{name} is {value!r}: it has to be a whole number.")
+        if value < 1:
+            raise RunError(f"{name} is {value}: it has to be 1 or more.")
 
 
 def site_name(site: tuple[str, int | None]) -> str:

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mi_helpers.files import DATA
-from mi_helpers.layouts import Key, ModelError
-from mi_helpers.loading import empty_gemma2_2b, why_not_loaded
+from mi_helpers.layouts import Key, ModelError, layout_of
+from mi_helpers.loading import check_folder, check_size, empty_gemma2_2b, why_not_loaded
 from mi_helpers.models import LanguageModel, read_sites, site_width
 from mi_helpers.saes.harvest import HarvestConfig
 from mi_helpers.saes.progress import duration
@@ -46,11 +46,19 @@ def configuration(name: str):
     """A model's configuration, from its folder, the hub, or what is known here.
 
     Raises:
-        ModelError: it is nowhere to be had.
+        ModelError: it is nowhere to be had, or is not that of the weights beside it.
     """
     source = DATA / "tiny_gemma" if name == "tiny-gemma" else os.path.expanduser(name)
+    local = os.path.isdir(source) or name.startswith((".", "/", "~"))
+    if local:
+        check_folder(name, Path(source))
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if local:
+            check_size(name, Path(source), config)
+        return config
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(why_not_loaded(name, error)) from None
@@ -66,6 +74,18 @@ def parameters(config) -> int:
     """How many parameters a model of this shape has; nothing is allocated."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+
+
+def without_weights(config, name: str) -> LanguageModel:
+    """A model of this shape on the meta device; nothing is allocated.
+
+    Raises:
+        ModelError: its family is not known.
+    """
+    layout_of(config.model_type, name)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return LanguageModel(hf, None, name)
 
 
 def two_blocks(config, dtype: torch.dtype) -> LanguageModel:

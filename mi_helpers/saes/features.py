@@ -22,7 +22,7 @@ from torch import Tensor
 from mi_helpers.files import RunError, load_tensors, save_tensors, write_atomically
 from mi_helpers.layouts import norm_gain
 from mi_helpers.models import LanguageModel
-from mi_helpers.saes.activations import Activations, Shard
+from mi_helpers.saes.activations import AGAIN, Activations, Shard
 from mi_helpers.saes.progress import progress_bar
 from mi_helpers.saes.scores import Firings
 
@@ -300,18 +300,16 @@ class Context:
 
 
 @cache
-def _words(folder: Path, index: int, digest: str) -> Shard:
+def _words(path: Path, digest: str) -> Shard:
     """A shard's texts without its activations."""
-    from safetensors import safe_open
-
-    with safe_open(folder / f"shard-{index:05}.safetensors", "pt") as file:
-        names = ("piece", "at", "ids", "start", "document", "offset")
-        return Shard(source=None, target=None, **{name: file.get_tensor(name) for name in names})
+    tensors, _ = load_tensors(path, advice=AGAIN)
+    return Shard(**tensors | {"source": None, "target": None})
 
 
 def words(held: Activations, index: int) -> Shard:
     """Shard `index` without its activations (source and target are None): its texts alone."""
-    return _words(held.folder, index, held.manifest["shards"][index]["sha256"])
+    shard = held.manifest["shards"][index]
+    return _words(held.folder / shard["file"], shard["sha256"])
 
 
 def context(

@@ -32,6 +32,10 @@ from mi_helpers.saes.products import TopK, by_latent, dots, weighted_sums
 ROWS = 512  # rows of x in AuxK's products
 
 
+class Diverged(ValueError):
+    """The weights have become so large that the loss is not finite."""
+
+
 @dataclass(frozen=True)
 class StepConfig:
     """The settings of a training step.

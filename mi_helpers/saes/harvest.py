@@ -11,9 +11,8 @@ same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,48 +25,21 @@ from mi_helpers.files import (
     load_tensors,
     need_space,
     read_about,
-    read_json,
     save_tensors,
-    sweep,
-    write_json,
+    seal,
+    write_sealed,
 )
-from mi_helpers.layouts import Key, ModelError
+from mi_helpers.layouts import ModelError
 from mi_helpers.models import LanguageModel, checked_site, read_sites, site_width
-from mi_helpers.saes.activations import FORMAT, MANIFEST, Activations, site_name
+from mi_helpers.saes.activations import FORMAT, MANIFEST, Activations, check_counts, site_name
+from mi_helpers.saes.plan import HarvestConfig, compared, keep_plan, plan_of
 from mi_helpers.saes.processes import ALONE, Processes
 from mi_helpers.saes.progress import progress_bar
 from mi_helpers.saes.sources import Source
 
-PLAN = "plan.json"
-
-
-@dataclass(frozen=True)
-class HarvestConfig:
-    """Which activations are harvested, and of how much text.
-
-    Args:
-        site: (name, layer) of `models.SITES`, or ("ln2_normalized", layer): the MLP's input without
-            the norm's gain, which Gemma Scope's transcoders read.
-        target: the site that a transcoder predicts; None for an SAE.
-        tokens: of text, BOS not counted.
-        context: longest piece of text that the model reads at once, BOS included.
-        shard_tokens: tokens per shard, which is the most that a kill costs.
-        batch_tokens: tokens per run of the model, padding included.
-        outlier: positions whose norm is above this times their shard's median are left out.
-    """
-
-    site: Key
-    target: Key | None = None
-    tokens: int = 200_000
-    context: int = 128
-    shard_tokens: int = 8_192
-    batch_tokens: int = 4_096
-    outlier: float = 10.0
-
-    @property
-    def sites(self) -> list[Key]:
-        """The site, and the target where there is one."""
-        return [self.site] if self.target is None else [self.site, self.target]
+FEWER = ", or ask for fewer tokens"
+TEXTS, CHARACTERS = 256, 2**18  # that are encoded at once, at most
+PART = 2**16  # characters of one text that are encoded at once, at most
 
 
 # ---------------------------------------------------------------------------------- text in pieces
@@ -83,14 +55,32 @@ class Piece:
 
 
 def encoder(model: LanguageModel) -> Callable[[list[str]], list[list[int]]]:
-    """Texts → token ids without special tokens."""
+    """Texts → token ids without special tokens, however the tokenizer was last called."""
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ModelError(f"{model.name} has no tokenizer, so it cannot read text.")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return lambda texts: [tokenizer.encode(t, add_special_tokens=False) for t in texts]
-    return lambda texts: [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        backend.no_padding()
+        backend.no_truncation()
+        return [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
+
+    return encode
+
+
+def parts(texts: Iterator[str], document: int) -> Iterator[tuple[int, str]]:
+    """(number, part) of each text: parts of at most `PART` characters, cut before a space."""
+    for number, text in enumerate(texts, document):
+        begin = 0
+        while len(text) - begin > PART:
+            end = text.rfind(" ", begin + 1, begin + PART)
+            end = begin + PART if end < 0 else end
+            yield number, text[begin:end]
+            begin = end
+        yield number, text[begin:]
 
 
 def pieces(
@@ -100,17 +90,30 @@ def pieces(
     document: int = 0,
     offset: int = 0,
 ) -> Iterator[Piece]:
-    """The source's texts in pieces of at most `room` tokens.
+    """The source's texts in pieces of at most `room` tokens, of which few are in memory at once.
 
     Args:
         document, offset: the text and the token in it with which to begin.
     """
-    texts = source.texts(document)
-    while batch := list(itertools.islice(texts, 256)):
-        for ids in encode(batch):
-            for begin in range(offset, len(ids), room):
-                yield Piece(document, begin, ids[begin : begin + room])
-            document, offset = document + 1, 0
+    stream, at, first = parts(source.texts(document), document), document, 0
+    while batch := together(stream):
+        for (number, _), ids in zip(batch, encode([text for _, text in batch]), strict=True):
+            if number != at:
+                at, first, offset = number, 0, 0
+            for begin in range(max(0, offset - first), len(ids), room):
+                yield Piece(number, first + begin, ids[begin : begin + room])
+            first += len(ids)
+
+
+def together(stream: Iterator[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The next parts of texts, as many as are encoded at once."""
+    batch, size = [], 0
+    for number, text in itertools.islice(stream, TEXTS):
+        batch.append((number, text))
+        size += len(text)
+        if size >= CHARACTERS:
+            break
+    return batch
 
 
 def batches(lengths: list[int], most: int) -> Iterator[list[int]]:
@@ -129,37 +132,6 @@ def batches(lengths: list[int], most: int) -> Iterator[list[int]]:
 # ------------------------------------------------------------------------------------- the harvest
 
 
-def model_identity(model: LanguageModel) -> dict:
-    """What tells models apart: name, shape, and a checksum over 64 numbers of each parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in model.hf.named_parameters():
-        first = parameter.detach().reshape(-1)[:64].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
-    return {
-        "name": model.name,
-        "family": model.family,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "n_layers": model.n_layers,
-        "d_model": model.d_model,
-        "sha256": digest.hexdigest(),
-    }
-
-
-def check_model(held: Activations, model: LanguageModel) -> None:
-    """Check that a harvest is of this model.
-
-    Raises:
-        RunError: it is of another one, or of other weights.
-    """
-    of, here = held.manifest["model"], model_identity(model)
-    if of["sha256"] != here["sha256"]:
-        what = "other weights" if of["name"] == here["name"] else f"the model {of['name']}"
-        raise RunError(
-            f"The harvest in {held.folder} was made with {what}, not with {here['name']} as it is "
-            "now: choose that model, or harvest into a new folder."
-        )
-
-
 class Harvester:
     """One harvest: which text goes into which shard, and how a shard is made."""
 
@@ -168,7 +140,7 @@ class Harvester:
         self.sites = [tuple(plan["source"])] + ([tuple(plan["target"])] if plan["target"] else [])
         bos = model.tokenizer.bos_token_id if model.tokenizer else None
         self.bos = [] if bos is None else [bos]
-        self.digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+        self.digest = seal(compared(plan))
         self.encode = encoder(model)
         self._stream: Iterator[Piece] = iter(())
         self._at: tuple[int, int] | None = None
@@ -238,7 +210,8 @@ class Harvester:
                 where = taken[int(piece[bad[0]])]
                 raise RunError(
                     f"The activations at {site_name(site)} are not finite at {len(bad)} tokens, "
-                    f"first in text {where.document}: load the model in bfloat16 or float32."
+                    f"first in text {where.document}: load the model in bfloat16 or float32, and "
+                    "harvest into a new folder."
                 )
         keep = norms <= self.plan["outlier"] * norms.median()
         tensors = {
@@ -312,80 +285,50 @@ def harvest(
     """
     folder = Path(folder)
     config = checked_config(model, config)
-    plan = plan_of(model, source, config)
+    encoder(model)  # says now that there is no tokenizer
     widths = [site_width(model, site) for site in config.sites]
-    begun = (folder / MANIFEST).exists()
-    if not begun and not any(t.strip() for t in itertools.islice(source.texts(), 1_000)):
-        raise RunError(f"{source.name} has no text: its first texts are empty.")
-    keep_plan(folder, plan, processes)
-    there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
-    need_space(folder, 1.02 * config.tokens * (2 * sum(widths) + 12) - there, "The harvest")
-    harvester = Harvester(model, source, folder, plan)
-    count = harvester.shards(processes, progress)
-    processes.wait()
-    if processes.first:
-        write_manifest(harvester, count, widths)
-    processes.wait()
-    return Activations.open(folder)
+    with processes.alone_in(folder):
+        plan = plan_of(model, source, config)
+        begun = (folder / MANIFEST).exists()
+        if not begun and not any(t.strip() for t in itertools.islice(source.texts(), 1_000)):
+            raise RunError(f"{source.name} has no text: its first texts are empty.")
+        there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+        need_space(folder, disk_needed(config, widths) - there, "The harvest", FEWER)
+        harvester = Harvester(model, source, folder, keep_plan(folder, plan, processes))
+        count = harvester.shards(processes, progress)
+        processes.wait()
+        if processes.first:
+            write_manifest(harvester, count, widths)
+        processes.wait()
+        return Activations.open(folder)
+
+
+def disk_needed(config: HarvestConfig, widths: list[int]) -> float:
+    """Bytes of a harvest on the disk, of sites of these widths."""
+    return 1.02 * config.tokens * (2 * sum(widths) + 12)
 
 
 def checked_config(model: LanguageModel, config: HarvestConfig) -> HarvestConfig:
     """The configuration with its layers counted from the first.
 
     Raises:
-        RunError: a number below 1, or a context that the model cannot read.
-        ModelError: there is no such site, or the model has no tokenizer.
+        RunError: a number below 1, an outlier below 1, or a context that the model cannot read.
+        ModelError: there is no such site.
     """
     for site in config.sites:
         site_width(model, site)
-    encoder(model)
-    for name in ("tokens", "shard_tokens", "batch_tokens"):
-        if getattr(config, name) < 1:
-            raise RunError(f"{name} is {getattr(config, name)}: it has to be 1 or more.")
+    check_counts(config, ("tokens", "shard_tokens", "batch_tokens"))
+    if not config.outlier >= 1 or math.isnan(config.outlier):
+        raise RunError(
+            f"outlier is {config.outlier}: it has to be 1 or more, as positions whose norm is "
+            "above so many medians are left out."
+        )
     if not 2 <= config.context <= model.n_ctx:
         raise RunError(
             f"The context is {config.context}: {model.name} reads 2 to {model.n_ctx} tokens."
         )
     target = config.target and checked_site(model, config.target)
     return replace(config, site=checked_site(model, config.site), target=target)
-
-
-def plan_of(model: LanguageModel, source: Source, config: HarvestConfig) -> dict:
-    """All that a harvest's numbers depend on, as in its plan.json."""
-    return {
-        "model": model_identity(model),
-        "source": list(config.site),
-        "target": list(config.target) if config.target else None,
-        "text": source.identity(),
-        "tokens": config.tokens,
-        "context": config.context,
-        "shard_tokens": config.shard_tokens,
-        "batch_tokens": config.batch_tokens,
-        "outlier": config.outlier,
-    }
-
-
-def keep_plan(folder: Path, plan: dict, processes: Processes) -> None:
-    """Write what this folder is a harvest of, or check that it is the same as before.
-
-    Raises:
-        RunError: the folder holds a harvest with another setting.
-    """
-    if (folder / PLAN).exists():
-        before = read_json(folder / PLAN)
-        differ = [key for key in plan if json.loads(json.dumps(plan[key])) != before.get(key)]
-        if differ:
-            key = differ[0]
-            raise RunError(
-                f"{folder} holds a harvest with the setting {key} = {before.get(key)}, not "
-                f"{plan[key]}. Choose a new folder, or the same settings to go on with it."
-            )
-    processes.wait()
-    if processes.first:
-        if not (folder / PLAN).exists():
-            write_json(folder / PLAN, plan)
-        sweep(folder, PLAN)
-    processes.wait()
 
 
 def write_manifest(harvester: Harvester, count: int, widths: list[int]) -> None:
@@ -407,7 +350,7 @@ def write_manifest(harvester: Harvester, count: int, widths: list[int]) -> None:
             left_out[name] += about[name]
     if not sum(shard["rows"] for shard in shards):
         raise RunError(f"{harvester.source.name} has no text that could be harvested.")
-    write_json(
+    write_sealed(
         harvester.folder / MANIFEST,
         plan
         | {

@@ -11,6 +11,7 @@ value`; the keys are the options' names, with "_" for "-") and from options, whi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -23,20 +24,34 @@ from typing import Annotated, TypedDict, Unpack
 
 import torch
 import tyro
+from transformers import PretrainedConfig
 
-from mi_helpers.files import InUse, RunError, sweep
-from mi_helpers.layouts import Key
+from mi_helpers.files import InUse, RunError, need_space, sweep, why_no_folder
+from mi_helpers.layouts import NORMALIZED, Key
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel, site_width
 from mi_helpers.saes import estimate, processes
-from mi_helpers.saes.activations import GIB, Activations
+from mi_helpers.saes.activations import GIB, MANIFEST, Activations, check_counts
 from mi_helpers.saes.features import FILE, collect, write_latents
-from mi_helpers.saes.files import load_coder
-from mi_helpers.saes.harvest import HarvestConfig, check_model, harvest
+from mi_helpers.saes.harvest import (
+    FEWER,
+    checked_config,
+    harvest,
+)
+from mi_helpers.saes.harvest import disk_needed as disk_of_harvest
+from mi_helpers.saes.plan import PLAN, HarvestConfig, check_model, check_plan, settings_of
 from mi_helpers.saes.processes import Processes
 from mi_helpers.saes.report import as_markdown, report
-from mi_helpers.saes.sources import open_source
-from mi_helpers.saes.training import CODER, PRODUCTS, RECIPE, TrainConfig, check_config, train
+from mi_helpers.saes.run_files import CODER, RECIPE, check_recipe, identity, trained_coder
+from mi_helpers.saes.sources import AGAIN, FileText, open_source
+from mi_helpers.saes.training import (
+    PRODUCTS,
+    TrainConfig,
+    check_config,
+    new_coder,
+    train,
+)
+from mi_helpers.saes.training import disk_needed as disk_of_training
 
 HARVEST = "harvest"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -155,6 +170,24 @@ def read_settings(given: dict, config: Path | None) -> Settings:
 # ------------------------------------------------------------------------------------- stages
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a run will be, as far as its settings, its text and its model's configuration say.
+
+    Args:
+        shape, plan: the model's configuration and what is harvested; None where the harvest is
+            there already.
+        training: what is trained.
+        d_in, d_out: the widths of what the coder reads and predicts (None: the same).
+    """
+
+    shape: PretrainedConfig | None
+    plan: HarvestConfig | None
+    training: TrainConfig
+    d_in: int
+    d_out: int | None
+
+
 class Pipeline:
     """The stages of one run; the model is loaded by the first stage that needs it."""
 
@@ -178,7 +211,6 @@ class Pipeline:
         s = self.settings
         source = open_source(s.text, s.seed, s.column)
         config = s.harvest(self.model.n_layers)
-        self.check_training(site_width(self.model, config.site))
         held = harvest(self.model, source, s.path / HARVEST, config, processes=self.group)
         left = held.manifest["left_out"]
         ended = "" if held.manifest["tokens"] == s.tokens else "; the text ended there"
@@ -187,20 +219,78 @@ class Pipeline:
             f"{left['outliers']:,} outliers."
         )
 
-    def check_training(self, d_in: int) -> None:
-        """Raise now what the training would raise after the harvest."""
+    def check(self, stages: Sequence[str]) -> Checked:
+        """Refuse now, before the first hour, what one of these stages would refuse later.
+
+        Nothing is written, and no weights are read: a model's shape is in its configuration.
+
+        Raises:
+            RunError, ModelError, SourceError, ValueError: what cannot be done, and what to do.
+        """
+        s = self.settings
+        if why := why_no_folder(s.path):
+            raise RunError(why)
+        check_counts(s, ("loss_tokens",))
+        if s.layer < -1:
+            raise RunError(f"layer is {s.layer}: count from 0, or leave it out for the middle one.")
+        if s.site == NORMALIZED and not s.target:
+            raise RunError(
+                f"{NORMALIZED} is not passed on by the model, so an SAE of it cannot be measured: "
+                "name what a transcoder predicts with --target, or choose another --site."
+            )
+        shape = plan = None
+        if "harvest" in stages or not (s.path / HARVEST / MANIFEST).is_file():
+            shape = estimate.configuration(s.model_name)
+            model = estimate.without_weights(shape, s.model_name)
+            plan = checked_config(model, s.harvest(model.n_layers))
+            self.check_text(plan)
+            rows, (d_in, *more) = s.tokens, (site_width(model, site) for site in plan.sites)
+        else:
+            held = self.held
+            self.check_harvest(held)
+            rows, d_in, more = held.rows, held.d_in, [held.d_out] if held.target else []
+        d_out = more[0] if more else None
+        training = self.check_training(rows, d_in, d_out)
+        if plan is not None and not (s.path / CODER).exists():
+            there = sum(file.stat().st_size for file in s.path.glob(f"{HARVEST}/shard-*"))
+            needed = disk_of_harvest(plan, [d_in, *more]) - there
+            needed += disk_of_training(training, d_in, d_out or d_in) if "train" in stages else 0
+            need_space(s.path, needed, "The run", FEWER)
+        return Checked(shape, plan, training, d_in, d_out)
+
+    def check_text(self, plan: HarvestConfig) -> None:
+        """Refuse a text that is not there or is empty, and a folder that has another harvest."""
+        s, folder = self.settings, self.settings.path / HARVEST
+        source = open_source(s.text, s.seed, s.column)
+        if isinstance(source, FileText) and not any(source.texts()):
+            raise RunError(f"{source.name} has no text.")
+        if (folder / PLAN).exists():
+            check_plan(folder, settings_of(plan) | {"text": source.identity()})
+
+    def check_harvest(self, held: Activations) -> None:
+        """Refuse settings that were given, and are not those of the harvest that is there."""
+        s, plan = self.settings, held.manifest
+        given = {f.name for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
+        site, target = s.sites(plan["model"]["n_layers"])
+        wanted = settings_of(dataclasses.replace(s.harvest(1), site=site, target=target))
+        names = {"source": {"site", "layer"}, "target": {"target"}}
+        said = {key: wanted[key] for key in wanted if names.get(key, {key}) & given}
+        check_plan(held.folder, said)
+
+    def check_training(self, rows: int, d_in: int, d_out: int | None) -> TrainConfig:
+        """The settings of the training; refuse what it would refuse with so many rows."""
         config = self.settings.training(d_in)
         check_config(config, self.group)
-        if config.activation in ("topk", "batchtopk") and not 1 <= config.k <= config.latents:
+        with torch.device("meta"):
+            new_coder(config, d_in, d_out)
+        n = rows - min(config.held_out, rows // 10)
+        if n < config.batch:
             raise RunError(
-                f"k is {config.k}, and the dictionary has {config.latents} latents: choose 1 to "
-                f"{config.latents}."
+                f"{rows:,} tokens are fewer than one batch of {config.batch:,} and the held-out "
+                f"{rows - n:,}: harvest more, or choose a smaller --batch."
             )
-        if self.settings.tokens < config.batch:
-            raise RunError(
-                f"{self.settings.tokens:,} tokens are fewer than one batch of {config.batch:,}: "
-                "harvest more, or choose a smaller --batch."
-            )
+        check_recipe(self.settings.path, dataclasses.asdict(config))
+        return config
 
     def train(self) -> None:
         """Train a coder on the harvest."""
@@ -223,9 +313,8 @@ class Pipeline:
         if self.group.first:
             folder, held = self.settings.path, self.held
             check_model(held, self.model)
-            if not (folder / CODER).is_dir():
-                raise RunError(f"There is no coder in {folder}: run the training first.")
-            coder = load_coder(folder / CODER).to(self.group.device)
+            coder = trained_coder(folder).to(self.group.device)
+            check_recipe(folder, {"harvest": identity(held)})
             found = collect(held, coder, progress=True)
             found.save(folder / FILE)
             write_latents(folder / "latents.jsonl", held, coder, found, self.model, progress=True)
@@ -245,20 +334,15 @@ class Pipeline:
 
     def dry_run(self, stages: Sequence[str]) -> None:
         """Print time, memory and disk of these stages, measured here and now."""
-        s = self.settings
-        shape = estimate.configuration(s.model_name)
+        s, checked = self.settings, self.check(stages)
+        shape = checked.shape or estimate.configuration(s.model_name)
+        plan = checked.plan or s.harvest(shape.num_hidden_layers)
         dtype = DTYPES[s.dtype or str(shape.dtype or "float32").removeprefix("torch.")]
-        plan = s.harvest(shape.num_hidden_layers)
-        cut = estimate.two_blocks(shape, dtype)
-        probe = [(name, None if layer is None else 1) for name, layer in plan.sites]
-        d_in, *d_out = (site_width(cut, site) for site in probe)
-        self.check_training(d_in)
-        training = s.training(d_in)
-        d_out = d_out[0] if d_out else None
+        rest = checked.training, checked.d_in, checked.d_out, s.tokens
         made = {
             "harvest": lambda: estimate.harvest_stage(shape, dtype, plan),
-            "train": lambda: estimate.train_stage(training, d_in, d_out, s.tokens, self.group.size),
-            "features": lambda: estimate.features_stage(training, d_in, d_out, s.tokens),
+            "train": lambda: estimate.train_stage(*rest, self.group.size),
+            "features": lambda: estimate.features_stage(*rest),
         }
         found = [make() for stage, make in made.items() if stage in stages]
         names = f"{s.model_name}, {plan.site[0]} {plan.site[1]}"
@@ -296,6 +380,7 @@ def run_stage(stage: str, settings: Settings, dry_run: bool = False) -> None:
         if dry_run:
             pipeline.dry_run(STAGES[stage])
         else:
+            pipeline.check(STAGES[stage])
             with pipeline.group.alone_in(settings.path):
                 if pipeline.group.first:  # who alone writes into it
                     sweep(settings.path, RECIPE)
@@ -325,7 +410,8 @@ Options = TypedDict(
 
 def command(stage: str) -> Callable[..., int]:
     """A stage as a command, whose exit code is 2 for what cannot be done, said in one sentence,
-    and 1 where another process is at work in the folder."""
+    1 where another process is at work in the folder or nobody reads the output any more, and 130
+    after Ctrl-C."""
 
     def main(
         config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
@@ -339,6 +425,11 @@ def command(stage: str) -> Callable[..., int]:
         except ValueError as error:
             print(error, file=sys.stderr)
             return 1 if isinstance(error, InUse) else 2
+        except KeyboardInterrupt:
+            print(f"\nStopped. Nothing that was written is lost: {AGAIN}.", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            return output_closed()
         return 0
 
     about, more = getattr(Pipeline, stage).__doc__, (__doc__ or "").partition("\n\n")[2]
@@ -351,6 +442,14 @@ Args:
     skip: an affine path around the latents
 """
     return main
+
+
+def output_closed() -> int:
+    """The exit code of a run whose output nobody reads any more; one line, where it can be seen."""
+    with contextlib.suppress(OSError):
+        print(f"The output was closed. Nothing that was written is lost: {AGAIN}.", file=sys.stderr)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains as it ends
+    return 1
 
 
 main_harvest = command("harvest")

@@ -74,6 +74,8 @@ def start(device: str | None = None) -> Processes:
     size, rank = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
     local = int(os.environ.get("LOCAL_RANK", rank))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise RunError(f"The device is {device}, and this machine has no CUDA device: choose cpu.")
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", local % torch.cuda.device_count())
     if size == 1:

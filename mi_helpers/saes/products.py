@@ -223,7 +223,7 @@ class TopK:
         self.rows = rows
         self.products = products or quickest(rows.device, rows.shape[1], rows.shape[0])
         self.kinds = list(self.products.kinds)
-        self._doubtful_batches = 0
+        self.doubtful = 0
         self._copy()
 
     def _copy(self) -> None:
@@ -236,6 +236,11 @@ class TopK:
             self.scale = self.rows.new_empty(len(self.rows))
         for first in range(0, len(self.rows), 512):
             self.refresh(slice(first, first + 512))
+
+    def go_on(self, kinds: list[str], doubtful: int) -> None:
+        """Go on as another was: the kinds that it had left, its doubtful batches running."""
+        self.kinds, self.doubtful = list(kinds), doubtful
+        self._copy()
 
     @torch.no_grad()
     def refresh(self, part: slice) -> None:
@@ -270,10 +275,10 @@ class TopK:
 
     def _judge(self, share: float) -> None:
         """Replace a kind that left many rows doubtful three times running."""
-        self._doubtful_batches = self._doubtful_batches + 1 if share > DOUBTFUL else 0
-        if self._doubtful_batches == 3:
+        self.doubtful = self.doubtful + 1 if share > DOUBTFUL else 0
+        if self.doubtful == 3:
             self.kinds = self.kinds[1:] or ["float32"]
-            self._doubtful_batches = 0
+            self.doubtful = 0
             self._copy()
 
     def _candidates(self, x: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -16,24 +16,34 @@ import torch
 from torch import Tensor
 
 from mi_helpers import plots
-from mi_helpers.files import literal, read_json, write_atomically, write_json, write_text
+from mi_helpers.files import (
+    literal,
+    read_sealed,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from mi_helpers.layouts import NORMALIZED, Key, ModelError
 from mi_helpers.models import LanguageModel, site_reader
 from mi_helpers.saes.activations import Activations, site_name
 from mi_helpers.saes.coder import SparseCoder
-from mi_helpers.saes.files import load_coder
-from mi_helpers.saes.harvest import batches, check_model
+from mi_helpers.saes.harvest import batches
+from mi_helpers.saes.plan import check_model
 from mi_helpers.saes.processes import ALONE
 from mi_helpers.saes.progress import duration
-from mi_helpers.saes.training import (
-    CODER,
+from mi_helpers.saes.run_files import (
     LOG,
     RECIPE,
     SECONDS,
+    check_recipe,
+    identity,
+    read_log,
+    trained_coder,
+)
+from mi_helpers.saes.training import (
     TrainConfig,
     dead_window,
     quality,
-    read_log,
     split,
 )
 
@@ -242,12 +252,14 @@ def report(
         tokens: of held-out text on which that loss is measured.
 
     Raises:
-        RunError: the run is not finished, or the harvest is not of this model.
+        RunError: the run is not finished, a file of it is not what was written, it was trained on
+            another harvest, or the harvest is not of this model.
     """
     held, folder = Activations.open(harvest), Path(folder)
-    kept = read_json(folder / RECIPE)
+    kept = read_sealed(folder / RECIPE)
     config = TrainConfig(**{k: v for k, v in kept.items() if k in TrainConfig.__annotations__})
-    coder, log = load_coder(folder / CODER), read_log(folder / LOG)
+    coder, log = trained_coder(folder), read_log(folder / LOG)
+    check_recipe(folder, {"harvest": identity(held)})
     n = split(held, config, ALONE)
     numbers = run_numbers(held, config, coder, log[-1]["dead"])
     if model is not None:
@@ -256,7 +268,7 @@ def report(
         numbers["loss"] = losses.per_token() | {"tokens": int(losses.tokens.sum())}
         numbers["loss_recovered"] = {name: losses.recovered(name) for name in ("zero", "mean")}
     write_json(folder / "report.json", numbers)
-    seconds = read_json(folder / SECONDS)["seconds"] if (folder / SECONDS).exists() else None
+    seconds = read_sealed(folder / SECONDS)["seconds"] if (folder / SECONDS).exists() else None
     write_text(folder / "report.md", as_markdown(numbers, seconds))
     image = plots.render(curves(log))
     write_atomically(folder / "curves.png", lambda path: path.write_bytes(image))

@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,10 @@ from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.world import World
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+LONGEST = 2**16  # characters of a paragraph; what is longer becomes several texts
+ROWS = 64  # of a .parquet file, in memory
+LINE = 2**28  # characters of a line of JSON
+AGAIN = "run the same command again: it goes on from there"
 EXTRA = "pip install -c requirements-extras.txt -e '.[gemma]'"
 
 
@@ -61,8 +66,8 @@ class TinyWorldText:
 class FileText:
     """Texts of local files in the order of their names; empty texts are left out.
 
-    A text is a paragraph of a .txt file (a blank line ends it), a line of a .jsonl file, or a row
-    of a .parquet file.
+    A text is a paragraph of a .txt file (a blank line ends it, and so do `LONGEST` characters), a
+    line of a .jsonl file, or a row of a .parquet file. No file is in memory as a whole.
 
     Args:
         column: the field of a line or row that holds the text.
@@ -73,40 +78,69 @@ class FileText:
     column: str = "text"
 
     def texts(self, start: int = 0) -> Iterator[str]:
+        return itertools.islice((text for text in self.all() if text.strip()), start, None)
+
+    def all(self) -> Iterator[str]:
+        """Every text, the empty ones too."""
         readers = {".txt": paragraphs, ".jsonl": json_lines, ".parquet": parquet_rows}
-        every = (t for path in self.files for t in readers[path.suffix](path, self.column))
-        return itertools.islice((text for text in every if text.strip()), start, None)
+        for path in self.files:
+            try:
+                yield from readers[path.suffix](path, self.column)
+            except UnicodeDecodeError:
+                raise SourceError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
+            except OSError as error:
+                raise SourceError(f"{path} cannot be read: {first_line(error)}") from None
 
     def identity(self) -> dict:
-        return {"name": self.name, "sha256": {path.name: sha256(path) for path in self.files}}
+        """What has to stay the same for a run to continue: the files' content and their order, and
+        the field that is read; not where their folder lies."""
+        top = Path(self.name).expanduser().absolute()
+        top = top if top.is_dir() else os.path.commonpath([p.absolute().parent for p in self.files])
+        names = [Path(os.path.relpath(path.absolute(), top)).as_posix() for path in self.files]
+        try:
+            found = {n: sha256(path) for n, path in zip(names, self.files, strict=True)}
+        except OSError as error:
+            raise SourceError(f"{self.name} cannot be read: {first_line(error)}") from None
+        field = {"column": self.column} if any(p.suffix != ".txt" for p in self.files) else {}
+        return {"name": self.name, "files": found} | field
 
 
 def paragraphs(path: Path, column: str = "") -> Iterator[str]:
-    """The paragraphs of a text file, read line by line."""
-    lines: list[str] = []
-    try:
-        with open(path, encoding="utf-8") as stream:
-            for line in stream:
-                if line.strip():
-                    lines.append(line)
-                elif lines:
-                    yield "".join(lines).strip()
-                    lines = []
-    except UnicodeDecodeError:
-        raise SourceError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
-    if lines:
-        yield "".join(lines).strip()
+    """The paragraphs of a text file, `LONGEST` characters of it in memory; a longer paragraph comes
+    in parts, cut before a space."""
+    held, begins = "", True  # whether a line begins here
+    with open(path, encoding="utf-8") as stream:
+        while piece := stream.readline(LONGEST):
+            ends = piece.endswith("\n")
+            if not piece.strip() and begins and ends:
+                yield held.strip()
+                held = ""
+            held += piece
+            while len(held) > LONGEST:
+                at = max(held.rfind(" ", 1, LONGEST), held.rfind("\n", 1, LONGEST))
+                at = LONGEST if at < 0 else at
+                yield held[:at].strip("\n")
+                held = held[at:]
+            begins = ends
+    yield held.strip()
 
 
 def json_lines(path: Path, column: str) -> Iterator[str]:
     """The field `column` of each line of a .jsonl file."""
     with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
+        for number in itertools.count(1):
+            if not (line := stream.readline(LINE)):
+                return
+            if len(line) == LINE:
+                raise SourceError(
+                    f"Line {number} of {path} is longer than {LINE:,} characters: put each text on "
+                    "a line of its own."
+                )
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise SourceError(f"Line {number} of {path} is not JSON.") from None
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
                 has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -118,17 +152,18 @@ def json_lines(path: Path, column: str) -> Iterator[str]:
 
 
 def parquet_rows(path: Path, column: str) -> Iterator[str]:
-    """The column `column` of a .parquet file, a few thousand rows at a time."""
+    """The column `column` of a .parquet file, a few rows at a time."""
     parquet = optional("pyarrow.parquet", "Reading .parquet files")
     try:
-        table = parquet.ParquetFile(path)
+        table = parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} is not a .parquet file: {first_line(error)}") from None
     if column not in table.schema_arrow.names:
         names = ", ".join(table.schema_arrow.names)
         raise SourceError(f"{path} has no column {column!r}, only {names}: name one with --column.")
-    for batch in table.iter_batches(batch_size=2_048, columns=[column]):
-        for text in batch.column(0).to_pylist():
+    for batch in table.iter_batches(batch_size=ROWS, columns=[column], use_threads=False):
+        for value in batch.column(0):
+            text = value.as_py()
             if text is not None and not isinstance(text, str):
                 raise SourceError(f"The column {column!r} of {path} holds no text.")
             yield text or ""
@@ -153,22 +188,33 @@ class HubText:
 
     def texts(self, start: int = 0) -> Iterator[str]:
         datasets = optional("datasets", "Streaming a Hugging Face dataset")
+        number = start
         try:
             rows = datasets.load_dataset(
                 self.dataset, self.configuration, split=self.split, streaming=True
             )
-            rows = iter(rows.skip(start))
-            first = next(rows, None)
+            for number, row in enumerate(rows.skip(start), start):
+                yield self.text(number, row)
+        except SourceError:
+            raise
         except Exception as error:  # the library raises its own, the hub's and the network's
-            raise SourceError(f"{self.name} cannot be read: {first_line(error)}") from None
-        if first is not None and not isinstance(first.get(self.column), str):
-            names = ", ".join(first)
-            raise SourceError(
-                f"{self.name} has no text column {self.column!r}, only {names}: name one with "
-                "--column."
+            where = (
+                f"after {number:,} texts: {first_line(error)} When it can be read again, {AGAIN}."
             )
-        for row in itertools.chain([] if first is None else [first], rows):
-            yield row[self.column] or ""
+            where = where if number else f"be read: {first_line(error)}"
+            raise SourceError(f"{self.name} cannot {'go on ' if number else ''}{where}") from None
+
+    def text(self, number: int, row: dict) -> str:
+        """The text of a row; SourceError where it has none."""
+        value = row.get(self.column)
+        if value is None and self.column in row:
+            return ""
+        if not isinstance(value, str):
+            raise SourceError(
+                f"Row {number:,} of {self.name} has no text column {self.column!r}, only "
+                f"{', '.join(row)}: name one with --column."
+            )
+        return value
 
     def identity(self) -> dict:
         return {"name": self.name, "column": self.column}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from mi_helpers.saes.coder import SparseCoder, check_finite
-from mi_helpers.saes.gradients import Gradients, StepConfig, by_autograd, by_pairs
+from mi_helpers.saes.gradients import Diverged, Gradients, StepConfig, by_autograd, by_pairs
 from mi_helpers.saes.processes import ALONE, Processes
 from mi_helpers.saes.products import Products, TopK, float32_precision
 
@@ -153,7 +153,7 @@ class SparseStep:
             check_finite(x, "input")
             if target is not None:
                 check_finite(target, "target")
-            raise ValueError(
+            raise Diverged(
                 "The loss is not finite, though the activations are: the weights have diverged; "
                 "start again with a lower learning rate."
             )

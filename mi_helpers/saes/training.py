@@ -6,13 +6,12 @@
 
 `train` continues from its last checkpoint when it was killed. A run's folder holds `recipe.json`
 (what is trained, and on what), `log.csv`, `checkpoint.safetensors` until the run is complete, and
-then `coder/`, in SAELens' layout.
+then `coder/`, in SAELens' layout, with the checksums of itself, of the recipe and of the log in
+`SHA256SUMS`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -23,32 +22,46 @@ from torch import Tensor
 
 from mi_helpers.files import (
     RunError,
+    delete_replaced,
     flush,
     load_tensors,
     need_space,
-    read_json,
+    read_sealed,
     save_tensors,
+    seal,
     sweep,
+    why_not_written,
     write_atomically,
-    write_json,
-    write_text,
+    write_sealed,
 )
 from mi_helpers.layouts import hook_name
-from mi_helpers.saes.activations import GIB, Activations, Shuffled, site_name
+from mi_helpers.saes.activations import GIB, Activations, Shuffled, check_counts, site_name
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.files import load_coder, save_coder
+from mi_helpers.saes.gradients import Diverged
 from mi_helpers.saes.processes import ALONE, Processes
 from mi_helpers.saes.products import Products, quickest
 from mi_helpers.saes.progress import progress_bar
+from mi_helpers.saes.run_files import (
+    CHECKPOINT,
+    CODER,
+    LOG,
+    RECIPE,
+    SECONDS,
+    check_recipe,
+    identity,
+    is_begun,
+    keep_log_until,
+    log_row,
+    trained_coder,
+    write_sums,
+)
+from mi_helpers.saes.run_files import (
+    read_log as read_log,
+)
 from mi_helpers.saes.step import SparseStep, StepConfig
 
-RECIPE, LOG, CHECKPOINT, CODER, SECONDS = (
-    "recipe.json",
-    "log.csv",
-    "checkpoint.safetensors",
-    "coder",
-    "seconds.json",
-)
+SEEDS = 10**8
 CHOSEN = "chosen_products"
 PRODUCTS = {
     kind: Products(tuple(dict.fromkeys((kind, "float32"))), "highest")
@@ -139,12 +152,15 @@ def check_config(config: TrainConfig, processes: Processes = ALONE) -> None:
     """Check what can be checked before there is a harvest.
 
     Raises:
-        RunError: a number below 1, a negative rate, an unknown product, or a batch that the
+        RunError: a number below 1, a negative rate or seed, an unknown product, or a batch that the
             processes cannot share equally.
     """
-    for name in ("latents", "batch", "steps", "held_out", "dead_after", "log_every", "save_every"):
-        if getattr(config, name) < 1:
-            raise RunError(f"{name} is {getattr(config, name)}: it has to be 1 or more.")
+    counts = "latents", "k", "batch", "steps", "held_out", "dead_after", "log_every", "save_every"
+    check_counts(config, (*counts, "memory"))
+    if type(config.seed) is not int or not 0 <= config.seed < SEEDS:
+        raise RunError(
+            f"seed is {config.seed!r}: it has to be a whole number from 0 to {SEEDS - 1:,}."
+        )
     for name in ("rate", "sparsity", "warm_up", "decay"):
         if not 0 <= getattr(config, name) < math.inf:
             raise RunError(f"{name} is {getattr(config, name)}: it has to be 0 or more.")
@@ -166,7 +182,7 @@ def split(held: Activations, config: TrainConfig, processes: Processes = ALONE) 
     if n < config.batch:
         raise RunError(
             f"The harvest has {n:,} rows to train on, fewer than one batch of {config.batch:,}: "
-            "harvest more tokens, or choose a smaller batch."
+            "choose a smaller batch, or harvest more tokens into a new folder."
         )
     return n
 
@@ -218,73 +234,31 @@ def quality(
 # --------------------------------------------------------------------------------- the run's files
 
 
-def keep_config(
-    folder: Path, config: TrainConfig, held: Activations, processes: Processes
-) -> Products:
-    """Write what this run is, or check that the folder was begun with the same; its `Products`.
+def keep_config(folder: Path, config: TrainConfig, held: Activations, processes: Processes) -> dict:
+    """Write what this run is, or check that the folder was begun with the same; what it keeps.
 
-    How to multiply is measured once and kept, because another choice would change the last bits.
+    How to multiply is chosen once and kept, because another choice would change the last bits. A
+    recipe of which nothing was trained yet binds nobody.
 
     Raises:
         RunError: the folder holds a run with another setting or another harvest.
     """
-    own = json.loads(json.dumps(asdict(config) | {"harvest": identity(held)}))
-    path = folder / RECIPE
-    if path.exists():
-        before = read_json(path)
-        differ = [key for key in own if own[key] != before.get(key)]
-        if differ:
-            key = differ[0]
-            what = f"{key} {before.get(key)}, not {own[key]}"
-            raise RunError(
-                f"{folder} holds a run with {'another harvest' if key == 'harvest' else what}: "
-                "choose a new folder, or the same settings to go on with it."
-            )
+    own = asdict(config) | {"harvest": identity(held)}
+    check_recipe(folder, own)
     processes.wait()
     if processes.first:
-        if not path.exists():
+        if not (folder / RECIPE).exists() or not is_begun(folder):
             chosen = PRODUCTS.get(config.products)
             chosen = chosen or quickest(processes.device, held.d_in, config.latents)
-            write_json(path, own | {CHOSEN: asdict(chosen)})
+            write_sealed(folder / RECIPE, own | {CHOSEN: asdict(chosen)})
         sweep(folder, RECIPE)
     processes.wait()
-    kept = read_json(path)[CHOSEN]
-    return Products(tuple(kept["kinds"]), kept["float32"])
+    return read_sealed(folder / RECIPE)
 
 
-def identity(held: Activations) -> list[str]:
-    """The checksums of a harvest's shards: what tells it from others."""
-    return [shard["sha256"] for shard in held.manifest["shards"]]
-
-
-def log_row(path: Path, row: dict) -> None:
-    """Append a row to a CSV file, with a header when the file is new."""
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a run's log as numbers; [] where there is no log."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def keep_log_until(path: Path, step: int) -> None:
-    """Drop what a killed run wrote after its last checkpoint, including a torn last line."""
-    if not path.exists():
-        return
-    head, *lines = path.read_text("utf-8").splitlines(keepends=True) or [""]
-    kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
-    if kept:
-        write_text(path, "".join([head, *kept]))
-    else:
-        path.unlink()
+def products_of(recipe: dict) -> Products:
+    """How a run multiplies."""
+    return Products(tuple(recipe[CHOSEN]["kinds"]), recipe[CHOSEN]["float32"])
 
 
 def finish_coder(coder: SparseCoder, folder: Path, about: dict) -> None:
@@ -293,7 +267,12 @@ def finish_coder(coder: SparseCoder, folder: Path, about: dict) -> None:
     Raises:
         RunError: the disk is full, or the folder cannot be written.
     """
-    write_atomically(folder / CODER, lambda to: save_coder(coder, to, **about))
+
+    def write(to: Path) -> None:
+        save_coder(coder, to, **about)
+        write_sums(to, folder)
+
+    write_atomically(folder / CODER, write, load_coder)
 
 
 def origin(held: Activations) -> dict:
@@ -322,7 +301,7 @@ class Run:
         held: Activations,
         folder: Path,
         config: TrainConfig,
-        products: Products,
+        recipe: dict,
         processes: Processes = ALONE,
     ):
         self.held, self.folder, self.config, self.processes = held, folder, config, processes
@@ -330,7 +309,8 @@ class Run:
         self.order = Shuffled(held, self.n, config.seed, config.memory)
         self.test = held.slice(self.n, held.rows)
         self.coder = coder_for(held, config).to(processes.device)
-        self.step_number, self.seconds = 0, 0.0
+        self.step_number, self.seconds, self.recipe = 0, 0.0, seal(recipe)
+        products = products_of(recipe)
         self.step = SparseStep(self.coder, config.step(), products=products, processes=processes)
 
     def begin(self) -> None:
@@ -339,10 +319,13 @@ class Run:
         if path.exists():
             advice = "Delete it to train from the beginning."
             tensors, about = load_tensors(path, advice=advice)
+            if about.get("recipe") != self.recipe:
+                raise RunError(f"{path} is of another run than {RECIPE} beside it. {advice}")
             self.step.load_state_dict(tensors)
+            self.step.top_k.go_on(about["kinds"], about["doubtful"])
             self.step_number = about["step"]
             if (self.folder / SECONDS).exists():
-                self.seconds = read_json(self.folder / SECONDS)["seconds"]
+                self.seconds = read_sealed(self.folder / SECONDS)["seconds"]
         else:
             x, target = self.order.rows(0, min(self.n, max(self.config.batch, 8_192)))
             self.coder.initialise(x, target)
@@ -356,9 +339,22 @@ class Run:
         x, target = self.order.rows(begin + part.start, begin + part.stop)
         self.step.lr = learning_rate(self.step_number, self.config)
         device = self.processes.device
-        metrics = self.step(x.to(device), None if target is None else target.to(device))
+        try:
+            metrics = self.step(x.to(device), None if target is None else target.to(device))
+        except Diverged:
+            raise self.diverged("The weights diverged") from None
         self.step_number += 1
         return metrics
+
+    def diverged(self, what: str) -> RunError:
+        """What to do where the weights have diverged, so that nothing binds another rate."""
+        if self.processes.first:
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return RunError(
+            f"{what} at step {self.step_number}: choose a lower --rate than "
+            f"{self.config.rate or peak_rate(self.config.latents):.2g}, with which the training "
+            "begins anew; the harvest is kept."
+        )
 
     def log(self, metrics: dict) -> dict:
         """Append a row to the log: the batch's loss, dead latents, `quality` on held-out rows.
@@ -370,10 +366,7 @@ class Run:
         """
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
-            raise RunError(
-                f"The loss became {loss} at step {self.step_number}: choose a lower rate than "
-                f"{self.config.rate or peak_rate(self.config.latents):.2g}."
-            )
+            raise self.diverged(f"The loss became {loss}")
         window = dead_window(self.config, self.n)
         row = {
             "step": self.step_number,
@@ -386,11 +379,21 @@ class Run:
         return row
 
     def save(self, seconds: float) -> None:
-        """Write a checkpoint, after the log has been flushed to the disk."""
+        """Write a checkpoint, after the log has been flushed to the disk.
+
+        Raises:
+            RunError: the disk is full, or the folder cannot be written.
+        """
         if (self.folder / LOG).exists():
-            flush(self.folder / LOG)
-        save_tensors(self.folder / CHECKPOINT, self.step.state_dict(), {"step": self.step_number})
-        write_json(self.folder / SECONDS, {"seconds": round(seconds, 1)})
+            try:
+                flush(self.folder / LOG)
+            except OSError as error:
+                raise RunError(why_not_written(self.folder / LOG, error)) from error
+        top_k = self.step.top_k
+        about = {"step": self.step_number, "recipe": self.recipe}
+        about |= {"kinds": top_k.kinds, "doubtful": top_k.doubtful}
+        save_tensors(self.folder / CHECKPOINT, self.step.state_dict(), about)
+        write_sealed(self.folder / SECONDS, {"seconds": round(seconds, 1)})
 
 
 def train(
@@ -417,12 +420,25 @@ def train(
     split(held, config, processes)
     with torch.device("meta"):
         coder_for(held, config)  # says now what would be wrong with it
-    products = keep_config(folder, config, held, processes)
-    if (folder / CODER).is_dir():
+    with processes.alone_in(folder):
+        done = (folder / CODER).is_dir()
+        need_space(
+            folder, 0 if done else disk_needed(config, held.d_in, held.d_out), "The training"
+        )
+        recipe = keep_config(folder, config, held, processes)
+        if not done:
+            learn(Run(held, folder, config, recipe, processes), progress)
         return finished(folder, processes)
-    parameters = config.latents * (held.d_in + held.d_out)
-    need_space(folder, 4 * (2 * 3 + 1) * parameters, "Training, with two checkpoints,")
-    run = Run(held, folder, config, products, processes)
+
+
+def disk_needed(config: TrainConfig, d_in: int, d_out: int) -> int:
+    """Bytes of a training on the disk: two checkpoints, and the coder."""
+    return 4 * (2 * 3 + 1) * config.latents * (d_in + d_out)
+
+
+def learn(run: Run, progress: bool) -> None:
+    """Train a run to its end, from where it is, and write its coder."""
+    config, processes = run.config, run.processes
     run.begin()
     shown = progress and processes.first
     start = time.monotonic() - run.seconds
@@ -438,16 +454,14 @@ def train(
                 run.save(time.monotonic() - start)
             bar.update()
     if processes.first:
-        finish_coder(run.coder, folder, origin(held))
+        finish_coder(run.coder, run.folder, origin(run.held))
     processes.wait()
-    return finished(folder, processes)
 
 
 def finished(folder: Path, processes: Processes) -> SparseCoder:
-    """The coder of a complete run, whose checkpoint is deleted."""
-    if processes.first:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-    return load_coder(folder / CODER)
+    """The coder of a complete run, whose checkpoint goes once the coder has been read back."""
+    old = [folder / CHECKPOINT] if processes.first else []
+    return delete_replaced(old, lambda: trained_coder(folder))
 
 
 # ------------------------------------------------------------------------------ rows in memory

@@ -16,7 +16,8 @@ from mi_helpers.layouts import NORMALIZED, ModelError
 from mi_helpers.models import LanguageModel, read_sites, site_width
 from mi_helpers.saes import harvest as module
 from mi_helpers.saes.activations import Activations, Shuffled
-from mi_helpers.saes.harvest import HarvestConfig, batches, check_model, harvest, pieces
+from mi_helpers.saes.harvest import HarvestConfig, batches, harvest, pieces
+from mi_helpers.saes.plan import check_model
 from mi_helpers.saes.processes import Processes
 from mi_helpers.saes.sources import open_source
 
@@ -363,7 +364,7 @@ def test_two_processes_make_the_same_harvest(held, model, source, tmp_path, monk
     folder = tmp_path / "two"
     monkeypatch.setattr(Processes, "wait", lambda self: None)
     harvester = module.Harvester
-    plan = durable.read_json(held.folder / "plan.json")
+    plan = durable.read_sealed(held.folder / "plan.json")
     for rank in (0, 1):
         count = harvester(model, source, folder, plan).shards(Processes(rank, 2), False)
         assert count == len(held.sizes)

@@ -79,6 +79,7 @@ def test_a_run_leaves_every_stages_files(run):
         "recipe.json",
         "log.csv",
         "seconds.json",
+        "coder/SHA256SUMS",
         "coder/cfg.json",
         "coder/sae_weights.safetensors",
         "report.json",

@@ -103,7 +103,9 @@ def test_it_learns_and_the_log_says_so(trained, held):
 
 
 def test_a_latent_is_dead_after_an_epoch_of_silence(held, tmp_path):
-    run = training.Run(held, tmp_path, LEARN, training.PRODUCTS["float32"])
+    run = training.Run(
+        held, tmp_path, LEARN, training.keep_config(tmp_path, LEARN, held, training.ALONE)
+    )
     assert training.dead_window(LEARN, run.n) == 4_500
     assert training.dead_window(replace(LEARN, dead_after=99), run.n) == 99
     run.step.tokens_since_fired[:16] = 4_500
@@ -166,7 +168,7 @@ def test_a_loss_that_is_not_finite_is_said(held, tmp_path, monkeypatch):
     monkeypatch.setattr(
         training.SparseStep, "__call__", lambda s, *a: step(s, *a) | {"loss": math.nan}
     )
-    with pytest.raises(RunError, match="The loss became nan at step 50: choose a lower rate"):
+    with pytest.raises(RunError, match="The loss became nan at step 50: choose a lower --rate"):
         train(held, tmp_path, LEARN, progress=False)
 
 

@@ -1,0 +1,125 @@
+"""What a training run keeps in its folder, and reads again: recipe, log, and the coder's checksums.
+
+log = read_log("runs/demo/log.csv")               # [{"step": 50.0, "loss": …}, …]
+coder = trained_coder("runs/demo")                # compared with its SHA256SUMS
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+from mi_helpers.files import RunError, read_sealed, sha256, why_not_written, write_text
+from mi_helpers.saes.activations import Activations
+from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.files import CONFIG, WEIGHTS, load_coder
+
+RECIPE, LOG, CHECKPOINT, CODER, SECONDS = (
+    "recipe.json",
+    "log.csv",
+    "checkpoint.safetensors",
+    "coder",
+    "seconds.json",
+)
+SUMS = "SHA256SUMS"  # in the coder's folder, as `sha256sum --check` reads it
+EVERY = (CONFIG, WEIGHTS, f"../{RECIPE}", f"../{LOG}")  # what it has
+AGAIN = "Move the folder coder away, and run the training again."
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds anything that was trained."""
+    return (folder / CHECKPOINT).exists() or (folder / CODER).exists()
+
+
+def check_recipe(folder: Path, own: dict) -> None:
+    """Check that nothing was trained in a folder by another recipe, in the keys that `own` has.
+
+    Raises:
+        RunError: it was, and in what it differs.
+    """
+    if not (folder / RECIPE).exists() or not is_begun(folder):
+        return
+    before, own = read_sealed(folder / RECIPE), json.loads(json.dumps(own))
+    for key in own:
+        if own[key] != before.get(key):
+            what = f"{key} {before.get(key)}, not {own[key]}"
+            raise RunError(
+                f"{folder} holds a run with {'another harvest' if key == 'harvest' else what}: "
+                "choose a new folder, or the same settings to go on with it."
+            )
+
+
+def identity(held: Activations) -> list[str]:
+    """The checksums of a harvest's shards: what tells it from others."""
+    return [shard["sha256"] for shard in held.manifest["shards"]]
+
+
+def log_row(path: Path, row: dict) -> None:
+    """Append a row to a CSV file, with a header when the file is new.
+
+    Raises:
+        RunError: the disk is full, or the file cannot be written.
+    """
+    new = not path.exists()
+    try:
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+    except OSError as error:
+        raise RunError(why_not_written(path, error)) from error
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's log as numbers; [] where there is no log."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def keep_log_until(path: Path, step: int) -> None:
+    """Drop what a killed run wrote after its last checkpoint, including a torn last line."""
+    if not path.exists():
+        return
+    head, *lines = path.read_text("utf-8").splitlines(keepends=True) or [""]
+    kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
+    if kept:
+        write_text(path, "".join([head, *kept]))
+    else:
+        path.unlink()
+
+
+def write_sums(coder: Path, folder: Path) -> None:
+    """Write SHA256SUMS into a coder's folder, of its files and of its run's recipe and log."""
+    files = [*sorted(coder.iterdir()), folder / RECIPE, folder / LOG]
+    names = [path.name if path.parent == coder else f"../{path.name}" for path in files]
+    lines = [f"{sha256(path)}  {name}\n" for path, name in zip(files, names, strict=True)]
+    write_text(coder / SUMS, "".join(lines))
+
+
+def trained_coder(folder: Path | str) -> SparseCoder:
+    """The coder that `train` left in a run's folder, compared with its checksums.
+
+    Raises:
+        RunError: there is none; or it, its recipe or its log is not what was written.
+        ModelError: it cannot be read.
+    """
+    coder = Path(folder) / CODER
+    if not coder.is_dir():
+        raise RunError(f"There is no coder in {folder}: run the training first.")
+    try:
+        lines = (coder / SUMS).read_text("utf-8").splitlines()
+        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+        wrong = [name for name in EVERY if sha256(coder / name) != sums.get(name)]
+    except FileNotFoundError as error:
+        raise RunError(f"{error.filename} is missing. {AGAIN}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{coder / SUMS} is damaged ({error}). {AGAIN}") from None
+    if wrong:
+        path = Path(os.path.normpath(coder / wrong[0]))
+        raise RunError(f"{path} is not what was written: its checksum differs. {AGAIN}")
+    return load_coder(coder)
