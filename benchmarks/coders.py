@@ -694,8 +694,7 @@ def machine() -> str:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{name} not installed")
-    size = SIZES["reference"]
-    found = quickest(torch.device("cpu"), size.d_in, size.d_latent)
+    found = quickest(torch.device("cpu"))
     return (
         f"{model}, {torch.get_num_threads()} threads, {', '.join(versions)}; products from the "
         f"quickest: {', '.join(found.kinds)}; setting for float32: {found.float32}"

@@ -26,7 +26,6 @@ SETTINGS = {
     "save-every": 10,
     "log-every": 10,
     "loss-tokens": 1_000,
-    "products": "bfloat16",  # a measured choice might differ from run to run
 }
 
 

@@ -87,7 +87,7 @@ class Settings:
     k: int = setting(32, "latents that fire per token")
     activation: str = setting("topk", "", "topk", "batchtopk", "relu", "jumprelu")
     skip: bool = setting(False, "an affine path around the latents")
-    products: str = setting("measured", "", "measured", *PRODUCTS)
+    products: str = setting("auto", "", "auto", *PRODUCTS)
     sparsity: float = setting(0.0, "penalty's coefficient, of relu and jumprelu")
     dead_after: int = setting(1_000_000, "tokens without firing that make a latent dead")
     batch: int = setting(4_096, "rows per training step, over all processes")

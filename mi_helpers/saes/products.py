@@ -11,9 +11,8 @@ All of x W is needed only to find the k, and for that a rough product is enough:
 scored again in float32.
 """
 
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,48 +55,35 @@ def float32_precision(setting: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def quickest(device: torch.device, d_in: int, d_latent: int) -> Products:
-    """The fastest `Products` for x (256, d_in) times W (d_in, d_latent), measured once per process.
-
-    The choice changes the last bits of float32 products; for `TopK`'s guarantee see there.
-    """
-    return _measured(torch.device(device), d_in, min(d_latent, 8192), torch.get_num_threads())
-
-
 @lru_cache
 @torch.no_grad()
-def _measured(device: torch.device, d_in: int, d_latent: int, threads: int) -> Products:
+def quickest(device: torch.device) -> Products:
+    """The `Products` that are fastest on a device by its processor's flags: the same each time.
+
+    The choice changes the last bits of float32 products, so it does not depend on a stopwatch. A
+    product that is not exact on whole numbers, as some processors' are, is left out.
+    """
+    if device.type == "cuda":
+        return Products(("bfloat16", "float32"), "highest")
+    if device.type != "cpu":
+        return Products(("float32",), "highest")
+    has = getattr(torch.cpu, "get_capabilities", dict)()
     generator = torch.Generator().manual_seed(0)
-    x, rows = (
-        torch.randint(-127, 128, (n, d_in), generator=generator).to(device, torch.float32)
-        for n in (CHUNK, d_latent)
-    )
-    with float32_precision("highest"):
-        times, setting = {"float32": _seconds(lambda: x @ rows.T)}, "highest"
-        exact = x @ rows.T
-    if device.type == "cpu":  # elsewhere "medium" is a less precise product
+    x, rows = torch.randint(-127, 128, (2, CHUNK, 64), generator=generator)
+    kinds, setting = [], "highest"
+    if has.get("avx512_vnni") and hasattr(torch, "_int_mm"):
+        found = torch._int_mm(x.to(torch.int8), rows.to(torch.int8).T)
+        kinds += ["int8"] * bool((found == x @ rows.T).all())
+    if has.get("avx512_bf16") or has.get("amx_bf16"):
+        kinds.append("bfloat16")
+    if "AMD" in has.get("cpu_name", ""):  # oneDNN's float32 product is faster there than MKL's
+        x, rows = torch.rand(2, CHUNK, 64, generator=generator)
         with float32_precision("medium"):
-            seconds, found = _seconds(lambda: x @ rows.T), x @ rows.T
-        if seconds < times["float32"] and _off(found, exact) < _FLOAT32_ERROR:
-            times["float32"], setting = seconds, "medium"
-    low = x.bfloat16(), rows.bfloat16().T
-    times["bfloat16"] = _seconds(lambda: low[0] @ low[1])
-    if device.type == "cpu" and hasattr(torch, "_int_mm"):
-        small = x.to(torch.int8), rows.to(torch.int8).T
-        if _off(torch._int_mm(*small).float(), exact) < _FLOAT32_ERROR:  # no saturation
-            times["int8"] = 1.1 * _seconds(lambda: torch._int_mm(*small))  # and its scales
-    kinds = sorted((kind for kind in times if times[kind] <= times["float32"]), key=times.get)
-    return Products(kinds=tuple(kinds), float32=setting)
-
-
-def _seconds(product: Callable[[], Tensor]) -> float:
-    """The shortest time of three."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        product()[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return min(times)
+            found = x @ rows.T
+        setting = (
+            "medium" if _off(found, x.double() @ rows.double().T) < _FLOAT32_ERROR else setting
+        )
+    return Products((*kinds, "float32"), setting)
 
 
 def _off(found: Tensor, exact: Tensor) -> float:
@@ -221,7 +207,7 @@ class TopK:
 
     def __init__(self, rows: Tensor, products: Products | None = None):
         self.rows = rows
-        self.products = products or quickest(rows.device, rows.shape[1], rows.shape[0])
+        self.products = products or quickest(rows.device)
         self.kinds = list(self.products.kinds)
         self.doubtful = 0
         self._copy()

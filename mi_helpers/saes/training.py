@@ -75,7 +75,7 @@ class TrainConfig:
 
     Args:
         latents, k, activation, skip: the coder's, see `coder.SparseCoder`.
-        products: how to multiply: "measured" times the choices once and keeps the fastest;
+        products: how to multiply: "auto" chooses by the processor;
             "float32", "bfloat16" and "int8" are choices.
         sparsity: coefficient of the penalty, for relu and jumprelu; see `step.SparseStep`.
         dead_after: tokens without firing after which a latent is dead, and AuxK revives it.
@@ -93,7 +93,7 @@ class TrainConfig:
     k: int = 32
     activation: str = "topk"
     skip: bool = False
-    products: str = "measured"
+    products: str = "auto"
     sparsity: float = 0.0
     dead_after: int = 1_000_000
     batch: int = 4_096
@@ -164,8 +164,8 @@ def check_config(config: TrainConfig, processes: Processes = ALONE) -> None:
     for name in ("rate", "sparsity", "warm_up", "decay"):
         if not 0 <= getattr(config, name) < math.inf:
             raise RunError(f"{name} is {getattr(config, name)}: it has to be 0 or more.")
-    if config.products not in ("measured", *PRODUCTS):
-        listed = ", ".join(("measured", *PRODUCTS))
+    if config.products not in ("auto", *PRODUCTS):
+        listed = ", ".join(("auto", *PRODUCTS))
         raise RunError(f"products is {config.products!r}: choose one of {listed}.")
     if config.batch % processes.size:
         raise RunError(f"A batch of {config.batch} cannot be shared by {processes.size} processes.")
@@ -249,7 +249,7 @@ def keep_config(folder: Path, config: TrainConfig, held: Activations, processes:
     if processes.first:
         if not (folder / RECIPE).exists() or not is_begun(folder):
             chosen = PRODUCTS.get(config.products)
-            chosen = chosen or quickest(processes.device, held.d_in, config.latents)
+            chosen = chosen or quickest(processes.device)
             write_sealed(folder / RECIPE, own | {CHOSEN: asdict(chosen)})
         sweep(folder, RECIPE)
     processes.wait()

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from itertools import islice
 from types import SimpleNamespace
 
@@ -169,10 +170,20 @@ def test_a_kind_of_product_that_is_too_rough_is_given_up():
     assert select.kinds[0] == "bfloat16"
 
 
-def test_what_is_quickest_is_measured():
-    products = quickest(torch.device("cpu"), 64, 512)
+def test_what_is_quickest_follows_from_the_processor_and_no_clock(monkeypatch):
+    """A run with a seed has the same bits each time, however busy the machine is."""
+    products = quickest(torch.device("cpu"))
     assert products.kinds[-1] == "float32" and products.float32 in ("highest", "medium")
     assert set(products.kinds) <= {"int8", "bfloat16", "float32"}
+    monkeypatch.setattr(time, "perf_counter", None)
+    assert quickest.__wrapped__(torch.device("cpu")) == products
+    monkeypatch.setattr(
+        torch, "_int_mm", lambda x, y: (x.float() @ y.float()).clamp(max=20_000).int()
+    )
+    assert "int8" not in quickest.__wrapped__(torch.device("cpu")).kinds
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Another"})
+    assert quickest.__wrapped__(torch.device("cpu")).kinds == ("float32",)
+    assert quickest(torch.device("cuda")) == Products(("bfloat16", "float32"), "highest")
 
 
 @pytest.mark.parametrize("products", PRODUCTS.values(), ids=PRODUCTS)
@@ -191,7 +202,7 @@ def test_a_dictionary_hardly_larger_than_k():
     assert torch.equal(indices, best(x, W, bias, 16).indices)
 
 
-def test_the_measured_products_change_no_result_and_no_setting():
+def test_the_choice_of_products_changes_no_result_and_no_setting():
     torch.set_float32_matmul_precision("high")
     try:
         x, W, bias = distribution("normal")

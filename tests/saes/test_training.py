@@ -144,7 +144,7 @@ def test_a_transcoder_learns_its_target(tmp_path):
         ({"k": 65}, "k is 65, and the dictionary has 64 latents"),
         (
             {"products": "fast"},
-            "products is 'fast': choose one of measured, float32, bfloat16, int8",
+            "products is 'fast': choose one of auto, float32, bfloat16, int8",
         ),
         ({"activation": "softmax"}, "no activation 'softmax'"),
     ],
