@@ -2,25 +2,29 @@
 
 import errno
 import json
+import os
 import re
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from made_harvest import made_harvest, sparse_data
 from pipeline_worker import command_of_many, context, holds
 from tiny_models import sentences, tiny_model
 from transformers import AutoConfig
 
 from mi_helpers.__main__ import main
-from mi_helpers.files import HOLDER, LOCK, RunError, alone_in, sweep
+from mi_helpers.files import HOLDER, LOCK, InUse, RunError, alone_in, sweep
 from mi_helpers.saes import estimate, pipeline
 from mi_helpers.saes.estimate import Stage, blocks_needed, verdict
-from mi_helpers.saes.harvest import HarvestConfig
+from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.pipeline import Settings, read_settings
-from mi_helpers.saes.training import TrainConfig
+from mi_helpers.saes.sources import open_source
+from mi_helpers.saes.training import TrainConfig, train
 from mi_helpers.tiny_gemma import training as train_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,6 +208,36 @@ def test_ranks_are_one_run_and_all_of_them_stop_where_another_holds_the_folder(
     assert together(held_elsewhere[0], "meet-1") == [1, 1]
     assert together(tmp_path / "own", "meet-2") == [0, 0]
     assert {path.name for path in (tmp_path / "own").iterdir()} == {"harvest"}
+
+
+@needs_fork
+def test_the_librarys_calls_take_the_lock_too(held_elsewhere, place, tmp_path):
+    folder, process = held_elsewhere
+    text, config = open_source(str(place / "text.txt")), HarvestConfig(("embed", None), tokens=300)
+    held = made_harvest(tmp_path / "held", sparse_data(300))
+    with pytest.raises(InUse, match=f"in use by process {process.pid}"):
+        harvest(tiny_model(), text, folder, config, progress=False)
+    with pytest.raises(InUse, match=f"in use by process {process.pid}"):
+        train(held, folder, TrainConfig(latents=24, k=3, batch=32, steps=2), progress=False)
+    assert {path.name for path in folder.iterdir()} == {LOCK, HOLDER}
+
+
+def test_who_holds_a_folder_has_it_again_but_not_in_another_thread(tmp_path):
+    def other():
+        try:
+            with alone_in(tmp_path):
+                said.append("in")
+        except InUse as error:
+            said.append(str(error))
+
+    said, thread = [], threading.Thread(target=other)
+    with alone_in(tmp_path), alone_in(tmp_path / ".." / tmp_path.name):
+        thread.start()
+        thread.join()
+        assert {path.name for path in tmp_path.iterdir()} == {LOCK, HOLDER}
+    assert f"in use by process {os.getpid()}" in said[0]
+    with alone_in(tmp_path):
+        pass
 
 
 def test_a_folder_is_left_as_it_was_where_nothing_is_written(tmp_path):

@@ -31,7 +31,17 @@ KILLS, RACES = (int(os.environ.get(name, 4)) for name in ("MI_KILLS", "MI_RACES"
 OWN = ("seconds.json", "report.md")  # the time is theirs
 LIBRARY = "library"  # harvest() and train() are called, not the command
 STAGES = ("run", "run", "harvest", "train", "report", LIBRARY)
-MORE = {"save-every": 5}
+SMALL = {
+    "tokens": 300,
+    "shard-tokens": 60,
+    "latents": 24,
+    "batch": 32,
+    "held-out": 30,
+    "steps": 8,
+    "save-every": 2,
+    "log-every": 2,
+    "loss-tokens": 60,
+}
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
 
@@ -42,8 +52,8 @@ def work(stage, place, folder, k):
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     if stage != LIBRARY:
-        os._exit(main([stage, *options(place, folder, k=k, **MORE)]))
-    given = dict(zip(*[iter(options(place, folder, k=k, **MORE))] * 2, strict=True))
+        os._exit(main([stage, *options(place, folder, k=k, **SMALL)]))
+    given = dict(zip(*[iter(options(place, folder, k=k, **SMALL))] * 2, strict=True))
     kinds = {name: type(value) for name, value in vars(Settings()).items()}
     named = {key[2:].replace("-", "_"): value for key, value in given.items()}
     s = Settings(**{name: kinds[name](value) for name, value in named.items()})
@@ -81,7 +91,7 @@ def place(tmp_path_factory):
     model = tiny_model()
     model.hf.save_pretrained(folder / "model")
     model.tokenizer.save_pretrained(folder / "model")
-    (folder / "text.txt").write_text("\n\n".join(sentences(120)))
+    (folder / "text.txt").write_text("\n\n".join(sentences(60)))
     assert ended("run", folder, folder / "first", 4) == 0  # the server starts
     expected = {}
     for k in (4, 5):
