@@ -86,7 +86,8 @@ def keep_log_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     head, *lines = path.read_text("utf-8").splitlines(keepends=True) or [""]
-    kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
+    whole = (line for line in lines if line.endswith("\n") and line.split(",")[0].isdecimal())
+    kept = [line for line in whole if int(line.split(",")[0]) <= step]
     if kept:
         write_text(path, "".join([head, *kept]))
     else:

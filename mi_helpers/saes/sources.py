@@ -148,6 +148,10 @@ def json_lines(path: Path, column: str) -> Iterator[str]:
                     f"Line {number} of {path} has no text in {column!r}, only {has}: name the "
                     "field with --column."
                 )
+            try:
+                row[column].encode()
+            except UnicodeEncodeError:
+                raise SourceError(f"Line {number} of {path} has half of a character.") from None
             yield row[column]
 
 

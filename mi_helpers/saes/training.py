@@ -6,8 +6,7 @@
 
 `train` continues from its last checkpoint when it was killed. A run's folder holds `recipe.json`
 (what is trained, and on what), `log.csv`, `checkpoint.safetensors` until the run is complete, and
-then `coder/`, in SAELens' layout, with the checksums of itself, of the recipe and of the log in
-`SHA256SUMS`.
+then `coder/`, in SAELens' layout, with the checksums of it, the recipe and the log in `SHA256SUMS`.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from mi_helpers.files import (
     read_sealed,
     save_tensors,
     seal,
+    sha256,
     sweep,
     why_not_written,
     write_atomically,
@@ -248,17 +248,11 @@ def keep_config(folder: Path, config: TrainConfig, held: Activations, processes:
     processes.wait()
     if processes.first:
         if not (folder / RECIPE).exists() or not is_begun(folder):
-            chosen = PRODUCTS.get(config.products)
-            chosen = chosen or quickest(processes.device)
+            chosen = PRODUCTS.get(config.products) or quickest(processes.device)
             write_sealed(folder / RECIPE, own | {CHOSEN: asdict(chosen)})
         sweep(folder, RECIPE)
     processes.wait()
     return read_sealed(folder / RECIPE)
-
-
-def products_of(recipe: dict) -> Products:
-    """How a run multiplies."""
-    return Products(tuple(recipe[CHOSEN]["kinds"]), recipe[CHOSEN]["float32"])
 
 
 def finish_coder(coder: SparseCoder, folder: Path, about: dict) -> None:
@@ -310,14 +304,18 @@ class Run:
         self.test = held.slice(self.n, held.rows)
         self.coder = coder_for(held, config).to(processes.device)
         self.step_number, self.seconds, self.recipe = 0, 0.0, seal(recipe)
-        products = products_of(recipe)
+        products = Products(tuple(recipe[CHOSEN]["kinds"]), recipe[CHOSEN]["float32"])
         self.step = SparseStep(self.coder, config.step(), products=products, processes=processes)
 
     def begin(self) -> None:
-        """Initialise from the first rows, or load the last checkpoint."""
-        path = self.folder / CHECKPOINT
+        """Initialise from the first rows, or load the last checkpoint and the log until then.
+
+        Raises:
+            RunError: the checkpoint or the log is not what was written, or is of another recipe.
+        """
+        path, log, about = self.folder / CHECKPOINT, self.folder / LOG, {}
+        advice = f"Delete {CHECKPOINT} to train from the beginning."
         if path.exists():
-            advice = "Delete it to train from the beginning."
             tensors, about = load_tensors(path, advice=advice)
             if about.get("recipe") != self.recipe:
                 raise RunError(f"{path} is of another run than {RECIPE} beside it. {advice}")
@@ -330,7 +328,9 @@ class Run:
             x, target = self.order.rows(0, min(self.n, max(self.config.batch, 8_192)))
             self.coder.initialise(x, target)
         if self.processes.first:
-            keep_log_until(self.folder / LOG, self.step_number)
+            keep_log_until(log, self.step_number)
+            if about and about["log"] != (sha256(log) if log.exists() else None):
+                raise RunError(f"{log} is not what was written: its checksum differs. {advice}")
 
     def advance(self) -> dict:
         """One step on this process's part of the next batch; the step's metrics."""
@@ -338,9 +338,9 @@ class Run:
         part = self.processes.share(self.config.batch)
         x, target = self.order.rows(begin + part.start, begin + part.stop)
         self.step.lr = learning_rate(self.step_number, self.config)
-        device = self.processes.device
+        batch = [None if each is None else each.to(self.processes.device) for each in (x, target)]
         try:
-            metrics = self.step(x.to(device), None if target is None else target.to(device))
+            metrics = self.step(*batch)
         except Diverged:
             raise self.diverged("The weights diverged") from None
         self.step_number += 1
@@ -384,13 +384,14 @@ class Run:
         Raises:
             RunError: the disk is full, or the folder cannot be written.
         """
-        if (self.folder / LOG).exists():
+        log, top_k = self.folder / LOG, self.step.top_k
+        about = {"step": self.step_number, "recipe": self.recipe, "log": None}
+        if log.exists():
             try:
-                flush(self.folder / LOG)
+                flush(log)
+                about["log"] = sha256(log)
             except OSError as error:
-                raise RunError(why_not_written(self.folder / LOG, error)) from error
-        top_k = self.step.top_k
-        about = {"step": self.step_number, "recipe": self.recipe}
+                raise RunError(why_not_written(log, error)) from error
         about |= {"kinds": top_k.kinds, "doubtful": top_k.doubtful}
         save_tensors(self.folder / CHECKPOINT, self.step.state_dict(), about)
         write_sealed(self.folder / SECONDS, {"seconds": round(seconds, 1)})
@@ -422,9 +423,8 @@ def train(
         coder_for(held, config)  # says now what would be wrong with it
     with processes.alone_in(folder):
         done = (folder / CODER).is_dir()
-        need_space(
-            folder, 0 if done else disk_needed(config, held.d_in, held.d_out), "The training"
-        )
+        needed = 0 if done else disk_needed(config, held.d_in, held.d_out)
+        need_space(folder, needed, "The training")
         recipe = keep_config(folder, config, held, processes)
         if not done:
             learn(Run(held, folder, config, recipe, processes), progress)

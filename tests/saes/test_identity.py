@@ -241,6 +241,23 @@ def test_a_checkpoint_belongs_to_its_recipe(run, monkeypatch):
     train(held, stopped, replace(LEARN, seed=1), progress=False)
 
 
+@pytest.mark.parametrize("change", ["gone", "a number", "a word"])
+def test_the_log_of_a_killed_run_is_compared_and_the_advice_works(tmp_path, change, monkeypatch):
+    held = made_harvest(tmp_path / "harvest", sparse_data(400), shard_rows=100)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "finish_coder", interrupt)
+        train(held, tmp_path, LEARN, progress=False)
+    log = tmp_path / "log.csv"
+    lines = log.read_text().splitlines(keepends=True)
+    lines[1] = {"a number": lines[1].replace("0.", "0.1", 1), "a word": "what\n"}.get(change, "")
+    log.write_text("".join(lines)) if change != "gone" else log.unlink()
+    with pytest.raises(RunError, match="log.csv is not what was written.*Delete checkpoint.safe"):
+        train(held, tmp_path, LEARN, progress=False)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    train(held, tmp_path, LEARN, progress=False)
+    assert len(log.read_text().splitlines()) == 4
+
+
 def interrupt(*_):
     raise KeyboardInterrupt
 

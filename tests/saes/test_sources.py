@@ -56,7 +56,7 @@ def test_another_field_can_be_named(tmp_path):
         list(open_source(str(path)).texts())
 
 
-@pytest.mark.parametrize("line", ["{", '["a"]', '{"text": 3}'])
+@pytest.mark.parametrize("line", ["{", '["a"]', '{"text": 3}', '{"text": "\\ud800"}', "[" * 10**5])
 def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n' + line + "\n")
