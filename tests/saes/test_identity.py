@@ -235,7 +235,9 @@ def test_a_checkpoint_belongs_to_its_recipe(run, monkeypatch):
         patch.setattr(training, "finish_coder", interrupt)
         train(held, stopped, LEARN, progress=False)
     (stopped / "recipe.json").unlink()
-    with pytest.raises(RunError, match="is of another run than recipe.json.*Delete it to train"):
+    with pytest.raises(
+        RunError, match="is of another run than recipe.json.*Delete checkpoint.safetensors to train"
+    ):
         train(held, stopped, replace(LEARN, seed=1), progress=False)
     (stopped / "checkpoint.safetensors").unlink()
     train(held, stopped, replace(LEARN, seed=1), progress=False)

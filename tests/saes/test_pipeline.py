@@ -214,6 +214,7 @@ def test_ranks_are_one_run_and_all_of_them_stop_where_another_holds_the_folder(
 def test_the_librarys_calls_take_the_lock_too(held_elsewhere, place, tmp_path):
     folder, process = held_elsewhere
     text, config = open_source(str(place / "text.txt")), HarvestConfig(("embed", None), tokens=300)
+    config = replace(config, context=12)
     held = made_harvest(tmp_path / "held", sparse_data(300))
     with pytest.raises(InUse, match=f"in use by process {process.pid}"):
         harvest(tiny_model(), text, folder, config, progress=False)
@@ -254,6 +255,19 @@ def test_where_the_disk_knows_no_locks_it_goes_on_without_one(tmp_path, monkeypa
     monkeypatch.setattr(FileLock, "acquire", none)
     with alone_in(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    place, tmp_path, code, monkeypatch, capsys
+):
+    def fails(self):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(FileLock, "acquire", fails)
+    assert main(["harvest", *options(place, tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and LOCK in said and "could not be written" in said
 
 
 FOREIGN = ["model.part", "film.mp4.part", ".tmp123456", ".mi-helpers-notes.part", "a.safetensors"]

@@ -203,7 +203,10 @@ def test_a_damaged_checkpoint_is_named(held, tmp_path, monkeypatch):
         train(held, tmp_path, LEARN, progress=False)
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(RunError, match="checkpoint.safetensors is truncated.*Delete it to train"):
+    with pytest.raises(
+        RunError,
+        match="checkpoint.safetensors is truncated.*Delete checkpoint.safetensors to train",
+    ):
         train(held, tmp_path, LEARN, progress=False)
 
 
