@@ -34,6 +34,10 @@ def within(seconds: float, function: Callable, *args, **kwargs):
         return function(*args, **kwargs)
 
 
+def late(_number, _frame) -> None:
+    """Nothing: a signal that another thread takes after the timer was stopped ends no process."""
+
+
 @contextmanager
 def by_signal(seconds: float) -> Iterator[None]:
     """Interrupt the main thread by a timer, and again until the block is left."""
@@ -54,7 +58,7 @@ def by_signal(seconds: float) -> Iterator[None]:
     finally:
         live = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, before if callable(before) else late)
         if left:
             rest = max(left - (time.monotonic() - start), 0.001)
             signal.setitimer(signal.ITIMER_REAL, rest, repeat)
