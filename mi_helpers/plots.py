@@ -6,27 +6,20 @@ with markers and dashes, so that no figure depends on colour alone.
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TypedDict, Unpack
 
-import matplotlib
-import matplotlib.rcsetup
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import LogFormatter, LogitFormatter, ScalarFormatter
 
-AMOUNT, EFFECT = "cividis", "PuOr"
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
-DPI = 100
-NUMBERS = (LogFormatter, LogitFormatter, ScalarFormatter)  # what matplotlib writes on an axis
+from mi_helpers.picture import AMOUNT, EFFECT, HIGHEST, OKABE_ITO, Picture, render, style
+from mi_helpers.picture import DASHES as DASHES
+from mi_helpers.picture import DPI as DPI
+from mi_helpers.picture import MARKERS as MARKERS
+
+__all__ = ["Picture", "render", "style"]  # that figures need besides those below
+
 MOST_PRINTED = 200  # a heatmap with more cells than this prints no values unless told how
 
 
@@ -37,60 +30,6 @@ class Frame(TypedDict, total=False):
     ylabel: str
     width: float
     height: float
-
-
-@contextmanager
-def style():
-    """The course's rcParams, as a context or, `@style()`, as a decorator of a figure function."""
-    look = {
-        "axes.prop_cycle": matplotlib.rcsetup.cycler(
-            color=OKABE_ITO, marker=MARKERS, linestyle=DASHES
-        ),
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.titlelocation": "left",
-        "figure.constrained_layout.use": True,
-        "font.size": 13,
-        "image.cmap": AMOUNT,
-        "legend.frameon": False,
-        "lines.linewidth": 2,
-        "lines.markersize": 6,
-        "svg.hashsalt": "mi-course",
-    }
-    with matplotlib.rc_context(look):
-        yield
-
-
-class Picture(Figure):
-    """A Figure that no pyplot state knows, and that a notebook shows once, as a PNG.
-
-    Every text is drawn as it is, `$` too: only an axis' numbers, such as 10³, are mathematics.
-    """
-
-    def draw(self, renderer) -> None:
-        for text in self.findobj(Text):
-            text.set_parse_math(False)
-        for axis in self.findobj(Axis):
-            major = axis.get_major_formatter(), axis.get_major_ticks()
-            minor = axis.get_minor_formatter(), axis.get_minor_ticks()
-            for formatter, ticks in (major, minor):
-                for tick in ticks if isinstance(formatter, NUMBERS) else ():
-                    tick.label1.set_parse_math(True)
-                    tick.label2.set_parse_math(True)
-        super().draw(renderer)
-
-    def _repr_png_(self) -> bytes:
-        return render(self)
-
-
-def render(figure: Figure) -> bytes:
-    """A figure's PNG bytes, the same for the same figure; a figure of pyplot's is closed."""
-    stream = io.BytesIO()
-    with style():
-        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
-    if pyplot := sys.modules.get("matplotlib.pyplot"):
-        pyplot.close(figure)
-    return stream.getvalue()
 
 
 @style()
@@ -142,7 +81,7 @@ def heatmap(
     if form is None:
         form = "z.2f" if values.size <= MOST_PRINTED else ""
     width = frame.pop("width", clamp(2 + 0.7 * columns))
-    picture, axes = figure(width, frame.pop("height", clamp(1.6 + 0.45 * rows)))
+    picture, axes = figure(width, frame.pop("height", clamp(1.6 + 0.45 * rows, HIGHEST)))
     low, high = colour_limits(values, centre_zero, limit)
     image = axes.imshow(
         values, aspect="auto", cmap=EFFECT if centre_zero else AMOUNT, vmin=low, vmax=high
@@ -159,9 +98,9 @@ def heatmap(
     return picture
 
 
-def clamp(inches: float) -> float:
-    """A side that fits a page: 3 to 14 inches."""
-    return min(max(inches, 3.0), 14.0)
+def clamp(inches: float, most: float = 14.0) -> float:
+    """A side that fits a page: 3 to `most` inches."""
+    return min(max(inches, 3.0), most)
 
 
 def colour_limits(values: np.ndarray, centre_zero: bool, limit: float | None) -> tuple:
@@ -198,7 +137,9 @@ def print_values(axes: Axes, image, values: np.ndarray, form: str) -> None:
             red, green, blue, _ = image.cmap(image.norm(value))
             light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
             colour = "black" if light else "white"
-            axes.text(column, row, format(value, form), ha="center", va="center", color=colour)
+            text = format(value, form)
+            said = axes.text(column, row, text, ha="center", va="center", color=colour)
+            said.set_in_layout(False)  # it is inside its cell, so the layout need not measure it
 
 
 @style()
@@ -224,7 +165,9 @@ def bars(
     series = dict(values) if isinstance(first, Mapping) else {"": dict(values)}
     names = list(dict.fromkeys(name for each in series.values() for name in each))  # pyright: ignore[reportGeneralTypeIssues]
     thick = 0.8 / len(series)
-    picture, axes = figure(width, clamp(1.2 + 0.38 * len(names) * max(1, 0.7 * len(series))))
+    picture, axes = figure(
+        width, clamp(1.2 + 0.38 * len(names) * max(1, 0.7 * len(series)), HIGHEST)
+    )
     for index, (label, each) in enumerate(series.items()):
         places = np.arange(len(names)) + (index - (len(series) - 1) / 2) * thick
         heights = as_array([each.get(name, np.nan) for name in names])
@@ -310,7 +253,7 @@ def before_after(
     first, second = (as_array([values[name] for name in names]) for values in (before, after))
     low, high = limits or (0.0, 1.05 * float(max(first.max(), second.max(), 1e-9)))
     left, right = np.clip(first, low, high), np.clip(second, low, high)
-    picture, axes = figure(width, clamp(1.6 + 0.36 * len(names)))
+    picture, axes = figure(width, clamp(1.6 + 0.36 * len(names), HIGHEST))
     axes.hlines(places, left, right, color="0.6", linewidth=3)
     circle = {"marker": "o", "color": OKABE_ITO[0], "markerfacecolor": "white", "zorder": 4}
     square = {"marker": "s", "color": OKABE_ITO[5], "zorder": 3}

@@ -1,17 +1,17 @@
 """Controls over a figure function. No science here: `figure(**values) -> Figure` holds it all."""
 
-import html
 import itertools
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 
 import ipywidgets
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from mi_helpers.plots import render
+from mi_helpers.picture import alt_text, image_html, render, shown_size
+from mi_helpers.views.base import escape, plain
+from mi_helpers.views.figure import FigureView
 
-PLAIN = "mathjax_ignore tex2jax_ignore"  # classes of a text whose $…$ is no mathematics
+VIEW = 647  # CSS pixels: what JupyterLab shows of a notebook on a screen of 1366 × 768
 
 
 def control(name: str, given) -> ipywidgets.Widget:
@@ -28,15 +28,25 @@ def control(name: str, given) -> ipywidgets.Widget:
     if widget is None:
         raise ValueError(f"No control can be made for '{name}' from {given!r}.")
     widget.description = widget.description or name.replace("_", " ")
-    widget.style.description_width = "12em"
-    widget.layout.width = widget.layout.width or "36em"
+    widget.style.description_width = "10em"
+    widget.layout.width = widget.layout.width or "auto"
+    widget.layout.max_width = "100%" if is_wide(widget) else "32em"
+    if is_wide(widget):
+        widget.layout.grid_column = "1 / -1"
     if isinstance(widget, (ipywidgets.Text, ipywidgets.Textarea)):
         widget.continuous_update = False
     return widget
 
 
+def is_wide(widget: ipywidgets.Widget) -> bool:
+    """Whether a control takes a line of its own: a prompt does."""
+    return isinstance(widget, (ipywidgets.Text, ipywidgets.Textarea))
+
+
 class Explorer:
     """Controls, the figure of their values, and a sentence where no figure can be drawn.
+
+    For values that have no figure the last one stays in its place, paler, under the sentence.
 
     Args:
         figure: `figure(**values) -> Figure`. For values that it cannot draw it raises ValueError
@@ -50,38 +60,89 @@ class Explorer:
         self.controls = {name: control(name, given) for name, given in controls.items()}
         state = ", ".join(f"{name} = {value!r}" for name, value in self.values().items())
         self.text = f"Interactive figure, at {state}"  # what stands for it in plain text
-        self.png = render(figure(**self.values()))  # of the default state
-        self.image = ipywidgets.Image(value=self.png, format="png")
-        self.image.layout.max_width = "100%"
-        self.message = ipywidgets.HTML()
-        self.box = ipywidgets.VBox([*self.controls.values(), self.message, self.image])
-        for widget in self.controls.values():
+        boxes = list(self.controls.values())
+        rows = 1 + (len(boxes) + sum(map(is_wide, boxes))) // 2
+        self.tallest = VIEW - 34 * rows - 40  # a control is 34 pixels high, the sentence 24
+        self.view = FigureView(**self.drawn(), tallest=self.tallest)
+        self.still = image_html(self.view.png, self.view.alt)
+        grid = ipywidgets.GridBox(boxes)
+        grid.layout.grid_template_columns = f"repeat({min(2, len(boxes)) or 1}, minmax(0, 1fr))"
+        self.box = ipywidgets.VBox([grid, self.view])
+        self.box.add_class("mi-explorer")
+        for widget in boxes:
             widget.observe(self.draw, names="value")
 
     def values(self) -> dict:
         """{argument: the value of its control now}."""
         return {name: widget.value for name, widget in self.controls.items()}
 
+    def drawn(self) -> dict:
+        """The figure of the present values as its view takes it."""
+        made = self.figure(**self.values())
+        png = render(made)
+        return {"png": png, "alt": alt_text(made), "width": shown_size(png)[0]}
+
     def draw(self, _change=None) -> None:
         """Show the figure of the present values, or the sentence of its ValueError."""
         try:
-            self.image.value = render(self.figure(**self.values()))
+            changes = self.drawn() | {"message": ""}
         except ValueError as error:
-            self.message.value = f'<p class="{PLAIN}">⚠️ {html.escape(str(error))}</p>'
-            self.image.layout.display = "none"
-            return
-        self.message.value = ""
-        self.image.layout.display = None
+            changes = {"message": str(error)}
+        with self.view.hold_sync():
+            for name, value in changes.items():
+                setattr(self.view, name, value)
 
     def _repr_mimebundle_(self, **_kwargs) -> dict:
-        """The live widget, and the PNG of its default state for a reader without a kernel."""
-        still = {"image/png": b64encode(self.png).decode(), "text/plain": self.text}
-        return self.box._repr_mimebundle_() | still
+        """The live widget, and its default state for a reader without a kernel."""
+        return self.box._repr_mimebundle_() | {"text/html": self.still, "text/plain": self.text}
 
 
 def explore(figure: Callable[..., Figure], **controls) -> None:
     """Display `figure(**values)` with one control per argument: `explore(f, layer=(0, 5))`."""
     display(Explorer(figure, **controls))
+
+
+class Folded:
+    """What answers a 'Predict', folded until it is asked for; a reader without a kernel can too.
+
+    Args:
+        answer: a Figure, a text, a `View`, or any widget that is shown as itself when unfolded.
+        label: what the line says that unfolds it.
+    """
+
+    def __init__(self, answer, label: str = "I have predicted: show what happens"):
+        self.answer, self.label = answer, label
+
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        made = getattr(self.answer, "_repr_mimebundle_", lambda **_: None)(**kwargs)
+        bundle = made[0] if isinstance(made, tuple) else made or {}
+        if made is None:
+            bundle = {"text/html": plain(escape(self.answer)), "text/plain": str(self.answer)}
+        inside = bundle.get("text/html") or f"<pre>{escape(bundle.get('text/plain', ''))}</pre>"
+        summary = f"<summary>{escape(self.label)}</summary>"
+        still = {"text/html": f"<details>{summary}{inside}</details>", "text/plain": self.label}
+        live = self.unfolding()
+        return live._repr_mimebundle_() | still if live else still
+
+    def unfolding(self) -> ipywidgets.Widget | None:
+        """A button above the answer where that is a widget, else None: HTML folds by itself."""
+        answer = getattr(self.answer, "box", self.answer)
+        if not isinstance(answer, ipywidgets.Widget):
+            return None
+        button = ipywidgets.ToggleButton(description=self.label)
+        button.layout.width, hidden = "auto", ipywidgets.VBox([answer])
+        hidden.layout.display = "none"
+
+        def unfold(change) -> None:
+            hidden.layout.display = None if change["new"] else "none"
+
+        button.observe(unfold, names="value")
+        return ipywidgets.VBox([button, hidden])
+
+
+def fold(answer, label: str = "I have predicted: show what happens") -> None:
+    """Display an answer folded: `fold(plots.bars(…))`. Args are those of `Folded`."""
+    display(Folded(answer, label))
 
 
 def corners(**controls) -> Iterator[dict]:

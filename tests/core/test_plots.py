@@ -1,12 +1,18 @@
 """The shared figure functions: they draw, they print values, and they refuse what does not fit."""
 
+import base64
+import html
 import io
+import re
 
+import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 
+from mi_helpers import picture as picture_module
 from mi_helpers import plots
 
 
@@ -21,8 +27,34 @@ def test_a_figure_renders_to_the_same_bytes_and_leaves_pyplot_alone():
     assert pixels.shape[1] == 8 * plots.DPI
 
 
-def test_a_notebook_shows_a_figure_by_itself():
-    assert plots.lines([0, 1], {"": [0, 1]})._repr_png_().startswith(b"\x89PNG")
+def test_a_notebook_shows_a_figure_by_itself_with_its_alternative_text():
+    picture = plots.lines([0, 1], {"a": [0, 1]}, 'A "title"', xlabel="layer", ylabel="nats")
+    shown, _ = DisplayFormatter().format(picture.reads("It rises."))
+    assert list(shown) == ["text/html", "text/plain"]
+    said = 'A "title". across: layer; up: nats. shown: a. It rises.'
+    assert shown["text/plain"] == said
+    alt, width, height, source = re.fullmatch(
+        r'<img alt="(.*)" width="(\d+)" height="(\d+)" src="data:image/png;base64,(.*)">',
+        shown["text/html"],
+    ).groups()
+    assert html.unescape(alt) == said and (width, height) == ("560", "315")
+    pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(source)))
+    assert pixels.shape[:2] == (630, 1120)  # twice as fine
+
+
+def test_no_figure_is_shown_taller_than_the_notebooks_view():
+    for picture in (
+        plots.heatmap(np.zeros((60, 4))),
+        plots.bars({f"{i}": i for i in range(60)}),
+        plots.Picture(figsize=(5, 20)),
+    ):
+        width, height = picture_module.shown_size(plots.render(picture))
+        assert height <= picture_module.TALLEST and width <= 900
+
+
+def test_text_of_a_figure_is_no_larger_than_prose():
+    with plots.style():
+        assert matplotlib.rcParams["font.size"] / 72 * picture_module.PER_INCH <= 14
 
 
 def test_heatmap_prints_values_and_centres_zero():
@@ -68,8 +100,6 @@ def test_what_does_not_fit_is_said():
 
 
 def test_the_style_leaves_no_trace():
-    import matplotlib
-
     before = matplotlib.rcParams["font.size"]
     with plots.style():
         assert matplotlib.rcParams["font.size"] != before

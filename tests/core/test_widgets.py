@@ -21,21 +21,40 @@ def explorer(**controls):
 
 def test_a_slider_changes_the_picture():
     made = explorer()
-    before = bytes(made.image.value)
+    before = made.view.png
     assert made.controls["gain"].value == 3 and before.startswith(b"\x89PNG")
     made.controls["gain"].value = 2
-    assert made.image.value != before
+    assert made.view.png != before
     made.controls["gain"].value = 3
-    assert made.image.value == before
+    assert made.view.png == before
 
 
-def test_a_value_error_reads_as_a_sentence_and_goes_away():
+def test_what_cannot_be_drawn_keeps_the_last_picture_under_a_sentence():
     made = explorer()
+    before = made.view.png
     made.controls["gain"].value = 4
-    assert "Gain &lt;4&gt; cannot be drawn." in made.message.value
-    assert made.image.layout.display == "none"
+    assert made.view.message == "Gain <4> cannot be drawn." and made.view.png == before
     made.controls["gain"].value = 2
-    assert made.message.value == "" and made.image.layout.display is None
+    assert made.view.message == "" and made.view.png != before
+
+
+def test_controls_stand_in_two_columns_and_leave_the_picture_room():
+    made = widgets.Explorer(
+        lambda **_: slope(), a=(1, 2), b=(1, 2), c=(1, 2), d=(1, 2), prompt="The cat"
+    )
+    grid, view = made.box.children
+    assert grid.layout.grid_template_columns.startswith("repeat(2,")
+    assert made.controls["prompt"].layout.grid_column == "1 / -1"
+    assert view.tallest == 647 - 3 * 34 - 40
+    assert "mi-explorer" in made.box._dom_classes
+
+
+def test_the_alternative_text_follows_the_figure():
+    figure = lambda n: plots.lines([0, 1], {"": [0, n]}, f"n = {n}").reads(f"It ends at {n}.")  # noqa: E731
+    made = widgets.Explorer(figure, n=(1, 3))
+    assert made.view.alt == "n = 2. It ends at 2."
+    made.controls["n"].value = 3
+    assert made.view.alt == "n = 3. It ends at 3."
 
 
 def test_a_bug_is_not_swallowed():
@@ -56,7 +75,24 @@ def test_the_bundle_holds_the_widget_and_its_default_picture():
     assert bundle == made._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert bundle["text/plain"] == "Interactive figure, at gain = 3, steep = False"
-    assert bundle["image/png"].startswith("iVBORw0KGgo")
+    assert 'src="data:image/png;base64,iVBORw0KGgo' in bundle["text/html"]
+
+
+def test_an_answer_is_folded_until_asked_for():
+    text = widgets.Folded("a < b")._repr_mimebundle_()
+    assert text["text/html"].startswith("<details><summary>I have predicted")
+    assert "a &lt; b" in text["text/html"] and "a < b" not in text["text/plain"]
+    picture = widgets.Folded(slope(1))._repr_mimebundle_()
+    assert "<img alt=" in picture["text/html"] and list(picture) == ["text/html", "text/plain"]
+
+
+def test_a_folded_explorer_unfolds_with_a_button():
+    folded = widgets.Folded(explorer(), "show it")
+    assert "application/vnd.jupyter.widget-view+json" in folded._repr_mimebundle_()
+    button, hidden = folded.unfolding().children
+    assert hidden.layout.display == "none" and button.description == "show it"
+    button.value = True
+    assert hidden.layout.display is None
 
 
 def test_explore_displays_one_bundle_and_returns_nothing(capsys):

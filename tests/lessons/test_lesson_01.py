@@ -495,9 +495,9 @@ def test_the_explorer_says_what_is_impossible_and_goes_on():
     made = Explorer(figures.explorer, **figures.sliders())
     made.controls["hidden"].value = 5
     made.controls["features"].value = 2
-    assert "leave nothing to squeeze" in made.message.value
+    assert "leave nothing to squeeze" in made.view.message
     made.controls["hidden"].value = 2
-    assert made.message.value == ""
+    assert made.view.message == ""
 
 
 @pytest.mark.parametrize(

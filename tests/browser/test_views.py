@@ -1,0 +1,204 @@
+"""The views in a real browser: in a bare page by keyboard, and in Lab with and without a kernel.
+
+With MI_SHOTS set to a folder, each leaves a picture there.
+"""
+
+import os
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from test_lab_opens import SECONDS, open_notebook, run_all, write
+from tiny_models import tiny_model
+
+from mi_helpers import views
+from mi_helpers.course.notebooks import KERNEL
+from mi_helpers.views.base import module, read
+
+pytestmark = pytest.mark.browser
+
+SCREEN = {"width": 1366, "height": 768}
+SHOW = """async ([code, css, data]) => {
+  document.head.append(Object.assign(document.createElement('style'), {textContent: css}));
+  const address = URL.createObjectURL(new Blob([code], {type: 'text/javascript'}));
+  const view = (await import(address)).default, el = document.createElement('div');
+  document.body.append(el);
+  window.chosen = [];
+  const model = {get: name => ({data})[name], on() {}, off() {}, save_changes() {},
+    set: (name, value) => window.chosen.push(value)};
+  view.render({model, el});
+}"""
+WORDS = [
+    ["<bos>", "The", " cat", "\n", "<img src=x onerror=alert(1)>", "$x$"],
+    ["a", "\u202eb", ""],
+]
+VALUES = [[float("nan"), 0.5, -1.0, 2.0, 0.25, 0.0], [1.0, -2.0, 0.1]]
+PROMPT = "the cat sat on the mat and the dog ran far"
+
+
+def shot(page, name: str) -> None:
+    if folder := os.environ.get("MI_SHOTS"):
+        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+def show(page, name: str, data: dict) -> None:
+    page.set_viewport_size(SCREEN)
+    page.goto("data:text/html,<!doctype html><body>")
+    page.evaluate(SHOW, [module(name), read("views.css"), data])
+
+
+def focused(page) -> str:
+    return page.evaluate("() => document.activeElement.getAttribute('aria-label')")
+
+
+def test_tokens_by_keyboard(page):
+    data = views.tokens_json(
+        WORDS, VALUES, label="loss change", unit="nats", names=["one", "two"], centre_zero=True
+    )
+    show(page, "tokens", data)
+    assert page.locator("img").count() == 0  # a token that is HTML stays text
+    assert page.get_by_role("option").count() == 9
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # Show all numbers
+    assert page.get_by_role("button", name="Show all numbers", pressed=True).count() == 1
+    page.keyboard.press("Tab")
+    assert focused(page) == "<bos>: loss change no number"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert focused(page) == "cat: loss change -1 nats"
+    assert "“ cat” loss change -1 nats" in page.locator(".mi-readout").inner_text()
+    shot(page, "tokens")
+    page.keyboard.press("ArrowDown")
+    assert focused(page) == "∅: loss change 0.1 nats"
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowLeft")  # there is none further left
+    assert focused(page) == "<bos>: loss change no number"
+    assert page.evaluate("() => window.chosen.at(-1)") == {"line": 0, "token": 0}
+    page.keyboard.press("Tab")  # the whole view is one stop
+    assert focused(page) is None
+
+
+def test_the_number_is_read_on_hover(page):
+    show(page, "tokens", views.tokens_json(["a", "b"], [1.0, 2.0], label="loss", unit="nats"))
+    page.get_by_role("option", name="b: loss 2 nats").hover()
+    assert page.locator(".mi-readout").inner_text() == "“b” loss 2 nats"
+
+
+def test_attention_by_keyboard(page):
+    model = tiny_model()
+    data = views.attention_json(model, PROMPT)
+    show(page, "attention", data)
+    heads = page.get_by_role("listbox", name="Heads: a row per layer").get_by_role("option")
+    assert heads.count() == model.n_layers * model.n_heads
+    page.keyboard.press("Tab")
+    assert focused(page) == "layer 0, head 0"
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    assert focused(page) == "layer 1, head 1"
+    assert page.get_by_role("group", name="Layer 1, head 1").count() == 1
+    page.keyboard.press("Tab")  # the button
+    page.keyboard.press("Tab")  # the tokens: the last is where it starts
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    row = np.array(data["heads"][3]["rows"][2])
+    best = int(row.argmax())
+    said = f"{data['tokens'][best]['spoken']} ({best}) {row[best]:.2f}"
+    assert focused(page).startswith(f"{data['tokens'][2]['spoken']} (2) looks at {said}")
+    shot(page, "attention")
+    assert page.evaluate("() => window.chosen.at(-1)") == {"layer": 1, "head": 1, "token": 2}
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    column = [head[2] if len(head) > 2 else 0 for head in data["heads"][3]["rows"]]
+    best = int(np.argmax(column))
+    said = f"is looked at by {data['tokens'][best]['spoken']} ({best}) {column[best]:.2f}"
+    assert said in page.locator(".mi-readout").inner_text()
+    height = page.evaluate("() => document.querySelector('section').getBoundingClientRect().height")
+    assert height <= 647
+
+
+LIVE = """\
+import ipywidgets
+from mi_helpers import plots, views
+from mi_helpers.widgets import explore
+
+def slope(gain, shift, part, prompt):
+    if prompt == "bad":
+        raise ValueError("The prompt 'bad' cannot be drawn.")
+    return plots.lines([0, 1], {"y": [0, gain + shift]}, f"gain {gain} {part}", height=9)
+
+explore(slope, gain=(1, 5), shift=(0.0, 1.0), part=["a", "b"], prompt="The cat")
+"""
+TOKENS = """\
+from mi_helpers import views
+views.tokens(["The", " cat", " sat"], [0.5, 1.5, 3.0], label="surprise", unit="nats")
+"""
+
+
+def cells(page) -> int:
+    return page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.length")
+
+
+def test_an_explorer_in_lab_by_keyboard(lab, page):
+    page.set_viewport_size(SCREEN)
+    write(lab, "explorer.ipynb", new_code_cell(LIVE), new_code_cell("1 + 1"))
+    open_notebook(page, lab, "explorer.ipynb")
+    assert run_all(page) == []
+    slider = page.get_by_role("slider", name="gain")
+    slider.wait_for(timeout=60 * SECONDS)
+    box = page.locator(".mi-explorer")
+    image = box.locator("img")
+    page.wait_for_function("() => document.querySelector('.mi-explorer img')?.naturalWidth > 0")
+    assert box.bounding_box()["height"] <= 647
+    slider.focus()
+    for key in ("x", "a", "d", "d", "ArrowDown", "m"):
+        page.keyboard.press(key)
+    assert cells(page) == 2
+    said = image.get_attribute("alt")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "said => document.querySelector('.mi-explorer img').alt !== said", arg=said
+    )
+    top = image.bounding_box()["y"]
+    prompt = box.get_by_label("prompt").first
+    prompt.focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("bad")
+    page.keyboard.press("Enter")
+    page.get_by_text("The prompt 'bad' cannot be drawn.").wait_for()
+    assert image.is_visible() and image.bounding_box()["y"] == top
+    shot(page, "explorer")
+
+
+def test_a_view_in_lab_by_keyboard(lab, page):
+    page.set_viewport_size(SCREEN)
+    write(lab, "view.ipynb", new_code_cell(TOKENS), new_code_cell("1 + 1"))
+    open_notebook(page, lab, "view.ipynb")
+    assert run_all(page) == []
+    first = page.get_by_role("option", name="The: surprise 0.5 nats")
+    first.wait_for(timeout=60 * SECONDS)
+    first.focus()
+    for key in ("x", "ArrowRight", "d", "d"):
+        page.keyboard.press(key)
+    assert cells(page) == 2 and focused(page) == "cat: surprise 1.5 nats"
+    shot(page, "tokens_in_lab")
+
+
+def test_without_kernel_and_state_the_html_stands(lab, page):
+    page.set_viewport_size(SCREEN)
+    bundle, _ = views.attention(tiny_model(), PROMPT)._repr_mimebundle_()
+    more, _ = views.tokens(WORDS, VALUES, label="loss", centre_zero=True)._repr_mimebundle_()
+    made = [
+        new_code_cell("x", outputs=[new_output("display_data", each)]) for each in (more, bundle)
+    ]
+    nbformat.write(
+        new_notebook(cells=made, metadata={"kernelspec": KERNEL}), lab.folder / "no.ipynb"
+    )
+    page.goto(lab.page_of("no.ipynb"))
+    page.get_by_text("a row per layer, a column per head").wait_for(timeout=60 * SECONDS)
+    assert page.get_by_text("model not found").count() == 0
+    assert page.locator(".jp-OutputArea img[alt^='Every head']").count() == 1
+    assert page.get_by_text("<img src=x onerror=alert(1)>").count() >= 1
+    shot(page, "without_kernel")

@@ -1,0 +1,111 @@
+"""The views' data, and what they leave for a reader without a kernel."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from tiny_models import tiny_model
+
+from mi_helpers import views
+from mi_helpers.layouts import ModelError
+from mi_helpers.views.base import module, shown, spoken
+from mi_helpers.views.tokens import ink, luminance
+
+WORDS = ["The", " cat", "\n", "<b>$x$", "\u202e"]
+VALUES = [0.5, -1.0, float("nan"), 2.0, 0.0]
+
+
+def test_tokens_get_their_number_a_colour_and_a_name():
+    data = views.tokens_json(WORDS, VALUES, label="loss", unit="nats", centre_zero=True)
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    (line,) = data["lines"]
+    first, second, third, *_ = line["tokens"]
+    assert (first["said"], first["value"]) == ("loss 0.5 nats", 0.5)
+    assert third["said"] == "loss no number" and third["value"] is None
+    assert [token["shown"] for token in line["tokens"]] == ["The", " cat", "↵", "<b>$x$", "\\u202e"]
+    assert data["scale"]["low"] == "-2 nats" and len({first["colour"], second["colour"]}) == 2
+
+
+@pytest.mark.parametrize("centre_zero", [True, False])
+def test_every_token_can_be_read_on_its_colour(centre_zero):
+    values = np.linspace(-1, 1, 60)
+    data = views.tokens_json(["a"] * 60, values, centre_zero=centre_zero)
+    for token in data["lines"][0]["tokens"]:
+        light, dark = sorted((luminance(token["colour"]), luminance(token["ink"])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+    assert ink("#ffffff") == "#000000" and ink("#000000") == "#ffffff"
+
+
+def test_several_lines_have_names():
+    data = views.tokens_json([["a"], ["b", "c"]], [[1], [2, 3]], names=["one", "two"])
+    assert [line["name"] for line in data["lines"]] == ["one", "two"]
+
+
+def test_equal_values_and_no_finite_ones_are_drawn():
+    views.tokens(["a", "b"], [1, 1])
+    views.tokens(["a"], [float("nan")])
+
+
+def test_what_does_not_fit_is_said():
+    with pytest.raises(ValueError, match="no tokens"):
+        views.tokens_json([], [])
+    with pytest.raises(ValueError, match="Line 0 has 2 tokens"):
+        views.tokens_json(["a", "b"], [1])
+    with pytest.raises(ValueError, match="2 lines of tokens came with 1 lines"):
+        views.tokens_json([["a"], ["b"]], [[1]])
+
+
+def test_without_a_kernel_there_is_html_and_text_and_no_markup_of_a_user():
+    bundle, _ = views.tokens(WORDS, VALUES, label="loss")._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert "<b>$x$" not in bundle["text/html"] and "&lt;b&gt;" in bundle["text/html"]
+    assert not re.search(r"<script|https?://| on[a-z]+=", bundle["text/html"])
+    assert "<b>$x$ [2]" in bundle["text/plain"]
+
+
+def test_attention_is_the_models():
+    model = tiny_model()
+    data = views.attention_json(model, "the cat sat on the mat", head=(1, 1), token=2)
+    assert json.loads(json.dumps(data)) == data
+    assert len(data["heads"]) == model.n_layers * model.n_heads
+    assert data["heads"][data["start"]["head"]]["name"] == "1.1" and data["start"]["token"] == 2
+    _, cache = model.run_with_cache("the cat sat on the mat", [("pattern", 2)])
+    rows = data["heads"][-1]["rows"]
+    assert [len(row) for row in rows] == list(range(1, len(data["tokens"]) + 1))
+    for i, row in enumerate(rows):
+        assert row == pytest.approx(cache["pattern", 2][0, -1, i, : i + 1].tolist(), abs=6e-4)
+
+
+def test_attention_without_a_kernel_says_where_each_head_looks():
+    bundle, _ = views.attention(tiny_model(), "the cat sat")._repr_mimebundle_()
+    assert bundle["text/html"].count("<td>") == 6 and "data:image/png" in bundle["text/html"]
+    assert not re.search(r"<script|https?://| on[a-z]+=", bundle["text/html"])
+    assert "2.1: " in bundle["text/plain"]
+
+
+def test_what_attention_does_not_have_is_said():
+    model = tiny_model(max_position_embeddings=128)
+    for wrong, said in (
+        ({"layers": [3]}, "Layers"),
+        ({"layers": []}, "Layers"),
+        ({"head": (0, 2)}, "no head"),
+        ({"token": 9}, "no token 9"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            views.attention_json(model, "the cat", **wrong)
+    with pytest.raises(ModelError, match="at most 64"):
+        views.attention_json(model, "the cat " * 60)
+
+
+def test_modules_ask_nothing_of_other_machines_and_make_no_markup():
+    for name in ("tokens", "attention", "figure"):
+        code = module(name)
+        assert "import " not in re.sub(r"//.*", "", code)
+        assert code.count("export ") == code.count("export default") + code.count("export function")
+        assert not re.search(r"https?://|fetch\(|innerHTML|insertAdjacentHTML|eval\(", code)
+
+
+def test_what_cannot_be_seen_is_shown_by_a_sign():
+    assert shown("a\n\t") == "a↵⇥" and shown("") == "∅" and shown("\x00") == "\\u0000"
+    assert shown("👩\u200d👧") == "👩\u200d👧" and spoken("  ") == "space"
