@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 from base64 import b64encode
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.image
 import numpy as np
 
-from mi_helpers.layouts import ModelError
-from mi_helpers.models import LanguageModel
 from mi_helpers.views.base import View, escape, plain, shown, spoken
+
+if TYPE_CHECKING:
+    from mi_helpers.models import LanguageModel
 
 MOST_TOKENS = 64  # more rows than that cannot be told apart, and make a heavy notebook
 
@@ -48,20 +50,20 @@ def attention_json(
         its attention that token i gives to token j.
 
     Raises:
-        ModelError: too long a text, or a layer, head or token that is not there.
+        ValueError: an empty or too long text, or a layer, head or token that is not there.
     """
     ids = model.tokens(prompt)
     texts = model.str_tokens(ids)
     if len(texts) > MOST_TOKENS:
-        raise ModelError(
+        raise ValueError(
             f"The text has {len(texts)} tokens, and the view shows at most {MOST_TOKENS}: shorten "
             "it."
         )
     chosen = list(range(model.n_layers)) if layers is None else [int(each) for each in layers]
     if not chosen or any(not 0 <= each < model.n_layers for each in chosen):
-        raise ModelError(f"Layers {chosen}: choose from 0 to {model.n_layers - 1}.")
+        raise ValueError(f"Layers {chosen}: choose from 0 to {model.n_layers - 1}.")
     if not -len(texts) <= token < len(texts):
-        raise ModelError(f"There is no token {token}: the text has {len(texts)}.")
+        raise ValueError(f"There is no token {token}: the text has {len(texts)}.")
     _, cache = model.run_with_cache(ids, [("pattern", each) for each in chosen])
     heads = [
         {"name": f"{layer}.{number}", "layer": layer, "head": number, "rows": triangle(pattern)}
@@ -71,7 +73,7 @@ def attention_json(
     places = [(each["layer"], each["head"]) for each in heads]
     head = places[0] if head is None else tuple(head)
     if head not in places:
-        raise ModelError(f"There is no head {head}: the view shows layers {chosen}.")
+        raise ValueError(f"There is no head {head}: the view shows layers {chosen}.")
     return {
         "label": f"Attention in {model.name}",
         "tokens": [{"shown": shown(text), "spoken": spoken(text)} for text in texts],

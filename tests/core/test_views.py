@@ -8,7 +8,6 @@ import pytest
 from tiny_models import tiny_model
 
 from mi_helpers import views
-from mi_helpers.layouts import ModelError
 from mi_helpers.views.base import module, shown, spoken
 from mi_helpers.views.tokens import ink, luminance
 
@@ -92,9 +91,9 @@ def test_what_attention_does_not_have_is_said():
         ({"head": (0, 2)}, "no head"),
         ({"token": 9}, "no token 9"),
     ):
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ValueError, match=said):
             views.attention_json(model, "the cat", **wrong)
-    with pytest.raises(ModelError, match="at most 64"):
+    with pytest.raises(ValueError, match="at most 64"):
         views.attention_json(model, "the cat " * 60)
 
 
