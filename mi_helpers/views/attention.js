@@ -85,7 +85,8 @@ export function draw(data, choose) {
   toHead(data.start.head, false);
   toToken(data.start.token, false);
   const large = make("div", { class: "mi-large", role: "group", "aria-labelledby": title.id },
-    [make("div", { class: "mi-head" }, [title, turn]), big]);
+    [make("div", { class: "mi-head" }, [title, turn]), big,
+      make("div", { class: "mi-name" }, "a row looks at its columns; the darker, the more")]);
   return make("section", { "aria-label": data.label }, [
     make("div", { class: "mi-two" }, [grid, large]), line, readout]);
 }
