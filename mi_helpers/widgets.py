@@ -61,7 +61,7 @@ class Explorer:
         state = ", ".join(f"{name} = {value!r}" for name, value in self.values().items())
         self.text = f"Interactive figure, at {state}"  # what stands for it in plain text
         boxes = list(self.controls.values())
-        rows = 1 + (len(boxes) + sum(map(is_wide, boxes))) // 2
+        rows = (len(boxes) + sum(map(is_wide, boxes)) + 1) // 2
         self.tallest = VIEW - 34 * rows - 40  # a control is 34 pixels high, the sentence 24
         self.view = FigureView(**self.drawn(), tallest=self.tallest)
         self.still = image_html(self.view.png, self.view.alt)

@@ -44,7 +44,8 @@ class View(anywidget.AnyWidget):
     chosen = traitlets.Dict().tag(sync=True)  # what the learner pointed at last
 
     def __init__(self, name: str, data: dict, still: str, said: str):
-        super().__init__(data=data, _esm=module(name), _css=read("views.css"))
+        self._esm, self._css = module(name), read("views.css")  # anywidget sends both
+        super().__init__(data=data)
         self.still, self.said = still, said
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:

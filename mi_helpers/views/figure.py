@@ -22,4 +22,5 @@ class FigureView(anywidget.AnyWidget):
     tallest = traitlets.Int().tag(sync=True)  # CSS pixels
 
     def __init__(self, **traits):
-        super().__init__(_esm=module("figure"), _css=read("views.css"), **traits)
+        self._esm, self._css = module("figure"), read("views.css")  # anywidget sends both
+        super().__init__(**traits)

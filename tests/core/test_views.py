@@ -58,6 +58,8 @@ def test_what_does_not_fit_is_said():
 def test_without_a_kernel_there_is_html_and_text_and_no_markup_of_a_user():
     bundle, _ = views.tokens(WORDS, VALUES, label="loss")._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
+    state = views.tokens(WORDS, VALUES).get_state()
+    assert state["_esm"] == module("tokens") and ".mi-token" in state["_css"]
     assert "<b>$x$" not in bundle["text/html"] and "&lt;b&gt;" in bundle["text/html"]
     assert not re.search(r"<script|https?://| on[a-z]+=", bundle["text/html"])
     assert "<b>$x$ [2]" in bundle["text/plain"]
