@@ -27,9 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mi_helpers.errors import Kind, Refused, checked, reading
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 MANIFEST = "MANIFEST"
 META = "mi_helpers"
+MOST_JSON = 2**28  # bytes of a JSON file that is read
 BEGIN, END = ".mi-helpers-", ".part"  # of the directories in which files are written
 LOCK, HOLDER = ".mi-helpers.lock", ".mi-helpers.holder"
 HELD: ContextVar[frozenset[Path]] = ContextVar("folders that are held here", default=frozenset())
@@ -40,12 +43,14 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # on some network di
 T = TypeVar("T")
 
 
-class RunError(ValueError):
+class RunError(Refused):
     """What stopped a run, and what to do about it: in one sentence."""
 
 
 class InUse(RunError):
     """Another process is at work in a run's folder."""
+
+    exit_code = 1
 
 
 def write_atomically(
@@ -229,14 +234,21 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file; RunError names it when it is damaged."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing.") from None
-    except ValueError:
-        raise RunError(f"{path} is damaged: it is not JSON. Delete it and run again.") from None
+def read_json(path: Path, **wanted: Kind) -> dict:
+    """The object in a JSON file.
+
+    Args:
+        wanted: {key: the kinds that this entry may have}, as in `errors.checked`.
+
+    Raises:
+        RunError: it is missing, damaged, too large or no object, or has an entry of another kind.
+    """
+    with reading(path, RunError, "Delete it and run again." * Path(path).is_file()):
+        size = path.stat().st_size
+        if size > MOST_JSON:
+            raise RunError(f"{path} has {size:,} bytes, and at most {MOST_JSON:,} are read.")
+        found = json.loads(path.read_text("utf-8"))
+    return checked(found, path, RunError, **wanted)
 
 
 def seal(value: Mapping) -> str:

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mi_helpers.errors import Refused
+
 Key = tuple[str, int | None]  # a site: (name, layer), layer None for the sites outside the blocks
 Hook = Callable[[Tensor], Tensor | None]  # activation -> what the model goes on with
 
 
-class ModelError(ValueError):
+class ModelError(Refused):
     """What was given, what was expected, what to do: in one sentence."""
 
 

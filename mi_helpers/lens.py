@@ -325,7 +325,7 @@ class TunedLens(nn.Module):
         """
         folder = Path(folder)
         advice = "Train the lens again, and save it."
-        about = read_json(folder / "cfg.json")
+        about = read_json(folder / "cfg.json", n_layers=int, d_model=int, model=str)
         if not {"kind", "n_layers", "d_model"} <= set(about) or about["kind"] != "tuned lens":
             raise ModelError(f"{folder} holds no tuned lens: its cfg.json does not describe one.")
         tensors, _ = load_tensors(folder / "lens.safetensors", advice=advice)
@@ -333,7 +333,14 @@ class TunedLens(nn.Module):
         shapes = {name: tuple(x.shape) for name, x in tensors.items()}
         wanted = {"weight": (n, d, d), "bias": (n, d)}
         if shapes != wanted:
-            raise RunError(f"{folder} has weights {shapes}, but cfg.json says {wanted}. {advice}")
+            raise RunError(
+                f"{folder / 'lens.safetensors'} has weights {shapes}, but cfg.json says {wanted}. "
+                f"{advice}"
+            )
+        if not all(x.is_floating_point() and bool(x.isfinite().all()) for x in tensors.values()):
+            raise RunError(
+                f"{folder / 'lens.safetensors'} holds NaN, infinity or whole numbers. {advice}"
+            )
         lens = cls(n, d, about.get("model", ""))
         lens.load_state_dict(tensors)
         if model is not None:

@@ -13,17 +13,26 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_peft_available
 
-from mi_helpers.files import DATA, is_beside, read_json, read_shapes
+from mi_helpers.errors import first_line, reading
+from mi_helpers.files import DATA, MOST_JSON, is_beside, need_space, read_json, read_shapes
 from mi_helpers.layouts import FAMILIES, ModelError, layout_of
 from mi_helpers.models import LanguageModel
+
+COUNTS = (  # of config.json, from which lists are made
+    *("num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads"),
+    *("head_dim", "hidden_size", "n_embd", "intermediate_size", "n_inner", "vocab_size"),
+    *("num_labels", "n_positions", "max_position_embeddings", "sliding_window"),
+)
+MOST = 2**24
 
 
 def load_model(
@@ -42,38 +51,112 @@ def load_model(
         ModelError: what is missing (folder, weights, licence, network, family), in one sentence.
     """
     name = str(name_or_path or os.environ.get("MI_MODEL") or "tiny-gemma")
-    source = str(DATA / "tiny_gemma") if name == "tiny-gemma" else os.path.expanduser(name)
-    local = name == "tiny-gemma" or os.path.isdir(source) or name.startswith((".", "/", "~"))
-    if local:
-        check_folder(name, Path(source))
+    source, local = place_of(name)
     bars = hf_logging.is_progress_bar_enabled()
     if local:  # a second or two: no bar in a committed notebook
+        check_folder(name, Path(source))
         hf_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        layout_of(config.model_type, name)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        check_names(name, source, config)
-        if local:
-            check_size(name, Path(source), config)
-        hf, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            source,
-            dtype=dtype or "auto",
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except ModelError:
-        raise
-    except (OSError, ValueError, RuntimeError, hub.EntryNotFoundError, SafetensorError) as error:
-        raise ModelError(why_not_loaded(name, error)) from None
+        config = configuration(name)
+        with telling(name, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with telling(name, "weights"):
+            check_names(name, source, config)
+            if local:
+                check_size(name, Path(source), config)
+            hf, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                source,
+                dtype=dtype or "auto",
+                attn_implementation="eager",
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # to say which they are
+                output_loading_info=True,
+            )
     finally:
         if bars:
             hf_logging.enable_progress_bar()
+    check_loaded(name, info)
+    with telling(name, "config.json"):
+        model = LanguageModel(hf if device is None else hf.to(device), tokenizer, name)
+        with torch.no_grad():
+            model.forward([[0]])
+    return model
+
+
+def place_of(name: str) -> tuple[str, bool]:
+    """(where transformers finds a model, whether that is a folder of this machine)."""
+    if name == "tiny-gemma":
+        return str(DATA / "tiny_gemma"), True
+    source = os.path.expanduser(name)
+    return source, os.path.isdir(source) or name.startswith((".", "/", "~"))
+
+
+def telling(name: str, part: str):
+    """A context in which whatever is raised becomes a `ModelError` about this part of a model."""
+    return reading(part, ModelError, tell=lambda error: why_not_loaded(name, error, part))
+
+
+def configuration(name: str):
+    """A model's configuration, once its config.json is found to be what it should be.
+
+    Raises:
+        ModelError: it is missing, damaged, of an unknown family, or counts what no model has.
+    """
+    source, local = place_of(name)
+    with telling(name, "config.json"):
+        if not local:
+            check_download(source)
+        file = cached_file(source, "config.json")
+        found = read_json(Path(file), model_type=str, **dict.fromkeys(COUNTS, (int, None)))
+        family = found.get("model_type", "")
+        if family not in FAMILIES and "auto_map" in found:
+            raise ModelError(why_not_loaded(name, ValueError("trust_remote_code")))
+        layout_of(family, name)
+        for key in COUNTS:
+            if not 0 <= (found.get(key) or 0) <= MOST:
+                what = "layers" if "layer" in key else key
+                raise ModelError(
+                    f"{name} asks for {found[key]:,} {what} in its config.json: 0 to {MOST:,} are "
+                    "plausible."
+                )
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def check_download(repo: str) -> None:
+    """Compare what a repository of the hub has with what is plausible and with the disk's room,
+    before anything is downloaded. Nothing is asked once the weights are here, or off line.
+
+    Raises:
+        ModelError: a file of settings is larger than any, or the disk has less room.
+    """
+    held = (try_to_load_from_cache(repo, f) for f in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if is_offline_mode() or any(isinstance(path, str) for path in held):
+        return
+    files = HfApi().model_info(repo, files_metadata=True).siblings or []
+    sizes = {file.rfilename: file.size or 0 for file in files}
+    for file, size in sizes.items():
+        if file.endswith(".json") and size > MOST_JSON:
+            raise ModelError(
+                f"{repo} has a {file} of {size:,} bytes, and at most {MOST_JSON:,} are read."
+            )
+    weights = sum(s for f, s in sizes.items() if f.endswith(".safetensors") and "/" not in f)
+    need_space(Path(hub_constants.HF_HUB_CACHE), weights, f"The download of {repo}")
+
+
+def check_loaded(name: str, info: dict) -> None:
+    """Refuse a model of which weights were missing, or of other shapes than its configuration says.
+
+    Raises:
+        ModelError: which ones.
+    """
     if info["missing_keys"]:
         raise ModelError(f"{name} lacks weights: {sorted(info['missing_keys'])[:3]} are not there.")
-    return LanguageModel(hf if device is None else hf.to(device), tokenizer, name)
+    for key, held, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise ModelError(
+            f"{name} has {key} of shape {tuple(held)}, and its config.json makes it "
+            f"{tuple(wanted)}: they do not belong together."
+        )
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -98,6 +181,11 @@ def check_folder(name: str, folder: Path) -> None:
         )
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"{folder} has no tokenizer: put tokenizer.json there.")
+    for file in folder.glob("*.json"):
+        if file.is_file() and file.stat().st_size > MOST_JSON:
+            raise ModelError(
+                f"{file} has {file.stat().st_size:,} bytes, and at most {MOST_JSON:,} are read."
+            )
 
 
 def check_names(name: str, source: str, config) -> None:
@@ -125,9 +213,8 @@ def check_names(name: str, source: str, config) -> None:
     own = getattr(config, "transformers_weights", None)
     named = [] if own is None else [("config.json", own)]
     if index := there(SAFE_WEIGHTS_INDEX_NAME):
-        found = read_json(Path(index))
-        weights = found.get("weight_map") if isinstance(found, dict) else None
-        if not isinstance(weights, dict):
+        weights = read_json(Path(index), weight_map=dict).get("weight_map")
+        if weights is None:
             raise ModelError(f"{name} has a {SAFE_WEIGHTS_INDEX_NAME} without a weight_map.")
         named += [(SAFE_WEIGHTS_INDEX_NAME, f) for f in weights.values() if not is_beside(f)]
     for file, weights in named[:1]:
@@ -149,7 +236,7 @@ def check_size(name: str, folder: Path, config) -> None:
     held = sum(math.prod(shape) for shape in shapes)
     asked = config.num_hidden_layers
     if asked <= len(shapes):  # else not even the modules can be made
-        with torch.device("meta"):
+        with telling(name, "config.json"), torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         asked = hf.num_parameters()
         if asked <= 2 * held:
@@ -161,8 +248,8 @@ def check_size(name: str, folder: Path, config) -> None:
     )
 
 
-def why_not_loaded(name: str, error: BaseException) -> str:
-    """One sentence for what the hub or transformers raised, or for its cause."""
+def why_not_loaded(name: str, error: BaseException, part: str = "") -> str:
+    """One sentence for what the hub or transformers raised while a part was read, or its cause."""
     chain, e = [], error
     while e is not None and e not in chain:
         chain.append(e)
@@ -188,8 +275,8 @@ def why_not_loaded(name: str, error: BaseException) -> str:
             f"{name} needs program code of its own, and the code of a model's folder is never run "
             f"here: choose a model of a known family ({', '.join(FAMILIES)})."
         )
-    first = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{name} could not be loaded: {first[0].rstrip('.:')}."
+    said = f"in its {part}: {first_line(error)}" if part else first_line(error)
+    return f"{name} could not be loaded: {said}."
 
 
 # ----------------------------------------------------------------- random weights, and none

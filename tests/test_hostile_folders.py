@@ -116,7 +116,7 @@ def test_code_of_a_models_folder_is_never_run(folder, sprung, what):
         auto = {name: "modeling_evil.Evil" for name in ("AutoConfig", "AutoModelForCausalLM")}
         change(folder / "config.json", model_type="evil", auto_map=auto)
         with pytest.raises(ModelError, match="needs program code of its own.*never run") as caught:
-            estimate.configuration(str(folder))
+            estimate.shape_of(str(folder))
         assert "\n" not in str(caught.value)
     else:
         auto = {"AutoTokenizer": ["modeling_evil.Evil", "modeling_evil.Evil"]}
@@ -268,9 +268,9 @@ def test_an_array_that_is_no_archive_makes_no_room(tmp_path, monkeypatch):
     ("changes", "words"),
     [
         ({"num_hidden_layers": 10**9}, "asks for 1,000,000,000 layers"),
-        ({"vocab_size": 10**10}, "asks for 400,000,.* numbers: they do not belong together"),
-        ({"intermediate_size": 10**9}, "asks for 240,0.* numbers"),
-        ({"hidden_size": 10**18}, "could not be loaded"),
+        ({"vocab_size": 10**7}, "asks for 400,00.* numbers: they do not belong together"),
+        ({"intermediate_size": 10**6}, "asks for 240,0.* numbers"),
+        ({"hidden_size": 10**18}, "asks for 1,000,.* hidden_size in its config.json"),
     ],
 )
 def test_a_configuration_that_asks_for_more_than_there_is(folder, changes, words, monkeypatch):

@@ -27,7 +27,8 @@ from mi_helpers.circuits.graphs import (
     check_order,
     node_influence,
 )
-from mi_helpers.files import read_json, write_json
+from mi_helpers.errors import checked, reading
+from mi_helpers.files import RunError, read_json, write_json
 
 FILE_KINDS = {
     EMBEDDING: "embedding",
@@ -36,6 +37,29 @@ FILE_KINDS = {
     LOGIT: "logit",
 }
 MOST = 32_768  # nodes: their edges are a matrix of 4 GiB
+ENTRIES = {"metadata": dict, "qParams": dict, "nodes": list, "links": list}
+METADATA = {
+    "prompt": str,
+    "prompt_tokens": list,
+    "scan": str,
+    "n_layers": int,
+    "generation_settings": dict,
+}
+NUMBER = (int, float, None)
+NODE = {
+    "node_id": str,
+    "layer": (str, int),
+    "ctx_idx": int,
+    "feature_type": str,
+    "token_prob": (int, float),
+    "clerp": (str, None),
+    "token": (str, None),
+    "label": str,
+    **dict.fromkeys(
+        ("influence", "activation", "bias", "value", "own_influence", "missing"), NUMBER
+    ),
+}
+LINK = {"source": str, "target": str, "weight": (int, float)}
 THRESHOLDS = ("node_threshold", "edge_threshold")
 
 # --------------------------------------------------------------------------------------- writing
@@ -149,32 +173,44 @@ def load_graph(path: str | Path) -> Graph:
     from their links.
 
     Raises:
-        RunError: the file is missing or no JSON.
-        ValueError: it is no attribution graph; a link's end is no node, or several.
+        RunError: the file is missing, damaged or no attribution graph; a link's end is no node, or
+            several; a number is not finite.
     """
-    data = read_json(Path(path))
-    try:
-        meta, entries = data["metadata"], data["nodes"]
-        logits = [int(e["layer"]) for e in entries if e["feature_type"] == FILE_KINDS[LOGIT]]
-        n_layers = int(meta.get("n_layers", logits[0] - 1))
-        pairs = sorted(((_node(e, n_layers), e) for e in entries), key=lambda pair: _rank(pair[0]))
-        nodes, entries = [node for node, _ in pairs], [entry for _, entry in pairs]
-        links = [(str(x["target"]), str(x["source"]), float(x["weight"])) for x in data["links"]]
-        p = torch.tensor([float(e["token_prob"]) for n, e in pairs if n.kind == LOGIT])
-        prompt, tokens, scan = meta["prompt"], tuple(meta["prompt_tokens"]), meta["scan"]
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no attribution graph that can be read here ({error}): it needs metadata, "
-            "nodes with node_id, layer, ctx_idx and feature_type, and links."
-        ) from None
+    path = Path(path)
+    needs = "An attribution graph has metadata, nodes with node_id, layer, ctx_idx and feature_type, and links."
+    data = read_json(path, **ENTRIES)
+    with reading(path, RunError, needs):
+        return _graph(data, path)
+
+
+def _graph(data: dict, path: Path) -> Graph:
+    """The graph of a file's content; RunError where its parts do not go together."""
+    meta, entries = checked(data["metadata"], path, RunError, **METADATA), data["nodes"]
+    entries = [checked(entry, path, RunError, **NODE) for entry in entries]
+    logits = [int(e["layer"]) for e in entries if e["feature_type"] == FILE_KINDS[LOGIT]]
+    if not logits:
+        raise RunError(f"{path} has no logit among its {len(entries)} nodes: nothing is explained.")
+    n_layers = meta.get("n_layers", logits[0] - 1)
+    pairs = sorted(((_node(e, n_layers), e) for e in entries), key=lambda pair: _rank(pair[0]))
+    nodes, entries = [node for node, _ in pairs], [entry for _, entry in pairs]
+    links = [checked(link, path, RunError, **LINK) for link in data["links"]]
+    links = [(link["target"], link["source"], float(link["weight"])) for link in links]
+    p = torch.tensor([float(e["token_prob"]) for n, e in pairs if n.kind == LOGIT])
+    tokens = tuple(meta["prompt_tokens"])
+    if not all(isinstance(token, str) for token in tokens):
+        raise RunError(f"prompt_tokens in {path} are not all texts.")
+    if far := [node.id for node in nodes if node.position >= len(tokens)]:
+        said = f"{path} has the node {far[0]!r}, and its prompt has {len(tokens)} tokens."
+        raise RunError(said)
     adjacency = _adjacency(path, [entry["node_id"] for entry in entries], links)
     check_order(adjacency)
     names = {entry["node_id"]: node.id for node, entry in pairs}
     words = [(node, *_words(entry)) for node, entry in pairs]
     cumulative = _column(entries, "influence")  # the viewers' own; there logits have none
-    groups = data.get("qParams", {}).get("supernodes", ())
+    state = checked(data.get("qParams", {}), path, RunError, supernodes=list)
+    groups = [[str(each) for each in group] for group in state.get("supernodes", [])]
     return Graph(
-        prompt,
+        meta["prompt"],
         tokens,
         tuple(nodes),
         adjacency,
@@ -185,7 +221,7 @@ def load_graph(path: str | Path) -> Graph:
         _column(entries, "own_influence", node_influence(adjacency, p)),
         torch.where(cumulative > 0, cumulative, 1.0),
         _column(entries, "missing"),
-        model=scan,
+        model=meta["scan"],
         target_names=tuple(token for node, _, token in words if node.kind == LOGIT),
         labels={node.id: label for node, label, _ in words if label},
         supernodes={text: tuple(names.get(n, n) for n in ids) for text, *ids in groups},
@@ -223,27 +259,27 @@ def _words(entry: dict) -> tuple[str, str]:
     return "" if output or text == token else text, token
 
 
-def _adjacency(path: str | Path, names: list[str], links: list[tuple[str, str, float]]) -> Tensor:
+def _adjacency(path: Path, names: list[str], links: list[tuple[str, str, float]]) -> Tensor:
     """The edges (n, n) between nodes of these names, from links (target, source, weight)."""
     if len(names) > MOST:
-        raise ValueError(
-            f"{path} has {len(names):,} nodes and at most {MOST:,} are read: prune it."
-        )
+        raise RunError(f"{path} has {len(names):,} nodes and at most {MOST:,} are read: prune it.")
     place = {name: i for i, name in enumerate(names)}
     ends = {name for target, source, _ in links for name in (target, source)}
     count = Counter(names)
     if absent := sorted(ends - set(place)):
-        raise ValueError(
+        raise RunError(
             f"{path} links the node {absent[0]!r}, which it does not have: write it anew."
         )
     if twice := sorted(name for name in ends if count[name] > 1):
-        raise ValueError(
+        raise RunError(
             f"{path} has several nodes of the name {twice[0]!r}, so its links cannot be told "
             "apart: write it anew with a later version of the program that wrote it."
         )
     adjacency = torch.zeros(len(names), len(names))
     for target, source, weight in links:
         adjacency[place[target], place[source]] = weight
+    if not adjacency.isfinite().all():
+        raise RunError(f"{path} has a weight among its links that is too large to be read.")
     return adjacency
 
 

@@ -2,20 +2,26 @@
 
 A command is a function whose parameters are its options (tyro reads them, with their types,
 defaults and the Args of its docstring) and which returns the exit code. To add one, write it in
-its wing and put it into `COMMANDS`.
+its wing and put it into `COMMANDS`. What it raises is told in one sentence by `main`.
 """
 
+import codecs
 import contextlib
 import difflib
 import functools
 import importlib
 import inspect
 import io
+import os
 import re
 import sys
+import traceback
+import unicodedata
 from collections.abc import Callable
 
 import tyro
+
+from mi_helpers.errors import TRACEBACK, Refused, first_line
 
 COMMANDS = {
     "From text to features": {
@@ -102,15 +108,103 @@ def sentence(box: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command with the rest of the arguments; its exit code, or 2 for a bad command."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    """Run one command with the rest of the arguments; its exit code.
+
+    What it raises becomes one sentence on stderr, here and nowhere else: 2 for what it was given,
+    1 for what nobody foresaw, 130 for Ctrl-C, 141 for a reader that has gone. `--traceback`, or
+    MI_TRACEBACK=1, shows where it was raised, too.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    traced = "--traceback" in given or os.environ.get(TRACEBACK, "") not in ("", "0")
+    given = [word for word in given if word != "--traceback"]
+    print_plainly()
+    try:
+        code = run(given)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        tell("Stopped. What was written is whole: the same command goes on from there.")
+        return 130
+    except BrokenPipeError:  # as with `| head`: nobody is there to be told
+        close_stdout()
+        return 141
+    except Exception as error:
+        if traced:
+            traceback.print_exc()
+        tell(told(error, given[0] if given else "", traced))
+        return getattr(error, "exit_code", 1)
+
+
+def run(argv: list[str]) -> int:
+    """Find a command and call it; 2 for one that does not exist."""
+    name, *rest = argv or [""]
     if name in ("", "-h", "--help", "help"):
         print(usage())
         return 0 if name else 2
     if name not in BY_NAME:
-        print(unknown(name), file=sys.stderr)
+        tell(unknown(name))
         return 2
     command = load(name)
     if list(inspect.signature(command).parameters) == ["argv"]:  # has a parser of its own
         return command(rest)
     return parse(command, name, rest)()
+
+
+def told(error: Exception, name: str, traced: bool = False) -> str:
+    """One sentence for whatever a command raised; where nobody foresaw it, what to do about it."""
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"{name} needs more memory than there is: close other programs, or ask for less."
+    if isinstance(error, OSError) and error.strerror:
+        file = f"{error.filename}: " if error.filename else ""
+        return f"{name} stopped: {file}{error.strerror}."
+    report = "with what is written above" if traced else "with what `--traceback` adds"
+    return (
+        f"{name} stopped, and it should not have ({type(error).__name__}: {first_line(error)}): "
+        f"please report this to whom you have the course from, {report}."
+    )
+
+
+def tell(sentence: str) -> None:
+    """Print a sentence to stderr, as far as anybody is there."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------- any terminal
+
+PLAIN = {
+    "→": "->", "←": "<-", "↔": "<->", "↵": "\\n", "⏎": "\\n", "…": "...", "–": "-", "—": "-",
+    "−": "-", "×": "x", "·": "*", "±": "+-", "≥": ">=", "≤": "<=", "≈": "~", "∞": "inf", "✓": "ok",
+    "✔": "ok", "✗": "no", "✅": "ok", "⚠": "!", "\ufe0f": "", "│": "|", "─": "-", "█": "#",
+    "▏": "|", "“": '"', "”": '"', "‘": "'", "’": "'", "␣": "_", "•": "*",
+}  # fmt: skip
+CORNERS = dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼", "+")
+
+
+def in_plain_characters(error: UnicodeError) -> tuple[str, int]:
+    """For a terminal that lacks a character: one like it, a letter without its accent, or \\u…."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    written = []
+    for character in error.object[error.start : error.end]:
+        bare = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+        like = (PLAIN | CORNERS).get(character)
+        escaped = character.encode("ascii", "backslashreplace").decode()
+        written.append(like if like is not None else bare or escaped)
+    return "".join(written), error.end
+
+
+def print_plainly() -> None:
+    """Let stdout and stderr print what they lack in plain characters."""
+    codecs.register_error("mi_plain", in_plain_characters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="mi_plain")
+
+
+def close_stdout() -> None:
+    """Send what is still to be written nowhere, so that Python ends without a word about it."""
+    with contextlib.suppress(OSError, ValueError, io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,7 +5,6 @@ the size that the harvest will use, and the training step is timed at its full s
 """
 
 import copy
-import os
 import shutil
 import statistics
 import time
@@ -15,11 +14,16 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from mi_helpers.files import DATA
 from mi_helpers.layouts import Key, ModelError, layout_of
-from mi_helpers.loading import check_folder, check_size, empty_gemma2_2b, why_not_loaded
+from mi_helpers.loading import (
+    check_folder,
+    check_size,
+    configuration,
+    empty_gemma2_2b,
+    place_of,
+)
 from mi_helpers.models import LanguageModel, read_sites, site_width
 from mi_helpers.saes.harvest import HarvestConfig
 from mi_helpers.saes.progress import duration
@@ -42,32 +46,24 @@ class Stage:
     disk: float
 
 
-def configuration(name: str):
+def shape_of(name: str):
     """A model's configuration, from its folder, the hub, or what is known here.
 
     Raises:
-        ModelError: it is nowhere to be had, or is not that of the weights beside it.
+        ModelError: it is nowhere to be had, damaged, or not that of the weights beside it.
     """
-    source = DATA / "tiny_gemma" if name == "tiny-gemma" else os.path.expanduser(name)
-    local = os.path.isdir(source) or name.startswith((".", "/", "~"))
+    source, local = place_of(name)
     if local:
         check_folder(name, Path(source))
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = configuration(name)
         if local:
             check_size(name, Path(source), config)
         return config
     except ModelError:
-        raise
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(why_not_loaded(name, error)) from None
         if name in KNOWN_SHAPES:
             return KNOWN_SHAPES[name]().config
-        raise ModelError(
-            f"The configuration of {name} is neither here nor can it be downloaded, so nothing can "
-            "be estimated: give a local folder, or connect to the network."
-        ) from None
+        raise
 
 
 def parameters(config) -> int:

@@ -16,11 +16,10 @@ A source is a local folder, a local file, or a repository of the Hugging Face hu
 from __future__ import annotations
 
 import json
-import lzma
 import math
 import os
+import re
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,10 +27,10 @@ import numpy as np
 import torch
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mi_helpers.errors import Kind, checked, first_line, reading
 from mi_helpers.files import write_atomically, write_json
 from mi_helpers.layouts import ModelError
 from mi_helpers.saes.coder import SparseCoder
@@ -40,6 +39,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SPARSIFY, SCOPE, SCOPE2 = "sae.safetensors", "params.npz", "params.safetensors"
 KNOWN = (WEIGHTS, SPARSIFY, SCOPE, SCOPE2)
 INFLATED, INFLATION = 64 * 2**20, 20  # most bytes of an archive unpacked, and times its own size
+MOST_CONFIG = 2**22  # bytes of a cfg.json
 LAYOUT = "6.54.12"  # the version of SAELens whose cfg.json is written
 
 # SAELens' `architecture` of an SAE and of a transcoder. It has no TopK transcoder: those two names
@@ -55,6 +55,20 @@ _ACTIVATION = {
     name: activation
     for activation in ("relu", "topk", "jumprelu")
     for name in (_SAE[activation], *_TRANSCODER[activation])
+}
+SAE_LENS = {
+    "architecture": str,
+    "k": (int, None),
+    "metadata": (dict, None),
+    "apply_b_dec_to_input": bool,
+    "rescale_acts_by_decoder_norm": (bool, None),
+    "activation_fn_kwargs": (dict, None),
+}
+SPARSIFY_KINDS = {
+    "activation": str,
+    "k": int,
+    "signed": (bool, None),
+    "transcode": (bool, None),
 }
 
 
@@ -137,7 +151,8 @@ def load_coder(
     path = _local(source, folder) if _is_local(source) else _from_hub(source, folder.strip("/"))
     if transcoder is None:
         transcoder = "transcoder" in name.lower()
-    coder = _reader(path)(path, name, transcoder, k)
+    with reading(path, ModelError, of=name):
+        coder = _reader(path)(path, name, transcoder, k)
     coder.metadata.setdefault("source", path.name if _is_local(source) else name)
     return coder
 
@@ -155,25 +170,17 @@ def _reader(path: Path) -> Callable[[Path, str, bool, int | None], SparseCoder]:
 
 
 def _sae_lens(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:
-    config = _json(path.with_name(CONFIG), name)
-    tensors = _safetensors(path, name)
-    config = _modern(config)
+    config = _modern(_json(path.with_name(CONFIG), name, **SAE_LENS), name)
+    tensors = load_file(path)
     architecture = config.get("architecture", "standard")
     if architecture not in _ACTIVATION:
         raise ModelError(
             f"{name} has the architecture {architecture!r}, which is not known here; known are "
             f"{', '.join(_ACTIVATION)}."
         )
-    normalised = config.get("normalize_activations", "none")
-    if normalised not in ("none", None, False):
-        raise ModelError(
-            f"{name} was trained on activations normalised by {normalised!r}, by numbers that are "
-            "not in its files: fold them into its weights in SAELens and save it again."
-        )
-    if config.get("finetuning_scaling_factor"):
-        raise ModelError(f"{name} has a fine-tuned scaling factor, which is not known here.")
-    transcoder = architecture.endswith("transcoder")
     activation = _ACTIVATION[architecture]
+    _refuse_other_functions(config, activation, name)
+    transcoder = architecture.endswith("transcoder")
     if activation == "topk" and config.get("rescale_acts_by_decoder_norm") and "W_dec" in tensors:
         _scale_latents(tensors)
     return build(
@@ -184,18 +191,45 @@ def _sae_lens(path: Path, name: str, transcoder: bool, k: int | None) -> SparseC
         transcoder=transcoder,
         apply_b_dec_to_input=not transcoder and config.get("apply_b_dec_to_input", True),
         metadata=config.get("metadata"),
+        file=path.name,
     )
 
 
-def _modern(config: dict) -> dict:
+def _refuse_other_functions(config: dict, activation: str, name: str) -> None:
+    """Raise ModelError where a cfg.json of SAELens has a setting that makes another function of the
+    same weights."""
+    said = config.get("activation_fn", config.get("activation_fn_str")) or activation
+    for key, allowed, why in (
+        (
+            "normalize_activations",
+            ("none",),
+            "its activations were divided by numbers that are not in its files: fold them into its "
+            "weights in SAELens and save it again",
+        ),
+        ("reshape_activations", ("none",), "it reads heads side by side"),
+        ("finetuning_scaling_factor", (), "its latents are scaled once more"),
+        ("use_error_term", (), "its error is added to what it gives"),
+    ):
+        if config.get(key) not in (None, False, *allowed):
+            raise ModelError(f"{name} has {key} = {config[key]!r}, so {why}: not known here.")
+    if said not in (activation, "relu" if activation == "jumprelu" else activation):
+        raise ModelError(
+            f"{name} has the activation {said!r}, and its architecture's is {activation}: only "
+            "relu, topk and jumprelu are known here."
+        )
+
+
+def _modern(config: dict, name: str) -> dict:
     """cfg.json as SAELens writes it from version 6 on, where it is older."""
-    version = config.get("sae_lens_version") or config.get("metadata", {}).get("sae_lens_version")
-    if version and int(str(version).split(".")[0]) >= 6:
+    metadata = checked(config.get("metadata") or {}, f"metadata in {name}'s {CONFIG}", ModelError)
+    version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "")
+    if re.match(r"\d+", version) and int(version.split(".")[0][:9]) >= 6:
         return config
     config = dict(config)
     if config.get("activation_fn", config.get("activation_fn_str")) == "topk":
         config["architecture"] = "topk"
-        config["k"] = (config.get("activation_fn_kwargs") or {}).get("k", config.get("k"))
+        kwargs = checked(config.get("activation_fn_kwargs") or {}, name, ModelError, k=(int, None))
+        config["k"] = kwargs.get("k", config.get("k"))
     renamed = {"hook_point": "hook_name"}
     told = {renamed.get(key, key): value for key, value in config.items()}
     wanted = ("model_name", "hook_name", "hook_layer", "context_size", "dataset_path")
@@ -212,25 +246,35 @@ def _scale_latents(tensors: dict[str, Tensor]) -> None:
 
 
 def _sparsify(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:
-    config = _json(path.with_name(CONFIG), name)
-    config = config.get("sae", config)
+    config = _json(path.with_name(CONFIG), name, sae=dict, **SPARSIFY_KINDS)
+    config = checked(config.get("sae", config), f"{name}'s {CONFIG}", ModelError, **SPARSIFY_KINDS)
     if config.get("activation", "topk") != "topk":
         raise ModelError(
             f"{name} has the activation {config['activation']!r}, and only topk is known here."
         )
-    tensors = _safetensors(path, name)
+    if config.get("signed"):
+        raise ModelError(
+            f"{name} has signed = true, so its latents fire below 0 too: not known here."
+        )
+    tensors = load_file(path)
     renamed = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
     tensors = {renamed.get(key, key): value for key, value in tensors.items()}
     _need(tensors, ("W_enc", "W_dec"), name)
     tensors["W_enc"] = tensors["W_enc"].T
-    transcoder = bool(config.get("transcode", False))
+    transcoder = bool(config.get("transcode"))
+    if "W_skip" in tensors and not transcoder:  # it would subtract b_dec from what W_enc reads
+        raise ModelError(
+            f"{name} has a W_skip, and its {CONFIG} has no transcode = true: an autoencoder with a "
+            "skip path is not known here."
+        )
     return build(
         tensors,
         name,
         activation="topk",
         k=config.get("k"),
-        transcoder=transcoder or "W_skip" in tensors,
+        transcoder=transcoder,
         apply_b_dec_to_input=not transcoder,
+        file=path.name,
     )
 
 
@@ -240,27 +284,38 @@ def _gemma_scope(path: Path, name: str, transcoder: bool, k: int | None) -> Spar
     if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
         raise ModelError(f"{name} has a scaling_factor other than 1, which is not known here.")
     metadata = {"reads": "normalised"} if transcoder else None  # the stream without the norm's gain
-    return build(tensors, name, activation="jumprelu", transcoder=transcoder, metadata=metadata)
+    return build(
+        tensors,
+        name,
+        activation="jumprelu",
+        transcoder=transcoder,
+        metadata=metadata,
+        file=path.name,
+    )
 
 
 def _gemma_scope_2(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:
-    tensors = {_upper(key): value for key, value in _safetensors(path, name).items()}
+    tensors = {_upper(key): value for key, value in load_file(path).items()}
     if "affine_skip_connection" in tensors:
         tensors["W_skip"] = tensors.pop("affine_skip_connection").T
     transcoder = transcoder or "W_skip" in tensors
-    return build(tensors, name, activation="jumprelu", transcoder=transcoder)
+    return build(tensors, name, activation="jumprelu", transcoder=transcoder, file=path.name)
 
 
 def _circuit_tracer(path: Path, name: str, transcoder: bool, k: int | None) -> SparseCoder:
-    tensors = _safetensors(path, name)
+    tensors = load_file(path)
     _need(tensors, ("W_enc", "b_enc"), name)
     if "activation_function.threshold" in tensors:
         tensors["threshold"] = tensors.pop("activation_function.threshold").flatten()
-    k = int(tensors.pop("k")) if "k" in tensors else k
-    if tensors["W_enc"].ndim == 2 and tensors["W_enc"].shape[0] == len(tensors["b_enc"]):
+    if "k" in tensors:
+        k = tensors.pop("k")
+        if k.numel() != 1 or k.is_floating_point() or k.is_complex():
+            raise ModelError(f"{name} has a k of {tuple(k.shape)} {k.dtype}, not a whole number.")
+        k = int(k)
+    if tensors["W_enc"].ndim == 2 and tensors["W_enc"].shape[:1] == tensors["b_enc"].shape:
         tensors["W_enc"] = tensors["W_enc"].T
     activation = "jumprelu" if "threshold" in tensors else "topk" if k else "relu"
-    return build(tensors, name, activation=activation, k=k, transcoder=True)
+    return build(tensors, name, activation=activation, k=k, transcoder=True, file=path.name)
 
 
 def _upper(key: str) -> str:
@@ -277,8 +332,12 @@ def build(
     transcoder: bool = False,
     apply_b_dec_to_input: bool = False,
     metadata: dict | None = None,
+    file: str = "its file",
 ) -> SparseCoder:
     """A SparseCoder of these tensors, named and shaped as its parameters are.
+
+    Args:
+        file: how an error calls the file that they come from.
 
     Raises:
         ModelError: a tensor is missing, unknown, of another shape, or holds NaN or infinity; k is
@@ -287,6 +346,7 @@ def build(
     needed = ["W_enc", "b_enc", "W_dec", "b_dec"]
     if activation in ("jumprelu", "batchtopk"):
         needed.append("threshold")
+    name = name if name.endswith(file) else f"{name} ({file})"
     _need(tensors, needed, name)
     if tensors["W_enc"].ndim != 2 or tensors["W_dec"].ndim != 2:
         shapes = tuple(tensors["W_enc"].shape), tuple(tensors["W_dec"].shape)
@@ -319,6 +379,8 @@ def build(
 
 def _parameter(key: str, shape: torch.Size, tensors: dict[str, Tensor], name: str) -> nn.Parameter:
     """The tensor of this key as a float32 parameter; ModelError unless it fits and is finite."""
+    if not tensors[key].is_floating_point():
+        raise ModelError(f"{name} has {key} in {tensors[key].dtype}, and weights are fractions.")
     tensor = tensors[key].float()
     if tensor.shape != shape:
         raise ModelError(
@@ -336,31 +398,20 @@ def _need(tensors: dict, names: tuple[str, ...] | list[str], source: str) -> Non
     missing = [name for name in names if name not in tensors]
     if missing:
         held = ", ".join(sorted(tensors)) or "nothing"
-        raise ModelError(f"{source} lacks {', '.join(missing)}; its file holds {held}.")
+        raise ModelError(f"{source} lacks {', '.join(missing)}; it holds {held}.")
 
 
 # --------------------------------------------------------------------------------------- files
 
 
-def _json(path: Path, name: str) -> dict:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{name} lacks {path.name}, which says what its weights mean.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name} has a {path.name} that is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{name} has a {path.name} that holds no settings.")
-    return value
-
-
-def _safetensors(path: Path, name: str) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{name} cannot be read: {path.name} is truncated or damaged ({error})."
-        ) from None
+def _json(path: Path, name: str, **wanted: Kind) -> dict:
+    if not path.is_file():
+        raise ModelError(f"{name} lacks {path.name}, which says what its weights mean.")
+    with reading(path, ModelError, of=name):
+        if path.stat().st_size > MOST_CONFIG:
+            raise ValueError(f"{path.stat().st_size:,} bytes of settings")
+        found = json.loads(path.read_text("utf-8"))
+    return checked(found, f"{name}'s {path.name}", ModelError, **wanted)
 
 
 def _npz(path: Path, name: str) -> dict[str, Tensor]:
@@ -369,13 +420,10 @@ def _npz(path: Path, name: str) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         return {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = error
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        reason = error
-    raise ModelError(
-        f"{name} cannot be read: {path.name} is no plain NumPy archive ({reason})."
-    ) from None
+    except Exception as error:
+        raise ModelError(
+            f"{name} cannot be read: {path.name} is no plain NumPy archive ({first_line(error)})."
+        ) from error
 
 
 def _check_npz(path: Path) -> None:

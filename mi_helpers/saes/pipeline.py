@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import difflib
 import os
-import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import torch
 import tyro
 from transformers import PretrainedConfig
 
-from mi_helpers.files import InUse, RunError, need_space, sweep, why_no_folder
+from mi_helpers.files import RunError, need_space, sweep, why_no_folder
 from mi_helpers.layouts import NORMALIZED, Key
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel, site_width
@@ -43,7 +42,7 @@ from mi_helpers.saes.plan import PLAN, HarvestConfig, check_model, check_plan, s
 from mi_helpers.saes.processes import Processes
 from mi_helpers.saes.report import as_markdown, report
 from mi_helpers.saes.run_files import CODER, RECIPE, check_recipe, identity, trained_coder
-from mi_helpers.saes.sources import AGAIN, FileText, open_source
+from mi_helpers.saes.sources import FileText, open_source
 from mi_helpers.saes.training import (
     PRODUCTS,
     TrainConfig,
@@ -240,7 +239,7 @@ class Pipeline:
             )
         shape = plan = None
         if "harvest" in stages or not (s.path / HARVEST / MANIFEST).is_file():
-            shape = estimate.configuration(s.model_name)
+            shape = estimate.shape_of(s.model_name)
             model = estimate.without_weights(shape, s.model_name)
             plan = checked_config(model, s.harvest(model.n_layers))
             self.check_text(plan)
@@ -335,7 +334,7 @@ class Pipeline:
     def dry_run(self, stages: Sequence[str]) -> None:
         """Print time, memory and disk of these stages, measured here and now."""
         s, checked = self.settings, self.check(stages)
-        shape = checked.shape or estimate.configuration(s.model_name)
+        shape = checked.shape or estimate.shape_of(s.model_name)
         plan = checked.plan or s.harvest(shape.num_hidden_layers)
         dtype = DTYPES[s.dtype or str(shape.dtype or "float32").removeprefix("torch.")]
         rest = checked.training, checked.d_in, checked.d_out, s.tokens
@@ -409,9 +408,7 @@ Options = TypedDict(
 
 
 def command(stage: str) -> Callable[..., int]:
-    """A stage as a command, whose exit code is 2 for what cannot be done, said in one sentence,
-    1 where another process is at work in the folder or nobody reads the output any more, and 130
-    after Ctrl-C."""
+    """A stage as a command."""
 
     def main(
         config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
@@ -420,16 +417,32 @@ def command(stage: str) -> Callable[..., int]:
         **settings: Unpack[Options],
     ) -> int:
         given = {**settings, **({"skip": True} if skip else {})}
-        try:
-            run_stage(stage, read_settings(given, config), dry_run)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 1 if isinstance(error, InUse) else 2
-        except KeyboardInterrupt:
-            print(f"\nStopped. Nothing that was written is lost: {AGAIN}.", file=sys.stderr)
-            return 130
-        except BrokenPipeError:
-            return output_closed()
+        run_stage(stage, read_settings(given, config), dry_run)
+        return 0
+
+    about, more = getattr(Pipeline, stage).__doc__, (__doc__ or "").partition("\n\n")[2]
+    main.__doc__ = f"""{about}
+
+{more}
+Args:
+    config: a TOML file with these settings
+    dry_run: say the time, the memory and the disk that it takes, and no more
+    skip: an affine path around the latents
+"""
+    return main
+
+
+def command(stage: str) -> Callable[..., int]:
+    """A stage as a command."""
+
+    def main(
+        config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+        dry_run: bool = False,
+        skip: bool = False,
+        **settings: Unpack[Options],
+    ) -> int:
+        given = {**settings, **({"skip": True} if skip else {})}
+        run_stage(stage, read_settings(given, config), dry_run)
         return 0
 
     about, more = getattr(Pipeline, stage).__doc__, (__doc__ or "").partition("\n\n")[2]

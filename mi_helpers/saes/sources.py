@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mi_helpers.errors import Refused
 from mi_helpers.files import sha256
 from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.world import World
@@ -33,7 +34,7 @@ AGAIN = "run the same command again: it goes on from there"
 EXTRA = "pip install -c requirements-extras.txt -e '.[gemma]'"
 
 
-class SourceError(ValueError):
+class SourceError(Refused):
     """What is wrong with a text source, and what to do about it."""
 
 

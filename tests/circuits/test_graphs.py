@@ -392,7 +392,7 @@ def test_files_that_are_no_graphs(tmp_path):
         load_graph(tmp_path / "no.json")
     bad = tmp_path / "bad.json"
     bad.write_text('{"nodes": []}')
-    with pytest.raises(ValueError, match="is no attribution graph that can be read here"):
+    with pytest.raises(ValueError, match="lacks 'metadata'. An attribution graph has"):
         load_graph(bad)
     data = theirs()
     data["links"].append({"source": "0_7_1", "target": "27_235310_1", "weight": 1.0})

@@ -1,5 +1,7 @@
 """`python -m mi_helpers`: the table of commands, typos, notebooks and the doctor."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,8 +11,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import notebook_times
 from mi_helpers.__main__ import main
-from mi_helpers.course import doctor, notebooks
+from mi_helpers.course import cli, doctor, notebooks
 from mi_helpers.course.cli import BY_NAME, load, sentence
+from mi_helpers.files import InUse, RunError
+from mi_helpers.layouts import ModelError
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -67,6 +71,107 @@ def test_a_mistake_in_the_options_gets_one_sentence(arguments, said, capsys):
 )
 def test_a_sentence_is_taken_out_of_a_box(box):
     assert sentence(box) == "Error parsing --k: no."
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+def stub(monkeypatch, raised):
+    """`doctor`, which does nothing but raise this."""
+
+    def command(argv):
+        print("half")
+        raise raised
+
+    monkeypatch.setattr(cli, "load", lambda name: command)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (RunError("The disk is full."), 2, "The disk is full."),
+        (ModelError("There is no model."), 2, "There is no model."),
+        (InUse("It is in use."), 1, "It is in use."),
+        (KeyboardInterrupt(), 130, "Stopped. What was written is whole"),
+        (MemoryError(), 1, "doctor needs more memory than there is"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.txt"),
+            1,
+            "doctor stopped: a.txt: No",
+        ),
+        (ZeroDivisionError("division\nby zero"), 1, "it should not have (ZeroDivisionError: div"),
+        (ValueError(""), 1, "it should not have (ValueError: ValueError): please report this"),
+    ],
+)
+@pytest.mark.parametrize("traced", [False, True])
+def test_whatever_is_raised_is_one_sentence(raised, code, said, traced, monkeypatch, capsys):
+    stub(monkeypatch, raised)
+    assert main(["doctor", *["--traceback"] * traced]) == code
+    error = capsys.readouterr().err
+    assert said in error
+    shown = traced and not isinstance(raised, KeyboardInterrupt)
+    assert ("Traceback" in error) == shown and (shown or error.count("\n") == 1)
+
+
+def test_the_environment_asks_for_tracebacks(monkeypatch, capsys):
+    stub(monkeypatch, RunError("The disk is full."))
+    for value, shown in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("MI_TRACEBACK", value)
+        assert main(["doctor"]) == 2
+        assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+def outside(command, *arguments, **environment):
+    """A command of its own in a process of its own, without anything heavy."""
+    code = "import sys, time; from mi_helpers.course import cli\n"
+    code += f"cli.load = lambda name: {command}\nsys.exit(cli.main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | environment,
+    )
+
+
+ARROW = "lambda argv: print('a → b … é 日 \\ud800')"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", b"a -> b ... e \\u65e5 \\ud800"),
+        ("latin-1", b"a -> b ... \xe9 \\u65e5 \\ud800"),
+        ("utf-8", "a → b … é 日 \\ud800".encode()),
+    ],
+)
+def test_a_terminal_gets_what_it_can_print(encoding, shown):
+    done = outside(ARROW, "doctor", PYTHONIOENCODING=encoding)
+    out, err = done.communicate(timeout=60)
+    assert (out.strip(), err, done.returncode) == (shown, b"", 0)
+
+
+@pytest.mark.parametrize("name", ["doctor", "manifest"])
+def test_help_is_printed_in_ascii(name):
+    arguments = [sys.executable, "-m", "mi_helpers", name, "--help"]
+    plain = {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(arguments, capture_output=True, env=os.environ | plain)
+    assert done.returncode == 0 and done.stdout.isascii() and not done.stderr
+
+
+def test_a_pipe_that_is_closed_ends_a_command_quietly():
+    endless = "lambda argv: [print(i) for i in range(10**7)]"
+    done = outside(endless, "doctor")
+    assert done.stdout.readline() == b"0\n"
+    done.stdout.close()
+    assert done.wait(60) == 141 and done.stderr.read() == b""
+
+
+def test_ctrl_c_is_one_line():
+    waits = "lambda argv: (print('here', flush=True), time.sleep(60))"
+    done = outside(waits, "doctor")
+    assert done.stdout.readline() == b"here\n"
+    done.send_signal(signal.SIGINT)
+    assert done.wait(60) == 130 and done.stderr.read().count(b"\n") == 1
 
 
 # -- notebooks -------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ import pytest
 import torch
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
+from strangers import make_sparsify
 from test_coders import KINDS, inputs, random_coder
 
 from mi_helpers import files as durable
-from mi_helpers.files import RunError
+from mi_helpers.files import RunError, read_json, write_json
 from mi_helpers.layouts import ModelError
 from mi_helpers.saes import files as coder_files
-from mi_helpers.saes.coder import ACTIVATIONS
+from mi_helpers.saes.coder import ACTIVATIONS, SparseCoder
 from mi_helpers.saes.files import load_coder, save_coder
 
 X = inputs(40)
@@ -263,7 +264,7 @@ def nan(shape):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"threshold": None}, "lacks threshold; its file holds W_dec, W_enc, b_dec, b_enc"),
+        ({"threshold": None}, "lacks threshold; it holds W_dec, W_enc, b_dec, b_enc"),
         ({"b_enc": np.zeros(19, "f4")}, r"b_enc of shape \(19,\), expected \(20,\)"),
         ({"W_dec": np.zeros((6, 20), "f4")}, r"W_dec of shape \(6, 20\), expected \(20, 20\)"),
         ({"W_dec": nan((20, 6))}, "NaN or infinity in W_dec: its file is damaged"),
@@ -316,8 +317,14 @@ def test_a_truncated_safetensors(tmp_path):
         ({"architecture": "topk", "k": 21}, "k is 21, and the dictionary has 20 latents"),
         ({"architecture": "topk"}, "topk needs k"),
         ({"architecture": "jumprelu"}, "lacks threshold"),
-        ({"architecture": "standard", "normalize_activations": "layer_norm"}, "'layer_norm', by"),
-        ({"architecture": "standard", "finetuning_scaling_factor": True}, "fine-tuned scaling"),
+        (
+            {"architecture": "standard", "normalize_activations": "layer_norm"},
+            "'layer_norm', so its activations were divided",
+        ),
+        (
+            {"architecture": "standard", "finetuning_scaling_factor": True},
+            "finetuning_scaling_factor = True, so its latents are scaled",
+        ),
     ],
 )
 def test_a_saelens_folder_that_cannot_be_read(tmp_path, config, words):
@@ -328,7 +335,7 @@ def test_a_saelens_folder_that_cannot_be_read(tmp_path, config, words):
 def test_a_folder_without_its_config(tmp_path):
     save_coder(random_coder(), tmp_path)
     (tmp_path / "cfg.json").write_text("{")
-    with pytest.raises(ModelError, match="cfg.json that is not JSON"):
+    with pytest.raises(ModelError, match="its cfg.json is damaged: it is not JSON"):
         load_coder(tmp_path)
     (tmp_path / "cfg.json").unlink()
     with pytest.raises(ModelError, match="lacks cfg.json"):
@@ -450,3 +457,50 @@ def test_every_way_in_which_the_hub_fails_is_one_sentence(monkeypatch, error, wo
     with pytest.raises(ModelError, match=words) as caught:
         load_coder("someone/saes", "layer_0")
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------- settings that make another function
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"signed": True}, "signed = true, so its latents fire below 0 too"),
+        ({"activation": "groupmax"}, "the activation 'groupmax'"),
+        ({"k": "three"}, 'k is "three" in .*cfg.json, and a whole number is expected'),
+        ({"transcode": "yes"}, 'transcode is "yes" in .*cfg.json, and true or false or null'),
+    ],
+)
+def test_a_setting_of_sparsify_that_changes_the_function_is_refused(tmp_path, setting, words):
+    make_sparsify(tmp_path)
+    write_json(tmp_path / "cfg.json", read_json(tmp_path / "cfg.json") | setting)
+    with pytest.raises(ModelError, match=words):
+        load_coder(tmp_path)
+
+
+def test_a_skip_path_of_sparsify_is_a_transcoders(tmp_path):
+    make_sparsify(tmp_path)
+    tensors = load_file(tmp_path / "sae.safetensors") | {"W_skip": torch.ones(6, 6)}
+    save_file(tensors, tmp_path / "sae.safetensors")
+    with pytest.raises(ModelError, match="has a W_skip, and its cfg.json has no transcode = true"):
+        load_coder(tmp_path)
+    write_json(tmp_path / "cfg.json", read_json(tmp_path / "cfg.json") | {"transcode": True})
+    coder = load_coder(tmp_path)
+    assert coder.transcoder and coder.skip and not coder.apply_b_dec_to_input
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"activation_fn": "tanh-relu"}, "the activation 'tanh-relu', and its architecture's is"),
+        ({"activation_fn_str": "tanh-relu"}, "the activation 'tanh-relu'"),
+        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations = "),
+        ({"reshape_activations": "hook_z"}, "reshape_activations = 'hook_z', so it reads heads"),
+        ({"use_error_term": True}, "use_error_term = True"),
+    ],
+)
+def test_a_setting_of_saelens_that_changes_the_function_is_refused(tmp_path, setting, words):
+    save_coder(SparseCoder(6, 12, activation="relu"), tmp_path)
+    write_json(tmp_path / "cfg.json", read_json(tmp_path / "cfg.json") | setting)
+    with pytest.raises(ModelError, match=words):
+        load_coder(tmp_path)

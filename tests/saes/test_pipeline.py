@@ -378,10 +378,10 @@ def test_a_dry_run_says_hours_memory_and_disk_and_writes_nothing(place, tmp_path
 
 
 def test_a_dry_run_counts_the_reference_model_without_its_weights():
-    config = estimate.configuration("google/gemma-2-2b")
+    config = estimate.shape_of("google/gemma-2-2b")
     assert estimate.parameters(config) == 2_614_341_888
-    with pytest.raises(RunError.__bases__[0], match="configuration of no/such-model"):
-        estimate.configuration("no/such-model")
+    with pytest.raises(RunError.__bases__[0], match="no/such-model is not on this machine"):
+        estimate.shape_of("no/such-model")
 
 
 def test_the_estimate_scales_as_it_should(place, monkeypatch):
