@@ -313,14 +313,8 @@ def load_tensors(path: Path, check: bool = True, advice: str = "") -> tuple[dict
 @contextmanager
 def opened(path: Path, advice: str = "") -> Iterator:
     """A safetensors file, open; RunError when it is missing or truncated."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing. {advice}".strip()) from None
-    except (SafetensorError, OSError) as error:
-        reason = f"{path} is truncated or damaged ({error})."
-        raise RunError(f"{reason} {advice}".strip()) from None
+    with reading(path, RunError, advice), safe_open(path, "pt") as file:
+        yield file
 
 
 def not_written(path: Path, advice: str) -> str:
@@ -335,7 +329,7 @@ def read_metadata(file, path: Path, advice: str = "") -> dict:
         digest = said.pop("sha256")
         if digest == seal({name: said[name] for name in ("tensors", "about")}):
             return said | {"sha256": digest}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         pass
     raise RunError(not_written(path, advice))
 
@@ -420,7 +414,9 @@ def verify_manifest(folder: Path = DATA) -> list[str]:
             f"{folder.name}/{MANIFEST} is missing: python -m mi_helpers manifest --write makes it."
         ]
     listed, problems = {}, []
-    for number, line in enumerate(manifest.read_text("utf-8").splitlines(), start=1):
+    with reading(manifest, RunError, "python -m mi_helpers manifest --write makes it."):
+        lines = manifest.read_text("utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         fields = line.split("  ", 2)
         if len(fields) == 3:
             listed[fields[2]] = line

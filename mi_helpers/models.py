@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mi_helpers.hooks import Cache, HookedModel
 from mi_helpers.layouts import NORMALIZED, SITES, Hook, Key, ModelError, normalize
 
+SPACE = "▁"  # how SentencePiece writes a space
 UNSEEN = 0.99  # cosine with the padding token's column of W_U, from which `in_use` says no
 DEFAULT_SITES = ("embed", "attn_out", "mlp_out", "resid_post")
 At = tuple[Tensor, Tensor]  # rows (n,), positions (n,): the n tokens ids[rows, positions]
@@ -127,18 +128,26 @@ class LanguageModel(HookedModel):
         ids = self.ids(text)
         if ids.shape[0] != 1:
             raise ModelError(f"str_tokens takes one text at a time, not {ids.shape[0]}.")
-        tokenizer = self._tokenizer()
-        return [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids[0].tolist()]
+        return [self.token_text(i) for i in ids[0].tolist()]
+
+    def token_text(self, token: int) -> str:
+        """One token as text, with its space, as `token_text` gives it."""
+        return token_text(self._tokenizer(), token)
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is one token, such as " Paris" (mind the leading space).
+
+        Where the tokenizer puts a space before every text, as Llama 2's does, "Paris" is the token
+        that goes on with a word, and " Paris" the one that begins it: `token_text` gives the text.
 
         Raises:
             ModelError: it is several tokens, or not in the vocabulary.
         """
         ids = self.encode(text)
+        if len(ids) != 1 or self.token_text(ids[0]) != text:
+            ids = self._inside(text) or ids
         if len(ids) > 1:
-            pieces = [self.tokenizer.decode([i]) for i in ids]
+            pieces = [self.token_text(i) for i in ids]
             raise ModelError(
                 f"{text!r} is {len(ids)} tokens, {pieces}: choose a word that is one token, and "
                 "mind the leading space."
@@ -146,6 +155,14 @@ class LanguageModel(HookedModel):
         if ids[0] == self.tokenizer.unk_token_id and text != self.tokenizer.unk_token:
             raise ModelError(f"{text!r} is not in {self.name}'s vocabulary: mind the spaces.")
         return ids[0]
+
+    def _inside(self, text: str) -> list[int] | None:
+        """The one token that is this text where it goes on from another text; None without one."""
+        for before in ("\n", ".", "a"):
+            first, *both = self.encode(before), *self.encode(before + text)
+            if both[:-1] == first and self.token_text(both[-1]) == text:
+                return both[-1:]
+        return None
 
     def ids(self, tokens: str | list | Tensor) -> Tensor:
         """Text or token ids as checked ids (batch, pos), int64, on the model's device.
@@ -307,6 +324,19 @@ class LanguageModel(HookedModel):
             if token.item() == self.tokenizer.eos_token_id:
                 break
         return self.tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def token_text(tokenizer, token: int) -> str:
+    """One token as text, with its space.
+
+    A decoder of a SentencePiece vocabulary may drop the first space of a text, as those of Llama 2
+    and Mistral 0.1 do, and so that of a token which is decoded alone: it is put back.
+    """
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    piece = tokenizer.convert_ids_to_tokens(int(token)) or ""
+    piece = SPACE if piece == "<0x20>" and not text else piece
+    lost = len(piece) - len(piece.lstrip(SPACE)) - (len(text) - len(text.lstrip(" ")))
+    return text if text.startswith(SPACE) else " " * max(0, lost) + text
 
 
 def _positions(pos, length: int):

@@ -268,7 +268,7 @@ def test_an_array_that_is_no_archive_makes_no_room(tmp_path, monkeypatch):
     ("changes", "words"),
     [
         ({"num_hidden_layers": 10**9}, "asks for 1,000,000,000 layers"),
-        ({"vocab_size": 10**7}, "asks for 400,00.* numbers: they do not belong together"),
+        ({"vocab_size": 10**7}, "asks for 400,0.* numbers: they do not belong together"),
         ({"intermediate_size": 10**6}, "asks for 240,0.* numbers"),
         ({"hidden_size": 10**18}, "asks for 1,000,.* hidden_size in its config.json"),
     ],

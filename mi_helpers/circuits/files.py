@@ -177,7 +177,7 @@ def load_graph(path: str | Path) -> Graph:
             several; a number is not finite.
     """
     path = Path(path)
-    needs = "An attribution graph has metadata, nodes with node_id, layer, ctx_idx and feature_type, and links."
+    needs = "An attribution graph has metadata, links, and nodes with node_id, layer and ctx_idx."
     data = read_json(path, **ENTRIES)
     with reading(path, RunError, needs):
         return _graph(data, path)

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        tell("Stopped. What was written is whole: the same command goes on from there.")
+        tell("Stopped. Nothing that was written is lost: run the same command again to go on.")
         return 130
     except BrokenPipeError:  # as with `| head`: nobody is there to be told
         close_stdout()

@@ -27,6 +27,7 @@ from typing import Annotated
 import tyro
 
 from mi_helpers.course.check import lesson_numbers
+from mi_helpers.errors import Refused, reading
 from mi_helpers.files import put_between, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,12 +175,12 @@ def read(path: Path = LEDGER) -> list[dict[str, str]]:
     """The rows of the ledger; none where there is no file."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as stream:
+    advice = "`python -m mi_helpers claims --measure` writes it anew."
+    with reading(path, Refused, advice), path.open(encoding="utf-8", newline="") as stream:
         rows = csv.DictReader(stream)
         if rows.fieldnames != COLUMNS:
-            raise ValueError(
-                f"{path.name} has the columns {rows.fieldnames}, expected {COLUMNS}: "
-                "`python -m mi_helpers claims --measure` writes it anew."
+            raise Refused(
+                f"{path.name} has the columns {rows.fieldnames}, expected {COLUMNS}: {advice}"
             )
         return list(rows)
 

@@ -18,13 +18,15 @@ from pathlib import Path
 
 from platformdirs import user_state_path
 
+from mi_helpers.errors import Refused
+
 PATIENCE = 5.0  # seconds to wait for another process's write
 SURE = (50, 70, 90, 99)  # per cent, what a prediction may be made with
 
 _this_session: dict = {}
 
 
-class NotSaved(Exception):
+class NotSaved(Refused):
     """Progress cannot be read or written; its text says why."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mi_helpers.errors import reading
 from mi_helpers.files import (
     RunError,
     is_beside,
@@ -100,7 +101,11 @@ class Activations:
         Raises:
             RunError: there is none, or its manifest and shards disagree.
         """
-        folder = Path(folder)
+        with reading(Path(folder) / MANIFEST, RunError, "Delete it and run the harvest again."):
+            return cls._open(Path(folder))
+
+    @classmethod
+    def _open(cls, folder: Path) -> Activations:
         if not (folder / MANIFEST).is_file():
             begun = any(folder.glob("shard-*")) if folder.is_dir() else False
             state = "is not finished" if begun else "is not there"
@@ -149,7 +154,8 @@ class Activations:
         path = self.folder / self.manifest["shards"][index]["file"]
         tensors, _ = load_tensors(path, check=index not in self._checked, advice=AGAIN)
         self._checked.add(index)
-        return Shard(**({"target": None} | tensors))
+        with reading(path, RunError, AGAIN):
+            return Shard(**({"target": None} | tensors))
 
     @property
     def tokens(self) -> Tensor:

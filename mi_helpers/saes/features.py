@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mi_helpers.files import RunError, load_tensors, save_tensors, write_atomically
 from mi_helpers.layouts import norm_gain
-from mi_helpers.models import LanguageModel
+from mi_helpers.models import LanguageModel, token_text
 from mi_helpers.saes.activations import AGAIN, Activations, Shard
 from mi_helpers.saes.progress import progress_bar
 from mi_helpers.saes.scores import Firings
@@ -354,7 +354,7 @@ def contexts(
     latent = features.check(latent)
     pairs = zip(features.top_row[latent, :n], features.top_value[latent, :n], strict=True)
     return [
-        context(held, int(row), lambda i: tokenizer.decode([i]), float(value), around)
+        context(held, int(row), partial(token_text, tokenizer), float(value), around)
         for row, value in pairs
         if row >= 0
     ]
@@ -446,7 +446,7 @@ def write_latents(
     """
     near = nearest_latents(coder)
     effects = extreme_logits(model, coder) if coder.d_out == model.d_model else ()
-    name = cache(lambda i: model.tokenizer.decode([i]))
+    name = cache(model.token_text)
 
     def line(latent: int) -> dict:
         said = _firing_facts(features, latent, lambda row: str(context(held, row, name)))

@@ -11,7 +11,6 @@ value`; the keys are the options' names, with "_" for "-") and from options, whi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import os
@@ -25,6 +24,7 @@ import torch
 import tyro
 from transformers import PretrainedConfig
 
+from mi_helpers.errors import why
 from mi_helpers.files import RunError, need_space, sweep, why_no_folder
 from mi_helpers.layouts import NORMALIZED, Key
 from mi_helpers.loading import load_model
@@ -146,6 +146,8 @@ def read_settings(given: dict, config: Path | None) -> Settings:
             raise RunError(f"There is no configuration at {config}.") from None
         except tomllib.TOMLDecodeError as error:
             raise RunError(f"{config} is not TOML: {error}.") from None
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{config} {why(error)}.") from None
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     for key, value in found.items():
         if key not in fields:
@@ -430,39 +432,6 @@ Args:
     skip: an affine path around the latents
 """
     return main
-
-
-def command(stage: str) -> Callable[..., int]:
-    """A stage as a command."""
-
-    def main(
-        config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
-        dry_run: bool = False,
-        skip: bool = False,
-        **settings: Unpack[Options],
-    ) -> int:
-        given = {**settings, **({"skip": True} if skip else {})}
-        run_stage(stage, read_settings(given, config), dry_run)
-        return 0
-
-    about, more = getattr(Pipeline, stage).__doc__, (__doc__ or "").partition("\n\n")[2]
-    main.__doc__ = f"""{about}
-
-{more}
-Args:
-    config: a TOML file with these settings
-    dry_run: say the time, the memory and the disk that it takes, and no more
-    skip: an affine path around the latents
-"""
-    return main
-
-
-def output_closed() -> int:
-    """The exit code of a run whose output nobody reads any more; one line, where it can be seen."""
-    with contextlib.suppress(OSError):
-        print(f"The output was closed. Nothing that was written is lost: {AGAIN}.", file=sys.stderr)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains as it ends
-    return 1
 
 
 main_harvest = command("harvest")

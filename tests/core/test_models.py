@@ -12,13 +12,15 @@ from huggingface_hub import errors as hub
 from parity import parity_report
 from rounding import near
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import Unigram
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mi_helpers import hooks, loading
 from mi_helpers.architecture import architecture
 from mi_helpers.layouts import SITES, ModelError, norm_gain
 from mi_helpers.loading import empty_gemma2_2b, load_model, materialize, untrained
-from mi_helpers.models import LanguageModel
+from mi_helpers.models import LanguageModel, token_text
 from mi_helpers.tinyworld import World
 
 
@@ -766,3 +768,46 @@ def test_with_no_token_known_to_be_unused_all_are_in_use(gemma):
     fresh.tokenizer.pad_token = fresh.tokenizer.unk_token = fresh.tokenizer.eos_token
     assert fresh.in_use.all() and len(fresh.in_use) == fresh.d_vocab
     assert LanguageModel(gemma.hf, None).in_use.all()
+
+
+# ------------------------------------------------------------ tokenizers that hide a token's space
+
+
+def sentencepiece(scheme):
+    """A small tokenizer as Llama 2 ("always", by its normalizer) and Mistral 0.1 ("first") have."""
+    words = ["▁", "▁The", "▁cat", "cat", "▁▁", "The", "s", "▁sat", "\n", "."]
+    vocab = ["<unk>", "<s>", "</s>", *[f"<0x{i:02X}>" for i in range(256)], *words, *"Thecatsa"]
+    scores = [(piece, -float(10 - len(piece))) for piece in dict.fromkeys(vocab)]
+    made = Tokenizer(Unigram(scores, 0, byte_fallback=True))
+    if scheme == "always":
+        spaces = normalizers.Replace(" ", "▁")
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    strip = decoders.Strip(" ", 1, 0)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    made.decoder = decoders.Sequence(steps)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_token_keeps_its_space(scheme):
+    """decode([id]) gives "cat" for "▁cat": the decoder drops a text's first space."""
+    tokenizer = sentencepiece(scheme)
+    of = tokenizer.convert_tokens_to_ids
+    assert tokenizer.decode([of("▁cat")]) == tokenizer.decode([of("cat")]) == "cat"
+    model = LanguageModel(build("llama", vocab_size=300), tokenizer)
+    assert model.str_tokens("The cat sat") == ["<s>", " The", " cat", " sat"]
+    assert model.str_tokens([of("▁▁"), of("cat"), of("<0x20>")]) == ["  ", "cat", " "]
+    assert "".join(model.str_tokens("The cats")[1:]) == " The cats"
+    assert model.to_single_token(" cat") == of("▁cat")
+    assert model.to_single_token("cat") == of("cat")
+    with pytest.raises(ModelError, match=r"is 2 tokens, \[' The', ' cat'\]"):
+        model.to_single_token("The cat")
+
+
+def test_other_tokenizers_texts_are_what_they_decode_to():
+    for tokenizer in (make_tokenizer(), load_model().tokenizer):
+        for i in range(len(tokenizer)):
+            assert token_text(tokenizer, i) == tokenizer.decode([i]), i

@@ -92,7 +92,7 @@ def stub(monkeypatch, raised):
         (RunError("The disk is full."), 2, "The disk is full."),
         (ModelError("There is no model."), 2, "There is no model."),
         (InUse("It is in use."), 1, "It is in use."),
-        (KeyboardInterrupt(), 130, "Stopped. What was written is whole"),
+        (KeyboardInterrupt(), 130, "Stopped. Nothing that was written is lost"),
         (MemoryError(), 1, "doctor needs more memory than there is"),
         (
             FileNotFoundError(2, "No such file or directory", "a.txt"),
@@ -130,6 +130,7 @@ def outside(command, *arguments, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where tests ignore it
     )
 
 

@@ -143,7 +143,7 @@ class LensViewer:
 
     def word(self, token: int) -> str:
         """One token as text."""
-        return self.model.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return self.model.token_text(token)
 
     @style()
     def figure(
