@@ -22,7 +22,14 @@ from safetensors.torch import load_file, save_file
 from mi_helpers.circuits.files import load_graph, save_graph
 from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Graph, Node
 from mi_helpers.course import ledger, record
-from mi_helpers.files import read_shapes, save_tensors, verify_manifest, write_json, write_manifest
+from mi_helpers.files import (
+    read_shapes,
+    save_tensors,
+    seal,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
 from mi_helpers.lens import TunedLens
 from mi_helpers.loading import load_model
 from mi_helpers.saes import estimate
@@ -368,6 +375,8 @@ def put(where: tuple, new) -> Callable[[Path], None]:
             del at[where[-1]]
         else:
             at[where[-1]] = new
+        if where != ("sha256",) and isinstance(value.get("sha256"), str):  # as strangers can, too
+            value["sha256"] = seal({k: v for k, v in value.items() if k != "sha256"})
         path.write_text(json.dumps(value), "utf-8")
 
     return write

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mi_helpers.errors import reading
+from mi_helpers.errors import checked, reading
 from mi_helpers.files import (
     RunError,
     is_beside,
@@ -30,6 +30,10 @@ from mi_helpers.files import (
 MANIFEST = "manifest.json"
 FORMAT = 2
 GIB = 2**30
+ENTRIES = {
+    **dict.fromkeys(("format", "d_in", "d_out", "rows", "tokens"), int),
+    **{"model": dict, "text": dict, "shards": list, "source": list, "target": (list, None)},
+}
 AGAIN = "Run the harvest again: it makes that shard anew and keeps the others."
 
 
@@ -110,14 +114,20 @@ class Activations:
             begun = any(folder.glob("shard-*")) if folder.is_dir() else False
             state = "is not finished" if begun else "is not there"
             raise RunError(f"The harvest in {folder} {state}: run the harvest first.")
-        manifest = read_json(folder / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = read_json(folder / MANIFEST, **ENTRIES)
+        if manifest.get("format") != FORMAT:
             raise RunError(
                 f"{folder / MANIFEST} has a format that this version does not read: harvest into a "
                 "new folder."
             )
         manifest = read_sealed(folder / MANIFEST, "Delete it and run the harvest again.")
+        for key in ("source", "target"):
+            if not is_site(manifest[key]) and (manifest[key] is not None or key == "source"):
+                raise RunError(
+                    f"{folder / MANIFEST} has the {key} {manifest[key]}, which is no site."
+                )
         for shard in manifest["shards"]:
+            checked(shard, folder / MANIFEST, RunError, rows=int, tokens=int, sha256=str)
             if not is_beside(shard["file"]):
                 raise RunError(
                     f"{folder / MANIFEST} names the shard {shard['file']!r}, and a shard is a "
@@ -200,6 +210,13 @@ def check_counts(config, names: tuple[str, ...]) -> None:
             raise RunError(f"{name} is {value!r}: it has to be a whole number.")
         if value < 1:
             raise RunError(f"{name} is {value}: it has to be 1 or more.")
+
+
+def is_site(value: object) -> bool:
+    """Whether a value of JSON is [name, layer or null]."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return isinstance(value[0], str) and (value[1] is None or type(value[1]) is int)
 
 
 def site_name(site: tuple[str, int | None]) -> str:
