@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mi_helpers.errors import checked, reading
 from mi_helpers.files import RunError, load_tensors, save_tensors, write_atomically
 from mi_helpers.layouts import norm_gain
 from mi_helpers.models import LanguageModel, token_text
@@ -226,8 +227,21 @@ class Features:
         Raises:
             RunError: the file is missing or damaged.
         """
-        tensors, about = load_tensors(Path(path), advice="Run the features again.")
-        return cls(about["rows"], **{name: tensor.numpy() for name, tensor in tensors.items()})
+        advice = "Run the features again."
+        tensors, about = load_tensors(Path(path), advice=advice)
+        checked(about, path, RunError, rows=int)
+        with reading(path, RunError, advice):
+            found = cls(about["rows"], **{name: t.numpy() for name, t in tensors.items()})
+            (n,) = found.count.shape
+            shapes = {"total": (n,), "histogram": (n, BINS), "top_row": (n, TOP)}
+            shapes |= {
+                "top_value": (n, TOP),
+                "sample_row": (n, SAMPLE),
+                "sample_value": (n, SAMPLE),
+            }
+            if wrong := [name for name in shapes if tensors[name].shape != shapes[name]]:
+                raise ValueError(f"{wrong[0]} has the shape {tuple(tensors[wrong[0]].shape)}")
+        return found
 
 
 def collect(held: Activations, coder, progress: bool = False) -> Features:

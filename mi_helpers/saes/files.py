@@ -25,8 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import errors as hub
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,12 +32,17 @@ from mi_helpers.errors import Kind, checked, first_line, reading
 from mi_helpers.files import write_atomically, write_json
 from mi_helpers.layouts import ModelError
 from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.hub import (
+    CONFIG,
+    KNOWN,
+    MOST_CONFIG,
+    SCOPE2,
+    SPARSIFY,
+    WEIGHTS,
+    from_hub,
+)
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-SPARSIFY, SCOPE, SCOPE2 = "sae.safetensors", "params.npz", "params.safetensors"
-KNOWN = (WEIGHTS, SPARSIFY, SCOPE, SCOPE2)
 INFLATED, INFLATION = 64 * 2**20, 20  # most bytes of an archive unpacked, and times its own size
-MOST_CONFIG = 2**22  # bytes of a cfg.json
 LAYOUT = "6.54.12"  # the version of SAELens whose cfg.json is written
 
 # SAELens' `architecture` of an SAE and of a transcoder. It has no TopK transcoder: those two names
@@ -148,7 +151,7 @@ def load_coder(
     """
     source = str(source)
     name = "/".join(part for part in (source.rstrip("/"), folder.strip("/")) if part)
-    path = _local(source, folder) if _is_local(source) else _from_hub(source, folder.strip("/"))
+    path = _local(source, folder) if _is_local(source) else from_hub(source, folder.strip("/"))
     if transcoder is None:
         transcoder = "transcoder" in name.lower()
     with reading(path, ModelError, of=name):
@@ -477,45 +480,3 @@ def _local(source: str, folder: str) -> Path:
     raise ModelError(
         f"{place} holds no coder ({' or '.join(KNOWN)}) but {held}: name the folder or file."
     )
-
-
-def _from_hub(repo: str, folder: str) -> Path:
-    """The weights' file of a coder on the hub, downloaded once, with its cfg.json beside it."""
-    single = folder.endswith((".safetensors", ".npz"))
-    wanted = [folder] if single else [f"{folder}/{name}".lstrip("/") for name in KNOWN]
-    try:
-        held = [file for file in wanted if isinstance(try_to_load_from_cache(repo, file), str)]
-        for file in held or wanted:
-            try:
-                path = Path(hf_hub_download(repo, file))
-            except hub.EntryNotFoundError as error:
-                if isinstance(error, hub.LocalEntryNotFoundError):
-                    raise
-                continue
-            if path.name in (WEIGHTS, SPARSIFY):
-                hf_hub_download(repo, str(Path(file).with_name(CONFIG).as_posix()))
-            return path
-    except (hub.EntryNotFoundError, hub.HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(_why(repo, folder, error)) from None
-    what = folder if single else f"{folder or 'its top folder'} ({' or '.join(KNOWN)})"
-    raise ModelError(
-        f"{repo} has no coder in {what}: look at https://huggingface.co/{repo}/tree/main."
-    )
-
-
-def _why(repo: str, folder: str, error: BaseException) -> str:
-    """One sentence for what the hub raised."""
-    if isinstance(error, hub.GatedRepoError):
-        return (
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run "
-            "`hf auth login`."
-        )
-    if isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
-        return f"There is no repository {repo!r} on huggingface.co, and no folder of that name."
-    if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | ConnectionError):
-        return (
-            f"{repo}/{folder} is not on this machine and huggingface.co cannot be reached: connect "
-            "to the network, or give a local folder."
-        )
-    first = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{repo}/{folder} could not be loaded: {first[0].rstrip('.:')}."

@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 
+from mi_helpers.errors import reading
 from mi_helpers.files import RunError, read_sealed, sha256, why_not_written, write_text
 from mi_helpers.saes.activations import Activations
 from mi_helpers.saes.coder import SparseCoder
@@ -77,15 +78,22 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a run's log as numbers; [] where there is no log."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    with reading(path, RunError), open(path, newline="", encoding="utf-8") as file:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def read_seconds(path: Path) -> float:
+    """How long a run has trained so far; 0 where no file says so."""
+    with reading(path, RunError):
+        return float(read_sealed(path)["seconds"]) if path.exists() else 0.0
 
 
 def keep_log_until(path: Path, step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint, including a torn last line."""
     if not path.exists():
         return
-    head, *lines = path.read_text("utf-8").splitlines(keepends=True) or [""]
+    with reading(path, RunError, "Delete it and run again."):
+        head, *lines = path.read_text("utf-8").splitlines(keepends=True) or [""]
     whole = (line for line in lines if line.endswith("\n") and line.split(",")[0].isdecimal())
     kept = [line for line in whole if int(line.split(",")[0]) <= step]
     if kept:

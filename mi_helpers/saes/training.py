@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mi_helpers.errors import checked, reading
 from mi_helpers.files import (
     RunError,
     delete_replaced,
@@ -53,6 +54,7 @@ from mi_helpers.saes.run_files import (
     is_begun,
     keep_log_until,
     log_row,
+    read_seconds,
     trained_coder,
     write_sums,
 )
@@ -304,7 +306,8 @@ class Run:
         self.test = held.slice(self.n, held.rows)
         self.coder = coder_for(held, config).to(processes.device)
         self.step_number, self.seconds, self.recipe = 0, 0.0, seal(recipe)
-        products = Products(tuple(recipe[CHOSEN]["kinds"]), recipe[CHOSEN]["float32"])
+        with reading(folder / RECIPE, RunError, "Choose a new folder."):
+            products = Products(tuple(recipe[CHOSEN]["kinds"]), recipe[CHOSEN]["float32"])
         self.step = SparseStep(self.coder, config.step(), products=products, processes=processes)
 
     def begin(self) -> None:
@@ -319,11 +322,12 @@ class Run:
             tensors, about = load_tensors(path, advice=advice)
             if about.get("recipe") != self.recipe:
                 raise RunError(f"{path} is of another run than {RECIPE} beside it. {advice}")
-            self.step.load_state_dict(tensors)
-            self.step.top_k.go_on(about["kinds"], about["doubtful"])
-            self.step_number = about["step"]
-            if (self.folder / SECONDS).exists():
-                self.seconds = read_sealed(self.folder / SECONDS)["seconds"]
+            with reading(path, RunError, advice):
+                checked(about, path, RunError, step=int, log=(str, None))
+                self.step.load_state_dict(tensors)
+                self.step.top_k.go_on(about["kinds"], about["doubtful"])
+                self.step_number = about["step"]
+            self.seconds = read_seconds(self.folder / SECONDS)
         else:
             x, target = self.order.rows(0, min(self.n, max(self.config.batch, 8_192)))
             self.coder.initialise(x, target)

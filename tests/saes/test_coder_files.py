@@ -4,6 +4,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from test_coders import KINDS, inputs, random_coder
 from mi_helpers import files as durable
 from mi_helpers.files import RunError, read_json, write_json
 from mi_helpers.layouts import ModelError
-from mi_helpers.saes import files as coder_files
+from mi_helpers.saes import hub as coder_hub
 from mi_helpers.saes.coder import ACTIVATIONS, SparseCoder
 from mi_helpers.saes.files import load_coder, save_coder
 
@@ -386,28 +387,31 @@ def test_a_failed_save_leaves_the_old_coder(tmp_path, monkeypatch):
 @pytest.fixture
 def fake_hub(tmp_path, monkeypatch):
     """A hub of local folders; what is not there raises what the hub raises."""
-    asked = []
+    asked, sizes = [], {}
 
     def error(kind, text):
         response = type("Response", (), {"headers": {}, "status_code": 404, "request": None})()
         return kind(text, response=response)
 
-    def download(repo, file):
-        asked.append(file)
+    def download(repo, file, dry_run=False):
+        if not dry_run:
+            asked.append(file)
         if not (tmp_path / repo).is_dir():
             raise error(hub.RepositoryNotFoundError, "404")
         path = tmp_path / repo / file
         if not path.is_file():
             raise error(hub.RemoteEntryNotFoundError, "404")
+        if dry_run:
+            return SimpleNamespace(file_size=sizes.get(path.name, path.stat().st_size))
         return str(path)
 
-    monkeypatch.setattr(coder_files, "hf_hub_download", download)
-    monkeypatch.setattr(coder_files, "try_to_load_from_cache", lambda repo, file: None)
-    return tmp_path, asked
+    monkeypatch.setattr(coder_hub, "hf_hub_download", download)
+    monkeypatch.setattr(coder_hub, "try_to_load_from_cache", lambda repo, file: None)
+    return SimpleNamespace(root=tmp_path, asked=asked, sizes=sizes)
 
 
 def test_a_coder_of_the_hub(fake_hub):
-    root, _ = fake_hub
+    root = fake_hub.root
     folder = root / "google/gemma-scope-2b-pt-transcoders/layer_3/width_16k/average_l0_54"
     folder.mkdir(parents=True)
     npz(folder)
@@ -423,19 +427,34 @@ def test_a_coder_of_the_hub(fake_hub):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_saelens_coder_of_the_hub_gets_its_config(fake_hub, activation):
-    root, asked = fake_hub
+    root, asked = fake_hub.root, fake_hub.asked
     save_coder(random_coder(activation), root / "someone/saes/layer_3")
     load_coder("someone/saes", "layer_3")
     assert asked == ["layer_3/sae_weights.safetensors", "layer_3/cfg.json"]
 
 
 def test_what_the_hub_lacks(fake_hub):
-    root, _ = fake_hub
+    root = fake_hub.root
     (root / "someone/saes").mkdir(parents=True)
     with pytest.raises(ModelError, match="someone/saes has no coder in layer_9"):
         load_coder("someone/saes", "layer_9")
     with pytest.raises(ModelError, match="no repository 'no/such'"):
         load_coder("no/such", "layer_9")
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "words"),
+    [
+        ("cfg.json", 10**9, "someone/saes has a cfg.json of 1,000,000,000 bytes, and at most"),
+        ("sae_weights.safetensors", 10**15, "The download of .* needs 1000000.0 GB of disk"),
+    ],
+)
+def test_what_is_too_large_is_not_downloaded(fake_hub, file, size, words):
+    save_coder(random_coder("topk"), fake_hub.root / "someone/saes/layer_3")
+    fake_hub.sizes[file] = size
+    with pytest.raises((ModelError, RunError), match=words):
+        load_coder("someone/saes", "layer_3")
+    assert f"layer_3/{file}" not in fake_hub.asked
 
 
 @pytest.mark.parametrize(
@@ -449,11 +468,11 @@ def test_what_the_hub_lacks(fake_hub):
     ],
 )
 def test_every_way_in_which_the_hub_fails_is_one_sentence(monkeypatch, error, words):
-    def fail(repo, file):
+    def fail(repo, file, dry_run=False):
         raise error
 
-    monkeypatch.setattr(coder_files, "hf_hub_download", fail)
-    monkeypatch.setattr(coder_files, "try_to_load_from_cache", lambda repo, file: None)
+    monkeypatch.setattr(coder_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(coder_hub, "try_to_load_from_cache", lambda repo, file: None)
     with pytest.raises(ModelError, match=words) as caught:
         load_coder("someone/saes", "layer_0")
     assert "\n" not in str(caught.value)
