@@ -32,7 +32,7 @@ def control(name: str, given) -> ipywidgets.Widget:
     widget.layout.width = widget.layout.width or "auto"
     widget.layout.max_width = "100%" if is_wide(widget) else "32em"
     if is_wide(widget):
-        widget.layout.grid_column = "1 / -1"
+        widget.layout.grid_area = "auto / 1 / auto / -1"  # grid_column is lost to grid_area
     if isinstance(widget, (ipywidgets.Text, ipywidgets.Textarea)):
         widget.continuous_update = False
     return widget

@@ -163,6 +163,7 @@ def test_an_explorer_in_lab_by_keyboard(lab, page):
     )
     top = image.bounding_box()["y"]
     prompt = box.get_by_label("prompt").first
+    assert prompt.bounding_box()["width"] > 600  # a prompt has a line of its own
     prompt.focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("bad")

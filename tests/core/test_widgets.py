@@ -44,7 +44,7 @@ def test_controls_stand_in_two_columns_and_leave_the_picture_room():
     )
     grid, view = made.box.children
     assert grid.layout.grid_template_columns.startswith("repeat(2,")
-    assert made.controls["prompt"].layout.grid_column == "1 / -1"
+    assert made.controls["prompt"].layout.grid_area == "auto / 1 / auto / -1"
     assert view.tallest == 647 - 3 * 34 - 40
     assert "mi-explorer" in made.box._dom_classes
     assert "nameControls" in view.get_state()["_esm"] and ".mi-figure" in view.get_state()["_css"]
