@@ -21,7 +21,7 @@ from strangers import KINDS, WRONG, Kind, places, put, spoiled
 from mi_helpers.errors import Refused
 
 LONG = int(os.environ.get("MI_FUZZ", 0))
-FEW = {"model": 12, "shards": 8, "shape": 12, "run": 8}  # which take longest
+FEW = {"model": 5, "shards": 5, "shape": 5, "run": 8}  # which take longest
 EVERY = [(name, file) for name, kind in KINDS.items() for file in kind.files]
 GROWTH = 2**20  # KiB, of memory at its peak, that reading small files may take
 CODE = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")

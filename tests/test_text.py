@@ -1,6 +1,7 @@
 """Any text reaches a figure, a table, a file and a terminal as it is, and comes back the same."""
 
 import html
+import json
 import re
 import unicodedata
 
@@ -26,6 +27,7 @@ from mi_helpers.lessons.lesson_05.figures import HeadViewer
 from mi_helpers.loading import load_model
 from mi_helpers.saes.features import Context
 from mi_helpers.saes.figures import centred, printable
+from mi_helpers.saes.sources import SourceError, open_source
 
 AWKWARD = [
     "$$", "$x$", r"$\frac$", r"\$", "\\", '"', "'", "[[", "]", "`", "``|`", "|", "**", "*_a_*",
@@ -188,3 +190,25 @@ def test_a_csv_file_comes_back_with_its_texts(tmp_path_factory, a, b):
     row = dict.fromkeys(ledger.COLUMNS, a) | {ledger.COLUMNS[0]: b}
     ledger.write([row, row], path)
     assert ledger.read(path) == [row, row]
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(st.lists(ANY, min_size=1, max_size=4), st.booleans(), st.sampled_from(["\n", "\r\n"]))
+def test_lines_of_json_come_back_as_they_are(tmp_path_factory, texts, escaped, end):
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    rows = [json.dumps({"text": text}, ensure_ascii=escaped) for text in texts]
+    path.write_bytes("".join(row + end for row in rows).encode())
+    assert list(open_source(str(path)).texts()) == [text for text in texts if text.strip()]
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a\udfffb"])
+def test_half_a_character_is_refused_by_its_line(tmp_path, half):
+    rows = [json.dumps({"text": text}) + "\n" for text in ("a", half)]
+    (tmp_path / "a.jsonl").write_text("".join(rows), "utf-8")
+    with pytest.raises(SourceError, match="Line 2 of .*a.jsonl has half a character"):
+        list(open_source(str(tmp_path / "a.jsonl")).texts())
+
+
+def test_line_ends_of_windows_end_paragraphs(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\r\nb\r\n\r\nc\r\n")
+    assert list(open_source(str(tmp_path / "a.txt")).texts()) == ["a\nb", "c"]

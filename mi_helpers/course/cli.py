@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         if traced:
             traceback.print_exc()
         tell(told(error, given[0] if given else "", traced))
-        return getattr(error, "exit_code", 1)
+        return getattr(error, "exit_code", 2 if is_ours(error) else 1)
 
 
 def run(argv: list[str]) -> int:
@@ -152,7 +152,7 @@ def run(argv: list[str]) -> int:
 
 def told(error: Exception, name: str, traced: bool = False) -> str:
     """One sentence for whatever a command raised; where nobody foresaw it, what to do about it."""
-    if isinstance(error, Refused):
+    if is_ours(error):
         return str(error)
     if isinstance(error, MemoryError):
         return f"{name} needs more memory than there is: close other programs, or ask for less."
@@ -164,6 +164,17 @@ def told(error: Exception, name: str, traced: bool = False) -> str:
         f"{name} stopped, and it should not have ({type(error).__name__}: {first_line(error)}): "
         f"please report this to whom you have the course from, {report}."
     )
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether this course refused what it was given: then the error's text is a sentence of ours.
+
+    A ValueError is one where it was raised by the course's own code, and not inside a library.
+    """
+    if isinstance(error, Refused) or not isinstance(error, ValueError):
+        return isinstance(error, Refused)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("mi_helpers.") and " " in str(error)
 
 
 def tell(sentence: str) -> None:

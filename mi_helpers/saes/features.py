@@ -470,8 +470,8 @@ def write_latents(
         return said
 
     def write(to: Path) -> None:
-        bar = progress_bar("contexts", features.n_latents, "latents", shown=progress)
-        with open(to, "w", encoding="utf-8") as file, bar:
+        what = ("contexts", features.n_latents, "latents")
+        with open(to, "w", encoding="utf-8") as file, progress_bar(*what, shown=progress) as bar:
             for latent in range(features.n_latents):
                 file.write(json.dumps(line(latent), ensure_ascii=False) + "\n")
                 bar.update()

@@ -1,5 +1,6 @@
 """`python -m mi_helpers`: the table of commands, typos, notebooks and the doctor."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from mi_helpers.course import cli, doctor, notebooks
 from mi_helpers.course.cli import BY_NAME, load, sentence
 from mi_helpers.files import InUse, RunError
 from mi_helpers.layouts import ModelError
+from mi_helpers.saes.coder import SparseCoder
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -111,6 +113,16 @@ def test_whatever_is_raised_is_one_sentence(raised, code, said, traced, monkeypa
     assert said in error
     shown = traced and not isinstance(raised, KeyboardInterrupt)
     assert ("Traceback" in error) == shown and (shown or error.count("\n") == 1)
+
+
+def test_a_value_error_of_our_own_code_is_its_sentence(monkeypatch, capsys):
+    """And one that a library raised is not, whoever called it."""
+    monkeypatch.setattr(cli, "load", lambda name: lambda argv: SparseCoder(4, 8, k=9) and 0)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err.startswith("k is 9, and the dictionary has 8 latents")
+    monkeypatch.setattr(cli, "load", lambda name: lambda argv: json.loads("{"))
+    assert main(["doctor"]) == 1
+    assert "it should not have (JSONDecodeError: Expecting" in capsys.readouterr().err
 
 
 def test_the_environment_asks_for_tracebacks(monkeypatch, capsys):
