@@ -205,7 +205,7 @@ def test_lines_of_json_come_back_as_they_are(tmp_path_factory, texts, escaped, e
 def test_half_a_character_is_refused_by_its_line(tmp_path, half):
     rows = [json.dumps({"text": text}) + "\n" for text in ("a", half)]
     (tmp_path / "a.jsonl").write_text("".join(rows), "utf-8")
-    with pytest.raises(SourceError, match="Line 2 of .*a.jsonl has half a character"):
+    with pytest.raises(SourceError, match="Line 2 of .*a.jsonl has half of a character"):
         list(open_source(str(tmp_path / "a.jsonl")).texts())
 
 
