@@ -2,7 +2,6 @@
 
 from mi_helpers.course.check import check, confirm, hint, solution
 from mi_helpers.course.investigate import investigate
-from mi_helpers.course.overview import progress
-from mi_helpers.course.predict import predict
+from mi_helpers.course.predict import predict, progress
 
 __all__ = ["check", "confirm", "hint", "investigate", "predict", "progress", "solution"]

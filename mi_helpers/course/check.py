@@ -1,4 +1,4 @@
-"""What a notebook calls for its exercises: `check`, `hint`, `solution`, `progress`.
+"""What a notebook calls for its exercises: `check`, `hint`, `solution`, `confirm`.
 
 The names that `exercises.py` of a lesson's room needs are here too, so that one import serves it.
 """
@@ -8,32 +8,47 @@ import inspect
 import textwrap
 from collections.abc import Callable
 
-from mi_helpers.course import card, record, session, shown
-from mi_helpers.course.card import Exercise, exercise, lesson_numbers, lessons
-from mi_helpers.course.expecting import (
+import ipywidgets
+
+from mi_helpers.course import exercise as cards
+from mi_helpers.course import record, session
+from mi_helpers.course.answers import (
     Draw,
     Wrong,
     agree,
+    as_numbers,
+    bare,
+    clone,
+    code,
+    describe,
     draw,
     draws,
     expect,
     expect_close,
     expect_none_of,
     expect_shape,
+    like,
+    same,
+    say_error,
 )
-from mi_helpers.course.judge import NOT_ATTEMPTED, RIGHT, WRONG, Verdict, evaluate, judge
-from mi_helpers.course.limits import TimeUp, within
-from mi_helpers.course.shown import Note, display
-from mi_helpers.course.values import as_kind, as_numbers, clone, code, describe, same, say_error
+from mi_helpers.course.exercise import (
+    NOT_ATTEMPTED,
+    NOT_JUDGED,
+    RIGHT,
+    WRONG,
+    Exercise,
+    TimeUp,
+    Verdict,
+    evaluate,
+    exercise,
+    within,
+)
+from mi_helpers.course.session import Note, display
 
 __all__ = [
-    "NOT_ATTEMPTED",
-    "RIGHT",
-    "WRONG",
     "Draw",
     "Exercise",
     "Note",
-    "Verdict",
     "Wrong",
     "agree",
     "as_numbers",
@@ -41,27 +56,21 @@ __all__ = [
     "code",
     "confirm",
     "describe",
-    "display",
     "draw",
     "draws",
-    "evaluate",
     "exercise",
     "expect",
     "expect_close",
     "expect_none_of",
     "expect_shape",
     "hint",
-    "lesson_numbers",
-    "lessons",
     "same",
     "solution",
 ]
 
-NOT_JUDGED = "not judged"
 ICONS = {RIGHT: "✅", WRONG: "❌", NOT_ATTEMPTED: "⬜", NOT_JUDGED: "⚠️"}
 SEED = 0  # of a check's inputs where outputs are kept
 
-session.remember()
 session.say_name_errors(("check", "predict", "investigate"))
 
 
@@ -76,7 +85,7 @@ class Yours:
     def __init__(self, exercise: Exercise):
         self.exercise = exercise
         self.own: Callable | None = None
-        self.kind = None
+        self.make = None  # the reference's, where its own results are of another
         functools.update_wrapper(self, exercise.reference)
 
     @property
@@ -95,7 +104,7 @@ class Yours:
         except (Exception, SystemExit) as error:
             self.give_up(f"raised {say_error(error)} here")
         else:
-            return as_kind(result, self.kind)
+            return result if self.make is None else like(result, self.make)
         return self.exercise.reference(*args, **kwargs)
 
     def give_up(self, what: str) -> None:
@@ -112,21 +121,6 @@ class Yours:
         return f"<{owner} {self.exercise.name}, exercise {self.exercise.id}>"
 
 
-def with_exercise(show: Callable) -> Callable:
-    """Let `show(exercise, ...)` be called with an id; an unknown id is answered in one sentence."""
-
-    @functools.wraps(show)
-    def by_id(exercise_id: str, *args):
-        try:
-            found = card.find(exercise_id)
-        except LookupError as error:
-            display(f"⚠️ {error.args[0]}")
-            return unknown if show.__name__ == "check" else None
-        return show(found, *args)
-
-    return by_id
-
-
 def unknown(*_args, **_kwargs):
     """What `check` returns for an exercise that does not exist."""
     raise LookupError(
@@ -134,20 +128,29 @@ def unknown(*_args, **_kwargs):
     )
 
 
-@with_exercise
-def check(exercise: Exercise, answer: "Callable | str") -> Callable:
+def find(exercise_id: str) -> Exercise | None:
+    """The exercise with this id; None, after one sentence, if there is none."""
+    try:
+        return cards.look_up(exercise_id, "exercise")
+    except LookupError as error:
+        display(f"⚠️ {error.args[0]}")
+        return None
+
+
+def check(exercise_id: str, answer: "Callable | str") -> Callable:
     """`mine = check("5.2", my_function)`: say whether it is right, and what is wrong if it is not.
 
     Returns the learner's function where it is right, else the reference, and the notebook goes on
     with that. A function may be given by its name in quotes, which need not be defined yet.
     """
-    yours = Yours(exercise)
-    kept = session.assigns("check", exercise.id)
+    if (exercise := find(exercise_id)) is None:
+        return unknown
+    yours, kept = Yours(exercise), session.assigns("check", exercise.id)
     text = said(yours, answer, kept)
-    if shown.static():
+    if session.static():
         display(text)
-        return yours
-    show_buttons(yours, name_of(answer) or exercise.name, text, kept)
+    else:
+        show_buttons(yours, name_of(answer) or exercise.name, text, kept)
     return yours
 
 
@@ -166,14 +169,14 @@ def said(yours: Yours, answer, kept: bool) -> str:
     exercise = yours.exercise
     own = session.look_up(answer) if isinstance(answer, str) else answer
     own = own.own or exercise.stub_function() if isinstance(own, Yours) else own
-    verdict = Verdict(NOT_ATTEMPTED, undefined(answer)) if own is None else None
-    if verdict is None and (reason := session.stale(own)):
+    if own is None:
+        verdict = Verdict(NOT_ATTEMPTED, undefined(answer))
+    elif reason := session.stale(own):
         verdict = Verdict(NOT_JUDGED, reason)
-    if verdict is None:
-        verdict, watched = judge(exercise, own, SEED if shown.static() else None)
-        yours.kind = watched.kinds[0] if watched.kinds and watched.other_kind() else None
+    else:
+        verdict = evaluate(exercise, own, SEED if session.static() else None)
     right = verdict.status == RIGHT
-    yours.own = own if right else None
+    yours.own, yours.make = (own, verdict.make) if right else (None, None)
     whose = "yours" if right else "the reference"
     parts = [
         f"{ICONS[verdict.status]} **{exercise.id} {exercise.title}: {verdict.status}.**",
@@ -198,36 +201,29 @@ def following(exercise: Exercise) -> str:
     if exercise.after:
         return exercise.after
     lesson = int(exercise.id.split(".")[0])
-    found = card.exercises_of(lesson)
-    place = next((i for i, each in enumerate(found) if each.id == exercise.id), len(found))
-    if place + 1 < len(found):
-        return f"Next: {found[place + 1].id} {found[place + 1].title}."
+    found = cards.declared(lesson, "exercise")
+    ids = [each.id for each in found]
+    for each in found[ids.index(exercise.id) + 1 :][:1]:
+        return f"Next: {each.id} {each.title}."
     return f"That was the last exercise of lesson {lesson:02d}."
 
 
 def show_buttons(yours: Yours, name: str, text: str, kept: bool) -> None:
     """The verdict, and under it buttons that check again, give a hint, and show the solution."""
-    import ipywidgets
-    from IPython.display import display as show
-
-    id = yours.exercise.id
-    line, place = show(Note(text), display_id=True), shown.Place()
-
-    def again() -> None:
-        line.update(Note(said(yours, name, kept)))
-
+    exercise, id = yours.exercise, yours.exercise.id
+    line, place = session.show(Note(text), display_id=True), ipywidgets.Output()
     what = {
-        f"Check {id}": (f'check("{id}", {name})', again),
-        f"Hint for {id}": (f'hint("{id}")', lambda: place.show(next_hint(yours.exercise))),
-        f"Solution of {id}": (
-            f'solution("{id}")',
-            lambda: place.show(source_of(yours.exercise)),
-        ),
+        f"Check {id}": lambda: line.update(Note(said(yours, name, kept))),
+        f"Hint for {id}": lambda: session.put(place, next_hint(exercise)),
+        f"Solution of {id}": lambda: session.put(place, source_of(exercise)),
     }
-    buttons = [shown.button(label, call, act) for label, (call, act) in what.items()]
-    texts = [call for call, _ in what.values()]
-    box = ipywidgets.VBox([ipywidgets.HBox(buttons), shown.calls(*texts), place.widget])
-    shown.show_live(box, " · ".join(map(code, texts)))
+    texts = [f'check("{id}", {name})', f'hint("{id}")', f'solution("{id}")']
+    buttons = [
+        session.button(label, call, act)
+        for (label, act), call in zip(what.items(), texts, strict=True)
+    ]
+    box = ipywidgets.VBox([ipywidgets.HBox(buttons), session.calls(*texts), place])
+    session.show_live(box, " · ".join(map(code, texts)))
 
 
 _hints_shown: dict[str, int] = {}
@@ -247,16 +243,16 @@ def source_of(exercise: Exercise) -> str:
     return f"🔑 **{exercise.id} {exercise.title}, one solution:**\n\n```python\n{source}\n```"
 
 
-@with_exercise
-def hint(exercise: Exercise) -> None:
+def hint(exercise_id: str) -> None:
     """`hint("5.2")`: the next hint; after the last one it starts again."""
-    display(next_hint(exercise))
+    if exercise := find(exercise_id):
+        display(next_hint(exercise))
 
 
-@with_exercise
-def solution(exercise: Exercise) -> None:
+def solution(exercise_id: str) -> None:
     """`solution("5.2")`: the source of the reference answer."""
-    display(source_of(exercise))
+    if exercise := find(exercise_id):
+        display(source_of(exercise))
 
 
 class NotConfirmed(AssertionError):
@@ -274,18 +270,9 @@ def confirm(sentence: str, ok) -> None:
         NotConfirmed: it does not hold; its text is the sentence.
         ValueError: `ok` is not one boolean.
     """
-    try:
-        holds = as_one_bool(ok)
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"'{sentence}' needs True or False, not {describe(ok)}.") from None
-    if not holds:
+    one = bare(ok)
+    if one.dtype != bool or one.size != 1:
+        raise ValueError(f"'{sentence}' needs True or False, not {describe(ok)}.")
+    if not one.all():
         raise NotConfirmed(f"This does not hold: {sentence}.")
     display(f"✓ {sentence}")
-
-
-def as_one_bool(ok) -> bool:
-    """A boolean of any make; ValueError for anything else."""
-    one = ok.item() if hasattr(ok, "item") else ok
-    if not isinstance(one, bool):
-        raise ValueError
-    return one

@@ -35,7 +35,10 @@ COMMANDS = {
         "doctor": ("mi_helpers.course.doctor:main", "what works on this machine"),
         "claims": ("mi_helpers.course.ledger:main", "the ledger of claims; measure it anew"),
         "exercises": ("mi_helpers.course.prove:main", "prove every exercise of every lesson"),
-        "lessons": ("mi_helpers.course.work:main", "your own copies of the lessons, up to date"),
+        "lessons": (
+            "mi_helpers.course.notebooks:main_lessons",
+            "your copies, up to date",
+        ),
         "notebooks": ("mi_helpers.course.notebooks:main", "run the notebooks, save them clean"),
         "manifest": ("mi_helpers.files:main_manifest", "the checksums of data/, or write them"),
     },

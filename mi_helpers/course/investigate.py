@@ -23,10 +23,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
-from mi_helpers.course import card, record, session, shown
-from mi_helpers.course.expecting import Wrong
-from mi_helpers.course.values import clone, code, describe, is_tensor, say_error
+from mi_helpers.course import exercise as cards
+from mi_helpers.course import record
+from mi_helpers.course.answers import Wrong, clone, code, describe, say_error
+from mi_helpers.course.session import display
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class Investigation:
         if is_nothing(answer):
             raise Wrong(f"There is nothing to measure in {describe(answer)}: give {self.form}.")
         try:
-            with session.fresh():
+            with cards.undisturbed():
                 value = float(self.measure(clone(answer)))
         except Wrong:
             raise
@@ -86,16 +88,6 @@ def investigation(id: str, **fields) -> Callable[[Callable], Callable]:
     return declare
 
 
-def investigations_of(lesson: int) -> list[Investigation]:
-    """The investigations of one lesson."""
-    return card.declared(lesson, "investigation")
-
-
-def find(id: str) -> Investigation:
-    """The investigation with this id; LookupError with one sentence if there is none."""
-    return card.look_up(id, investigations_of, "investigation")
-
-
 # -- what is an answer -----------------------------------------------------------------------
 
 
@@ -103,12 +95,9 @@ def is_nothing(answer) -> bool:
     """Whether an answer is none: None, `...`, an empty collection or text, NaN, a function."""
     if answer is None or answer is ... or callable(answer):
         return True
-    if isinstance(answer, float):
-        return math.isnan(answer)
-    try:
-        return len(answer) == 0
-    except TypeError:
-        return False
+    if isinstance(answer, (str, list, tuple, set, dict)):
+        return not answer
+    return isinstance(answer, float) and math.isnan(answer)
 
 
 def one_of(answer, options: Iterable, what: str = "options"):
@@ -150,10 +139,7 @@ def number_in(answer, low: float, high: float, what: str = "number") -> float:
 
 def plain(value):
     """A value in Python's own numbers; lists inside it as tuples, so that they compare."""
-    if is_tensor(value):
-        value = value.detach().cpu().tolist()
-    elif isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
+    value = value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
     return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
@@ -181,22 +167,22 @@ def investigate(id: str, answer=...) -> float | None:
     answer looks like.
     """
     try:
-        found = find(id)
+        found = cards.look_up(id, "investigation")
     except LookupError as error:
-        shown.display(f"⚠️ {error.args[0]}")
+        display(f"⚠️ {error.args[0]}")
         return None
     head = f"🔎 **Investigation {found.id}, {found.title}:**"
     if answer is ... or answer is None:
-        shown.display(f"{head} not attempted yet. Your answer is {found.form}.")
+        display(f"{head} not attempted yet. Your answer is {found.form}.")
         return None
     try:
         score = found.score(answer)
     except Wrong as wrong:
-        shown.display(f"{head} not scored. {wrong}")
+        display(f"{head} not scored. {wrong}")
         return None
     chance, best = scale(found)
     problem = record.save({"investigations": {found.id: score}})
-    shown.display(" ".join(part for part in (head, said_of(score, chance, best), problem) if part))
+    display(" ".join(part for part in (head, said_of(score, chance, best), problem) if part))
     return score
 
 

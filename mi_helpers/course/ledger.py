@@ -26,7 +26,7 @@ from typing import Annotated
 
 import tyro
 
-from mi_helpers.course.check import lesson_numbers
+from mi_helpers.course.exercise import lesson_numbers
 from mi_helpers.errors import Refused, reading
 from mi_helpers.files import put_between, write_text
 

@@ -7,13 +7,12 @@ conditions, an argument ignored: one change each.
 """
 
 import ast
-import copy
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mi_helpers.course.values import clone
+from mi_helpers.course.answers import clone
 
 OPERATORS = {
     ast.Add: ast.Sub,
@@ -38,62 +37,17 @@ COMPARISONS = {
     ast.Is: (ast.IsNot,),
     ast.IsNot: (ast.Is,),
 }
-CALLS = {  # what a call is mistaken for; "" is leaving it out
-    "abs": ("",),
-    "absolute": ("",),
-    "clip": ("",),
-    "clamp": ("",),
-    "clamp_min": ("",),
-    "relu": ("",),
-    "sqrt": ("",),
-    "square": ("",),
-    "exp": ("",),
-    "log": ("",),
-    "sorted": ("",),
-    "flip": ("",),
-    "tril": ("triu",),
-    "triu": ("tril",),
-    "mean": ("sum",),
-    "sum": ("mean",),
-    "max": ("min",),
-    "min": ("max",),
-    "amax": ("amin",),
-    "amin": ("amax",),
-    "argmax": ("argmin",),
-    "argmin": ("argmax",),
-    "any": ("all",),
-    "all": ("any",),
-    "log_softmax": ("softmax",),
-    "softmax": ("log_softmax",),
-    "zeros_like": ("ones_like",),
-    "ones_like": ("zeros_like",),
-    "norm": ("sum",),
-}
+LEFT_OUT = "abs absolute clip clamp clamp_min relu sqrt square exp log sorted flip".split()
+PAIRS = "tril triu,mean sum,max min,amax amin,argmax argmin,any all,log_softmax softmax"
+PAIRS = [pair.split() for pair in f"{PAIRS},zeros_like ones_like".split(",")]
+MISTAKEN = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])} | {"norm": "sum"}
+BUILTIN = ("sum", "max", "min", "any", "all")
 AXES = ("axis", "dim")
-WITH_AXIS = {
-    "sum",
-    "mean",
-    "max",
-    "min",
-    "argmax",
-    "argmin",
-    "softmax",
-    "log_softmax",
-    "std",
-    "var",
-}
-WITH_AXIS |= {
-    "amax",
-    "amin",
-    "cumsum",
-    "flip",
-    "any",
-    "all",
-    "sort",
-    "argsort",
-    "unsqueeze",
-    "norm",
-}
+WITH_AXIS = (
+    "sum mean max min argmax argmin softmax log_softmax std var amax amin cumsum flip any all"
+)
+WITH_AXIS = {*WITH_AXIS.split(), "sort", "argsort", "unsqueeze", "norm"}
+MODULES = ("torch", "np", "numpy", "F", "math")
 
 
 @dataclass(frozen=True)
@@ -105,40 +59,21 @@ class Mutant:
 
 
 def mutants(reference: Callable) -> list[Mutant]:
-    """Every mutant of a function whose instructions differ from its own and from each other's."""
+    """Every mutant of a function whose text differs from its own and from each other's."""
     own = inspect.unwrap(reference)
     tree = ast.parse(textwrap.dedent(inspect.getsource(own)))
-    seen, made = {code_of(tree, own)}, []
-    for change, mutated in changes(tree):
-        ast.fix_missing_locations(mutated)
-        body = code_of(mutated, own)
-        if body not in seen:
-            seen.add(body)
-            made.append(Mutant(change, define(mutated, own)))
-    return made + [
+    texts = {ast.unparse(tree): ""}
+    for change, text in changes(tree):
+        texts.setdefault(text, change)
+    found = []
+    for text, change in list(texts.items())[1:]:
+        names = dict(own.__globals__)
+        exec(compile(text, f"<mutant of {own.__name__}>", "exec"), names)
+        found.append(Mutant(change, names[own.__name__]))
+    return found + [
         Mutant(f"{name} → its first value, always", stuck(reference, name))
         for name in inspect.signature(reference).parameters
     ]
-
-
-def define(tree: ast.Module, own: Callable) -> Callable:
-    """The function of a tree, among the names of the one that it is made from."""
-    names = dict(own.__globals__)
-    exec(compile(tree, f"<mutant of {own.__name__}>", "exec"), names)
-    return names[own.__name__]
-
-
-def code_of(tree: ast.Module, own: Callable) -> tuple:
-    """The instructions of a tree, to be compared."""
-    return flat(compile(tree, own.__name__, "exec", optimize=2))
-
-
-def flat(body) -> tuple:
-    """A code object without its lines."""
-    constants = tuple(
-        flat(each) if hasattr(each, "co_code") else repr(each) for each in body.co_consts
-    )
-    return body.co_code, body.co_names, body.co_varnames, constants
 
 
 def stuck(function: Callable, name: str) -> Callable:
@@ -159,38 +94,35 @@ def stuck(function: Callable, name: str) -> Callable:
 # -- the changes -----------------------------------------------------------------------------
 
 
-def changes(tree: ast.Module) -> Iterator[tuple[str, ast.Module]]:
-    """("before → after", the whole tree with that change) for each change of each node."""
-    skipped = set()
-    function = tree.body[0]
-    for part in (*function.decorator_list, function.args, function.returns):
-        skipped |= {id(node) for node in ast.walk(part)} if part else set()
-    if ast.get_docstring(function):
-        skipped |= {id(node) for node in ast.walk(function.body[0])}
-    nodes = list(ast.walk(tree))
-    parents = {id(child): node for node in nodes for child in ast.iter_child_nodes(node)}
-    for place, node in enumerate(nodes):
-        if id(node) in skipped:
-            continue
-        for new in variants(node, parents.get(id(node))):
-            changed = copy.deepcopy(tree)
-            replace(changed, place, new)
-            yield f"{ast.unparse(node)} → {ast.unparse(new)}", changed
+def changes(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """("before → after", the whole text with that change) for each change of each node."""
+    for place, key, parent in list(spots(tree)):
+        node = place[key]
+        for new in variants(node, parent):
+            place[key] = new
+            yield (
+                f"{ast.unparse(node)} → {ast.unparse(new)}",
+                ast.unparse(ast.fix_missing_locations(tree)),
+            )
+            place[key] = node
 
 
-def replace(tree: ast.Module, place: int, new: ast.AST) -> None:
-    """Put a node in the place of the one that `ast.walk` comes to at a number."""
-    old = list(ast.walk(tree))[place]
-    for node in ast.walk(tree):
-        for name, value in ast.iter_fields(node):
-            if value is old:
-                setattr(node, name, new)
-            elif isinstance(value, list):
-                value[:] = [new if each is old else each for each in value]
+def spots(node: ast.AST) -> Iterator[tuple]:
+    """(list or dictionary, its key, parent) of each node in the bodies of functions."""
+    for name, value in ast.iter_fields(node):
+        if isinstance(node, ast.FunctionDef) and name != "body":
+            continue  # decorators, parameters
+        place = value if isinstance(value, list) else vars(node)
+        for key in range(len(value)) if isinstance(value, list) else [name]:
+            if isinstance(place[key], ast.AST):
+                yield place, key, node
+                yield from spots(place[key])
 
 
-def variants(node: ast.AST, parent: ast.AST | None) -> Iterator[ast.AST]:
+def variants(node: ast.AST, parent: ast.AST) -> Iterator[ast.AST]:
     """What one node may be mistaken for."""
+    if isinstance(parent, (ast.If, ast.IfExp)) and node is parent.test:
+        yield ast.UnaryOp(ast.Not(), node)
     if isinstance(node, (ast.BinOp, ast.AugAssign)) and type(node.op) in OPERATORS:
         yield altered(node, op=OPERATORS[type(node.op)]())
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
@@ -198,13 +130,10 @@ def variants(node: ast.AST, parent: ast.AST | None) -> Iterator[ast.AST]:
             yield node.operand
     elif isinstance(node, ast.Compare):
         for place, operator in enumerate(node.ops):
-            for other in COMPARISONS.get(type(operator), ()):
-                ops = [*node.ops[:place], other(), *node.ops[place + 1 :]]
-                yield altered(node, ops=ops)
+            for other in COMPARISONS[type(operator)]:
+                yield altered(node, ops=[*node.ops[:place], other(), *node.ops[place + 1 :]])
     elif isinstance(node, ast.BoolOp):
         yield altered(node, op=ast.And() if isinstance(node.op, ast.Or) else ast.Or())
-    elif isinstance(node, (ast.If, ast.IfExp)):
-        yield altered(node, test=ast.UnaryOp(ast.Not(), node.test))
     elif isinstance(node, ast.Call):
         yield from of_call(node)
     elif isinstance(node, ast.Subscript):
@@ -225,33 +154,24 @@ def of_call(node: ast.Call) -> Iterator[ast.AST]:
     method = isinstance(node.func, ast.Attribute)
     name = node.func.attr if method else getattr(node.func, "id", "")
     module = method and isinstance(node.func.value, ast.Name) and node.func.value.id in MODULES
-    for other in CALLS.get(name, ()):
-        if other:
-            new = altered(node.func, attr=other) if method else ast.Name(other, ast.Load())
-            if method or other in ("sum", "max", "min", "any", "all"):
-                yield altered(node, func=new)
-        elif module or not method:
-            yield from node.args[:1]
-        else:
-            yield node.func.value
+    if name in LEFT_OUT:
+        yield from node.args[:1] if module or not method else [node.func.value]
+    if (other := MISTAKEN.get(name)) and (method or other in BUILTIN):
+        yield altered(
+            node, func=altered(node.func, attr=other) if method else ast.Name(other, ast.Load())
+        )
     if name == "range":
         *start, stop = node.args[:2]
         yield altered(node, args=[*start, plus(stop, -1), *node.args[2:]])
         begin = start[0] if start else ast.Constant(0)
         yield altered(node, args=[plus(begin, 1), stop, *node.args[2:]])
     for place, keyword in enumerate(node.keywords):
-        if keyword.arg in AXES:
-            for axis in other_axes(keyword.value):
-                new = altered(keyword, value=axis)
-                keywords = [*node.keywords[:place], new, *node.keywords[place + 1 :]]
-                yield altered(node, keywords=keywords)
+        if keyword.arg in AXES and (axis := other_axis(keyword.value)):
+            new = altered(keyword, value=axis)
+            yield altered(node, keywords=[*node.keywords[:place], new, *node.keywords[place + 1 :]])
     at = 1 if module else 0
-    if method and name in WITH_AXIS and len(node.args) > at:
-        for axis in other_axes(node.args[at]):
-            yield altered(node, args=[*node.args[:at], axis, *node.args[at + 1 :]])
-
-
-MODULES = ("torch", "np", "numpy", "F", "math")
+    if method and name in WITH_AXIS and len(node.args) > at and (axis := other_axis(node.args[at])):
+        yield altered(node, args=[*node.args[:at], axis, *node.args[at + 1 :]])
 
 
 def whole(node: ast.AST) -> int | None:
@@ -263,18 +183,15 @@ def whole(node: ast.AST) -> int | None:
     return value if type(value) is int else None
 
 
-def other_axes(node: ast.AST) -> Iterator[ast.AST]:
-    """Another axis than this one."""
+def other_axis(node: ast.AST) -> ast.AST | None:
+    """Another axis than this one; None where it is no number."""
     axis = whole(node)
-    if axis is not None:
-        yield number({0: 1, 1: 0, -1: 0, -2: -1}.get(axis, axis - 1))
+    return None if axis is None else number({0: 1, 1: 0, -1: 0, -2: -1}.get(axis, axis - 1))
 
 
 def number(value) -> ast.AST:
     """The node of a number, negative ones included."""
-    if value < 0:
-        return ast.UnaryOp(ast.USub(), ast.Constant(-value))
-    return ast.Constant(value)
+    return ast.UnaryOp(ast.USub(), ast.Constant(-value)) if value < 0 else ast.Constant(value)
 
 
 def plus(node: ast.AST, by: int) -> ast.AST:
@@ -296,7 +213,7 @@ def of_index(node: ast.Subscript) -> Iterator[ast.AST]:
         yield altered(node, slice=plus(index, -1))
 
 
-def of_constant(node: ast.Constant, parent: ast.AST | None) -> Iterator[ast.AST]:
+def of_constant(node: ast.Constant, parent: ast.AST) -> Iterator[ast.AST]:
     """Another boolean; a whole number plus 1; another number doubled."""
     if isinstance(parent, ast.keyword) and parent.arg in AXES:
         return  # axes have changes of their own

@@ -14,9 +14,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mi_helpers.course import card, record, shown
+import ipywidgets
+
+from mi_helpers.course import exercise as cards
+from mi_helpers.course import record, session
+from mi_helpers.course.answers import code, describe
 from mi_helpers.course.record import SURE
-from mi_helpers.course.values import code, describe
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,6 @@ def prediction(
     return declare
 
 
-def predictions_of(lesson: int) -> list[Prediction]:
-    """The predictions of one lesson."""
-    return card.declared(lesson, "prediction")
-
-
-def find(id: str) -> Prediction:
-    """The prediction with this id; LookupError with one sentence if there is none."""
-    return card.look_up(id, predictions_of, "prediction")
-
-
 # -- what a notebook calls -------------------------------------------------------------------
 
 
@@ -93,22 +86,19 @@ def predict(
     """
     options = [str(each) for each in options]
     try:
-        registered = find(id)
-        kept = record.predictions().get(registered.id)
-        if answer is not None and kept is None:
-            shown.display(keep(id, options, answer, sure))
-            return
+        cards.look_up(id, "prediction")
     except LookupError as error:
-        shown.display(f"⚠️ {error.args[0]}")
+        session.display(f"⚠️ {error.args[0]}")
         return
-    if kept is not None and not shown.static():
-        shown.display(told(id, kept))
-        return
-    text = sentence(id, question, options)
-    if shown.static():
-        shown.display(text)
-        return
-    shown.show_live(box(id, question, options), text)
+    kept, text = record.predictions().get(id), sentence(id, question, options)
+    if answer is not None and kept is None:
+        session.display(keep(id, options, answer, sure))
+    elif session.static():
+        session.display(text)
+    elif kept is not None:
+        session.display(told(id, kept))
+    else:
+        session.show_live(box(id, question, options), text)
 
 
 def keep(id: str, options: list[str], answer: object, sure: int | None) -> str:
@@ -138,11 +128,9 @@ def sentence(id: str, question: str, options: list[str]) -> str:
 
 def box(id: str, question: str, options: list[str]):
     """The question with a button for each option, then one for each confidence."""
-    import ipywidgets
-
-    place = shown.Place()
+    place = ipywidgets.Output()
     title = ipywidgets.HTML()
-    title.value = f"<b>🔮 Predict {shown.plain(id)}.</b> {shown.plain(question)}"
+    title.value = f"<b>🔮 Predict {session.plain(id)}.</b> {session.plain(question)}"
     choice = ipywidgets.ToggleButtons(
         options=options, value=None, tooltips=[f"Predict: {each}" for each in options]
     )
@@ -150,20 +138,20 @@ def box(id: str, question: str, options: list[str]):
 
     def commit(sure: int) -> None:
         if choice.value is None:
-            place.show("⚠️ Choose an answer first, then how sure you are of it.")
+            session.put(place, "⚠️ Choose an answer first, then how sure you are of it.")
             return
-        place.show(keep(id, options, choice.value, sure))
+        session.put(place, keep(id, options, choice.value, sure))
         for each in (choice, *buttons):
             each.disabled = True
 
     buttons = [
-        shown.button(
+        session.button(
             f"{sure} % sure", f"Keep this answer; I am {sure} % sure", lambda s=sure: commit(s)
         )
         for sure in SURE
     ]
-    call = shown.calls(f'predict("{id}", …, …, answer="{options[0]}", sure=70)')
-    return ipywidgets.VBox([title, choice, ipywidgets.HBox(buttons), call, place.widget])
+    call = session.calls(f'predict("{id}", …, …, answer="{options[0]}", sure=70)')
+    return ipywidgets.VBox([title, choice, ipywidgets.HBox(buttons), call, place])
 
 
 # -- how well one predicts -------------------------------------------------------------------
@@ -176,7 +164,7 @@ def settle() -> dict[str, dict]:
         if "right" in made:
             continue
         try:
-            new[id] = made | {"right": bool(find(id).right(made["answer"]))}
+            new[id] = made | {"right": bool(cards.look_up(id, "prediction").right(made["answer"]))}
         except Exception:  # the lesson is another one by now, or cannot measure it here
             continue
     if new:
@@ -184,12 +172,43 @@ def settle() -> dict[str, dict]:
     return table | new
 
 
-def calibration(table: dict[str, dict]) -> list[tuple[int, int, int]]:
-    """(sure in per cent, predictions made so, right among them) for each confidence used."""
-    known = [each for each in table.values() if each.get("right") is not None]
-    counts = []
+def progress() -> None:
+    """How many exercises of each lesson are passed, investigations, and predictions' hits.
+
+    Of predictions it says, for each confidence, how many were right and how many should have been.
+    """
+    done = record.everything()
+    rows = ["| Lesson | Passed | | Investigation |", "|---|---|---|---|"]
+    for lesson, exercises in cards.lessons().items():
+        marks = ["■" if each.id in done["passed"] else "□" for each in exercises]
+        ids = [each.id for each in cards.declared(lesson, "investigation")]
+        scores = [done["investigations"][id] for id in ids if id in done["investigations"]]
+        rows.append(
+            f"| {lesson:02d} | {marks.count('■')} of {len(marks)} | {''.join(marks)} "
+            f"| {', '.join(f'{score:.3g}' for score in scores)} |"
+        )
+    session.display("\n".join([*rows, *predicted()]))
+
+
+def predicted() -> list[str]:
+    """The lines on predictions, their calibration included; none where there are none."""
+    known = [each for each in settle().values() if "right" in each]
+    if not known:
+        return []
+    total, expected = sum(each["right"] for each in known), sum(each["sure"] for each in known)
+    rows = [
+        "",
+        f"**Predictions:** {total} of {len(known)} right; as sure as you were, "
+        f"{expected / 100:.1f} would be.",
+        "",
+        "| You were | Predictions | Right | Expected |",
+        "|---|---|---|---|",
+    ]
     for sure in SURE:
-        right = [each["right"] for each in known if each["sure"] == sure]
-        if right:
-            counts.append((sure, len(right), sum(right)))
-    return counts
+        hits = [each["right"] for each in known if each["sure"] == sure]
+        if n := len(hits):
+            rows.append(
+                f"| {sure} % sure | {n} | {sum(hits)} ({sum(hits) / n:.0%}) "
+                f"| {sure * n / 100:.1f} ({sure}%) |"
+            )
+    return rows

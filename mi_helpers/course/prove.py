@@ -7,20 +7,26 @@ lesson of the new form, and each that lives is listed with the reason why it is 
 import inspect
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from mi_helpers.course import form as forms
-from mi_helpers.course.card import Exercise, exercises_of, lesson_numbers
-from mi_helpers.course.expecting import Wrong
-from mi_helpers.course.investigate import Investigation, investigations_of, scale
-from mi_helpers.course.judge import NOT_ATTEMPTED, RIGHT, WRONG, evaluate
+from mi_helpers.course.answers import Wrong
+from mi_helpers.course.exercise import (
+    NOT_ATTEMPTED,
+    RIGHT,
+    WRONG,
+    Exercise,
+    declared,
+    evaluate,
+    lesson_numbers,
+)
+from mi_helpers.course.investigate import Investigation, scale
 from mi_helpers.course.mutants import mutants
-from mi_helpers.course.predict import predictions_of
+from mi_helpers.course.notebooks import find, form_of
 
 SLOWEST = 10.0  # seconds that one check may take, even on a busy machine
 KILLED = 0.95  # of a lesson's mutants
 SEED = 0  # of the inputs that checks draw here
+PATIENCE = 2.0  # seconds for a mutant beyond what the reference takes: some loop
 SEEDS = (1, 2, 3)  # the reference, and right answers, pass with any
 
 
@@ -115,24 +121,23 @@ def wrong(exercise: Exercise) -> list[str]:
 
 @dataclass
 class Survey:
-    """The mutants of an exercise's reference: how many, and the changes that the check lets live.
+    """The mutants of an exercise's reference.
 
-    excused     the changes of those that are right, with the reason that the exercise gives
+    killed      how many the check tells from the reference
+    excused     {change: the exercise's reason why it is right} of those that live
+    survivors   the changes of the others that live
+    stale       declared survivors that are none
     """
 
-    total: int = 0
-    killed: int = 0
-    excused: dict[str, str] = field(default_factory=dict)
-    survivors: list[str] = field(default_factory=list)
-    stale: list[str] = field(default_factory=list)  # declared survivors that are none
+    killed: int
+    excused: dict[str, str]
+    survivors: list[str]
+    stale: list[str]
 
     @property
     def counted(self) -> int:
         """How many should die."""
-        return self.total - len(self.excused)
-
-
-PATIENCE = 2.0  # seconds for a mutant beyond what the reference takes: some loop
+        return self.killed + len(self.survivors)
 
 
 def survey(exercise: Exercise) -> Survey:
@@ -140,20 +145,15 @@ def survey(exercise: Exercise) -> Survey:
     start = time.perf_counter()
     evaluate(exercise, exercise.reference, SEED)
     hurried = replace(exercise, seconds=PATIENCE + 3 * (time.perf_counter() - start))
-    found, lived = Survey(), set()
-    for mutant in mutants(exercise.reference):
-        found.total += 1
-        if evaluate(hurried, mutant.function, SEED).status != RIGHT:
-            found.killed += 1
-            continue
-        lived.add(mutant.change)
-        if mutant.change in exercise.survivors:
-            found.excused[mutant.change] = exercise.survivors[mutant.change]
-        else:
-            found.survivors.append(mutant.change)
-    found.total = found.killed + len(found.survivors) + len(found.excused)
-    found.stale = sorted(set(exercise.survivors) - lived)
-    return found
+    made = mutants(exercise.reference)
+    lived = [m.change for m in made if evaluate(hurried, m.function, SEED).status == RIGHT]
+    excuses = exercise.survivors
+    return Survey(
+        killed=len(made) - len(lived),
+        excused={change: excuses[change] for change in lived if change in excuses},
+        survivors=[change for change in lived if change not in excuses],
+        stale=sorted(set(excuses) - set(lived)),
+    )
 
 
 def mutant_problems(lesson: int, surveys: dict[str, Survey]) -> list[str]:
@@ -163,9 +163,8 @@ def mutant_problems(lesson: int, surveys: dict[str, Survey]) -> list[str]:
         for id, each in surveys.items()
         for change in each.stale
     ]
-    killed = sum(each.killed for each in surveys.values())
-    counted = sum(each.counted for each in surveys.values())
-    if counted and killed < KILLED * counted:
+    killed, counted = killed_of(surveys)
+    if killed < KILLED * counted:
         found.append(
             f"Lesson {lesson:02d}: its checks kill {killed} of {counted} mutants, "
             f"{KILLED:.0%} are needed; let a check draw its inputs (`agree`), or say in "
@@ -174,13 +173,19 @@ def mutant_problems(lesson: int, surveys: dict[str, Survey]) -> list[str]:
     return found
 
 
+def killed_of(surveys: dict[str, Survey]) -> tuple[int, int]:
+    """(mutants killed, mutants that should be) of a lesson."""
+    each = surveys.values()
+    return sum(one.killed for one in each), sum(one.counted for one in each)
+
+
 # -- predictions and investigations ----------------------------------------------------------
 
 
 def prediction_problems(lesson: int) -> list[str]:
     """What is wrong with a lesson's predictions: exactly one option of each has to be right."""
     found = []
-    for each in predictions_of(lesson):
+    for each in declared(lesson, "prediction"):
         if len(set(each.options)) < max(2, len(each.options)):
             found.append(f"{each.id}: a prediction needs two options or more, all different.")
         count = sum(each.right(option) for option in each.options)
@@ -198,20 +203,13 @@ def investigation_problems(found: Investigation) -> list[str]:
     if len(found.foolish) < 2:
         said.append("it needs two foolish answers, of the wrong type and out of range.")
     for answer in (None, [], object(), *found.foolish):
-        if (sentence := refusal(lambda a=answer: found.score(a))) is None:
+        try:
+            found.score(answer)
             said.append(f"the foolish answer {answer!r} gets a score.")
-        elif "\n" in sentence or not sentence.strip():
-            said.append(f"the foolish answer {answer!r} does not get one sentence.")
+        except Wrong as wrong:
+            if "\n" in str(wrong) or not str(wrong).strip():
+                said.append(f"the foolish answer {answer!r} does not get one sentence.")
     return [f"Investigation {found.id}: {each}" for each in said]
-
-
-def refusal(measure: Callable[[], float]) -> str | None:
-    """The sentence that refuses an answer; None where it is scored."""
-    try:
-        measure()
-    except Wrong as wrong:
-        return str(wrong)
-    return None
 
 
 # -- the command -----------------------------------------------------------------------------
@@ -230,36 +228,27 @@ def main(lessons: tuple[int, ...] = (), survivors: bool = False, old: bool = Fal
     print("lesson  exercises  wrong answers  mutants  killed  seconds")
     found, total = [], 0
     for lesson in lessons or lesson_numbers():
-        start, exercises = time.perf_counter(), exercises_of(lesson)
+        start, exercises = time.perf_counter(), declared(lesson, "exercise")
         for exercise in exercises:
             found += problems(exercise, lesson)
-        new = forms.is_new(lesson)
+        new = form_of(find([f"{lesson:02d}_"])[0]) >= 2
         surveys = {each.id: survey(each) for each in exercises} if new or old else {}
         if new:
-            found += mutant_problems(lesson, surveys)
-            found += prediction_problems(lesson)
-            for each in investigations_of(lesson):
+            found += mutant_problems(lesson, surveys) + prediction_problems(lesson)
+            for each in declared(lesson, "investigation"):
                 found += investigation_problems(each)
-        print_lesson(lesson, exercises, surveys, time.perf_counter() - start)
+        rejected, (killed, counted) = sum(len(e.wrong) for e in exercises), killed_of(surveys)
+        share = f"{killed / counted:7.0%}" if counted else "      -"
+        print(
+            f"{lesson:02d}      {len(exercises):9}  {rejected:13}  {counted:7} {share}  "
+            f"{time.perf_counter() - start:7.1f}",
+            flush=True,
+        )
         if survivors:
             print_survivors(surveys)
         total += len(exercises)
     print("\n".join(found) or f"All {total} exercises are proved.")
     return 1 if found else 0
-
-
-def print_lesson(
-    lesson: int, exercises: list[Exercise], surveys: dict[str, Survey], seconds: float
-) -> None:
-    """One row of the table."""
-    rejected = sum(len(exercise.wrong) for exercise in exercises)
-    counted = sum(each.counted for each in surveys.values())
-    killed = sum(each.killed for each in surveys.values())
-    share = f"{killed / counted:7.0%}" if counted else "      -"
-    print(
-        f"{lesson:02d}      {len(exercises):9}  {rejected:13}  {counted:7} {share}  {seconds:7.1f}",
-        flush=True,
-    )
 
 
 def print_survivors(surveys: dict[str, Survey]) -> None:

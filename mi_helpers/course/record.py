@@ -7,18 +7,19 @@ Every write happens under a lock and is merged into what is there; what a later 
 kept. A file that cannot be understood is kept aside, one that cannot be read is never replaced.
 """
 
-import contextlib
+import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from platformdirs import user_state_path
 
 from mi_helpers.errors import Refused
+from mi_helpers.files import RunError, write_json
 
 PATIENCE = 5.0  # seconds to wait for another process's write
 SURE = (50, 70, 90, 99)  # per cent, what a prediction may be made with
@@ -68,7 +69,9 @@ def read(file: Path) -> dict:
         found = None
     kept = understood(found)
     if kept != found:
-        set_aside(file, text)
+        aside = file.with_name(f"{file.name}.{hashlib.sha256(text).hexdigest()[:8]}.bak")
+        with suppress(OSError):
+            aside.write_bytes(text)
     return kept
 
 
@@ -76,88 +79,51 @@ def understood(found) -> dict:
     """What of a file's content is as it should be; what is unknown is kept as it is."""
     if not isinstance(found, dict):
         return {}
-    return found | {key: right(found[key]) for key, right in PARTS.items() if key in found}
+    kept = dict(found)
+    if "passed" in found:
+        passed = found["passed"] if isinstance(found["passed"], list) else []
+        kept["passed"] = [id for id in passed if isinstance(id, str)]
+    for part, good in (("predictions", is_prediction), ("investigations", is_score)):
+        if part in found:
+            table = found[part] if isinstance(found[part], dict) else {}
+            kept[part] = {id: each for id, each in table.items() if good(each)}
+    return kept
 
 
-def names(value) -> list[str]:
-    """The strings of a list."""
-    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+def is_prediction(value) -> bool:
+    """Whether a prediction is whole."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("answer"), str)
+        and value.get("sure") in SURE
+        and value.get("right", True) in (True, False)
+    )
 
 
-def predictions_in(value) -> dict[str, dict]:
-    """The predictions of a table that are whole."""
-    table = value if isinstance(value, dict) else {}
-    return {
-        id: each
-        for id, each in table.items()
-        if isinstance(each, dict)
-        and isinstance(each.get("answer"), str)
-        and each.get("sure") in SURE
-        and each.get("right") in (None, True, False)
-    }
-
-
-def scores_in(value) -> dict[str, float]:
-    """The scores of a table that are numbers."""
-    table = value if isinstance(value, dict) else {}
-    return {
-        id: each
-        for id, each in table.items()
-        if isinstance(each, (int, float)) and not isinstance(each, bool) and math.isfinite(each)
-    }
-
-
-PARTS: dict[str, Callable] = {
-    "passed": names,
-    "predictions": predictions_in,
-    "investigations": scores_in,
-}
-
-
-def set_aside(file: Path, content: bytes) -> None:
-    """Keep a copy of what cannot be understood, under a name that nothing has yet."""
-    for number in range(1000):
-        beside = file.with_name(f"{file.name}{f'.{number}' if number else ''}.bak")
-        with suppress(OSError):
-            if beside.is_file() and beside.read_bytes() == content:
-                return
-        try:
-            with open(beside, "xb") as to:
-                to.write(content)
-            return
-        except FileExistsError:
-            continue
-        except OSError:
-            return
+def is_score(value) -> bool:
+    """Whether a score is a number."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def merged(one: dict, other: dict) -> dict:
     """Two records in one: all that was passed, the first predictions, the best scores."""
-    both = one | other
-    passed = {*names(one.get("passed")), *names(other.get("passed"))}
-    both["passed"] = sorted(passed)
-    first, second = (predictions_in(each.get("predictions")) for each in (one, other))
-    table = {id: {**second.get(id, {}), **first.get(id, {})} for id in {*first, *second}}
-    scores = [scores_in(each.get("investigations")) for each in (one, other)]
-    best = {id: max(each[id] for each in scores if id in each) for id in {*scores[0], *scores[1]}}
-    for key, value in (("predictions", table), ("investigations", best)):
-        both.pop(key, None)
-        if value:
-            both[key] = value
+    both = one | other | {"passed": sorted({*one.get("passed", ()), *other.get("passed", ())})}
+    first, second = one.get("predictions", {}), other.get("predictions", {})
+    both["predictions"] = {id: second.get(id, {}) | first.get(id, {}) for id in second | first}
+    first, second = one.get("investigations", {}), other.get("investigations", {})
+    both["investigations"] = first | {
+        id: max(score, first.get(id, score)) for id, score in second.items()
+    }
     return both
 
 
-def saved() -> dict:
-    """What is in the file; {} where it cannot be read."""
-    try:
-        return read(path())
-    except NotSaved:
-        return {}
-
-
 def everything() -> dict:
-    """What was done, ever or in this session."""
-    return merged(saved(), _this_session)
+    """What was done, ever or in this session: "passed", "predictions", "investigations"."""
+    try:
+        saved = read(path())
+    except NotSaved:
+        saved = {}
+    return merged(saved, _this_session)
 
 
 def passed() -> set[str]:
@@ -167,7 +133,7 @@ def passed() -> set[str]:
 
 def predictions() -> dict[str, dict]:
     """Prediction id -> {"answer", "sure", and "right" once it is known}."""
-    return everything().get("predictions", {})
+    return everything()["predictions"]
 
 
 def add(exercise_id: str) -> str:
@@ -177,44 +143,22 @@ def add(exercise_id: str) -> str:
 
 def save(new: dict) -> str:
     """Merge what is new into the file; "" or, where it cannot be saved, a sentence that says so."""
-    from mi_helpers.files import RunError, write_json  # loads torch, which commands do without
-
-    remembered = merged(_this_session, new)
-    _this_session.clear()
-    _this_session.update(remembered)
+    _this_session.update(merged(_this_session, new))
     try:
         file = path()
         file = file.resolve() if file.is_symlink() else file
-        with locked(file):
-            write_json(file, merged(read(file), remembered))
-    except (NotSaved, RunError, OSError) as error:
+        lock = FileLock(f"{file}.lock", timeout=PATIENCE)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise NotSaved(f"another process holds {file}.lock.") from None
+        except (NotImplementedError, OSError):
+            pass  # a disk without locks; where nothing can be written, the write below says so
+        try:
+            write_json(file, merged(read(file), _this_session))
+        finally:
+            lock.release()
+    except (NotSaved, RunError) as error:
         return f"Your progress cannot be saved, so it lasts for this session only: {error}"
     return ""
-
-
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold the lock of a file, where its disk has locks.
-
-    Raises:
-        NotSaved: another process has held it for some seconds.
-    """
-    from filelock import FileLock, Timeout
-
-    from mi_helpers.files import NO_LOCKS
-
-    lock = FileLock(f"{file}.lock", timeout=PATIENCE)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise NotSaved(f"another process holds {file}.lock.") from None
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    try:
-        yield
-    finally:
-        lock.release()

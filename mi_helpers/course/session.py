@@ -1,136 +1,101 @@
-"""The learner's session: what a check has to know of it, and what it must leave as it was."""
+"""The notebook that a learner has: what is shown in it, and what its cells say.
+
+`MI_STATIC=1` leaves buttons out, so that outputs do not depend on who runs a notebook: `make
+notebooks` and the notebooks' tests set it, and `CI=true` means the same.
+"""
 
 import ast
-import contextlib
+import html
 import inspect
-import random
+import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 
-import numpy as np
+import ipywidgets
+from IPython import get_ipython
+from IPython.display import display as show
 
-from mi_helpers.course.values import code
+from mi_helpers.course.answers import code
 
-# -- libraries that were changed -------------------------------------------------------------
-
-WATCHED = ("torch", "torch.nn.functional", "torch.Tensor", "numpy", "math", "random")
-_originals: dict[str, dict] = {}  # name of a namespace -> its public names, as first seen
-
-
-def namespaces() -> dict[str, object]:
-    """What is watched, as far as it is loaded."""
-    found = {name: sys.modules[name] for name in WATCHED if name in sys.modules}
-    if torch := sys.modules.get("torch"):
-        found["torch.Tensor"] = torch.Tensor
-    return found
+# -- what is shown ---------------------------------------------------------------------------
 
 
-def remember() -> None:
-    """Note every public name of the libraries that are loaded and not noted yet."""
-    for name, space in namespaces().items():
-        if name not in _originals:
-            names = {key: value for key, value in vars(space).items() if key[0] != "_"}
-            _originals[name] = names
+class Note:
+    """Markdown in a notebook, the same text elsewhere."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def _repr_markdown_(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        bold_or_code = re.compile(r"(`+).*?\1|\*\*", re.DOTALL)
+        return bold_or_code.sub(lambda found: found[0] if found[1] else "", self.text)
 
 
-def replaced() -> list[tuple[str, str]]:
-    """(namespace, name) of each public name that is another object than it was, or gone.
-
-    Libraries wrap a few of their own functions while they load; that is none of it.
-    """
-    return [
-        (space, key)
-        for space, now in namespaces().items()
-        for key, value in _originals.get(space, {}).items()
-        if vars(now).get(key, key) is not value and not own_wrapper(vars(now).get(key), value)
-    ]
+def display(text: str) -> None:
+    """Show Markdown where there is a notebook, the text elsewhere."""
+    show(Note(text))
 
 
-def own_wrapper(now, before) -> bool:
-    """Whether a function was put in the place of one by the library that it belongs to."""
-    name, other = (getattr(each, "__qualname__", None) for each in (now, before))
-    home = str(getattr(now, "__module__", "")).partition(".")[0]
-    return name is not None and name == other and home in ("torch", "numpy", "transformers")
+def static() -> bool:
+    """Whether nobody is at the keyboard: no kernel to answer, or one that runs for the record."""
+    asked = os.environ.get("MI_STATIC", os.environ.get("CI", ""))
+    return asked.lower() not in ("", "0", "false") or not hasattr(get_ipython(), "kernel")
 
 
-@contextlib.contextmanager
-def fresh() -> Iterator[list[str]]:
-    """The libraries as they were loaded, with gradients on and float32, for the time of a block.
-
-    Yields the names that the session has replaced, such as "torch.softmax". Afterwards these, the
-    defaults and the states of the random generators are again what they were.
-    """
-    remember()
-    found, spaces = replaced(), namespaces()
-    missing = object()
-    theirs = {pair: vars(spaces[pair[0]]).get(pair[1], missing) for pair in found}
-    for space, key in found:
-        setattr(spaces[space], key, _originals[space][key])
-    with generators(), torch_defaults():
-        try:
-            yield [f"{space}.{key}" for space, key in found]
-        finally:
-            for (space, key), value in theirs.items():
-                if value is missing:
-                    delattr(spaces[space], key)
-                else:
-                    setattr(spaces[space], key, value)
+def plain(text: str) -> str:
+    """HTML that shows a text as it is, mathematics included."""
+    return f'<span class="mathjax_ignore tex2jax_ignore">{html.escape(text)}</span>'
 
 
-@contextlib.contextmanager
-def generators() -> Iterator[None]:
-    """Give the random generators of Python, NumPy and torch their states back afterwards."""
-    torch = sys.modules.get("torch")
-    python, numpy = random.getstate(), np.random.get_state()
-    ours = torch.get_rng_state() if torch else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        if torch and ours is not None:
-            torch.set_rng_state(ours)
+def bundle_of(box: ipywidgets.Widget, text: str) -> dict:
+    """Widgets where there is a kernel, and Markdown for a reader without one, for Jupyter."""
+    still = {"text/markdown": text, "text/plain": repr(Note(text))}
+    return box._repr_mimebundle_() | still
 
 
-@contextlib.contextmanager
-def torch_defaults() -> Iterator[None]:
-    """Gradients on, float32, for the time of a block."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        yield
-        return
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+def show_live(box: ipywidgets.Widget, text: str) -> None:
+    """Display widgets, with what stands in their place where there is no kernel."""
+    show(bundle_of(box, text), raw=True)
+
+
+def put(place: ipywidgets.Output, text: str) -> None:
+    """Show Markdown in a box of widgets, in the place of what was there."""
+    data = {"text/markdown": text, "text/plain": repr(Note(text))}
+    place.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
+
+
+def button(label: str, tooltip: str, act: Callable[[], None]) -> ipywidgets.Button:
+    """A button; its label is its name for a screen reader, its tooltip the call behind it."""
+    made = ipywidgets.Button(description=label, tooltip=tooltip)
+    made.layout.width = "auto"
+    made.on_click(lambda _button: act())
+    return made
+
+
+def calls(*texts: str) -> ipywidgets.HTML:
+    """A line of calls as code, to be read and copied."""
+    line = " · ".join(f"<code>{plain(text)}</code>" for text in texts)
+    return ipywidgets.HTML(f'<span style="opacity: 0.8">{line}</span>')
 
 
 # -- the notebook's cells --------------------------------------------------------------------
 
 
-def shell():
-    """IPython's shell, or None outside of it."""
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return None
-    return get_ipython()
-
-
 def look_up(name: str) -> Callable | None:
     """What the notebook has under a name, or None."""
-    here = shell()
+    here = get_ipython()
     return here.user_ns.get(name) if here else vars(sys.modules["__main__"]).get(name)
 
 
 def assigns(call: str, exercise_id: str) -> bool:
     """Whether the cell that runs now keeps the result of `call("exercise_id", …)`."""
-    here = shell()
+    here = get_ipython()
     cell = (here.user_ns.get("In") or [""])[-1] if here else ""
     quoted = rf"{call}\(\s*[\"']{re.escape(exercise_id)}[\"']"
     return re.search(rf"=\s*(?:\w+\.)?{quoted}", cell) is not None
@@ -142,7 +107,7 @@ def stale(answer: Callable) -> str:
     A cell that could not be read, or that stopped before its `def`, leaves the function of an
     earlier cell in place.
     """
-    here, own = shell(), inspect.unwrap(answer)
+    here, own = get_ipython(), inspect.unwrap(answer)
     name = getattr(own, "__name__", "")
     if here is None or not name.isidentifier():
         return ""
@@ -187,17 +152,15 @@ def say_name_errors(calls: tuple[str, ...]) -> None:
 
     Every other NameError is shown as always.
     """
-    here = shell()
-    if here is None or not hasattr(here, "set_custom_exc"):
+    here = get_ipython()
+    if here is None:
         return
     pattern = re.compile(rf"\b(?:{'|'.join(calls)})\(")
 
-    def show(self, kind, error, trace, tb_offset=None):
-        name, frames = getattr(error, "name", None), trace
-        while frames.tb_next is not None:
-            frames = frames.tb_next
-        cell = self.user_ns.get("In", [""])[-1]
-        if name and frames.tb_frame.f_code.co_name == "<module>" and pattern.search(cell):
+    def say(self, kind, error, trace, tb_offset=None):
+        name, cell = getattr(error, "name", None), self.user_ns.get("In", [""])[-1]
+        *_, (frame, _) = traceback.walk_tb(trace)
+        if name and frame.f_code.co_name == "<module>" and pattern.search(cell):
             print(
                 f"⚠️ {name} is not defined yet: run the cell that defines it (an exercise's is just "
                 "above its check), then this one again."
@@ -205,15 +168,4 @@ def say_name_errors(calls: tuple[str, ...]) -> None:
         else:
             self.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
-    here.set_custom_exc((NameError,), show)
-
-
-def say_unimported(error: BaseException) -> str:
-    """A hint after a NameError in an answer: the imports were not run, or a name is misspelt."""
-    name = getattr(error, "name", None) if isinstance(error, NameError) else None
-    if not name or isinstance(error, UnboundLocalError):
-        return ""
-    return (
-        f" If {code(name)} is one of the lesson's names, run the notebook's first code cell, which "
-        "imports them, then the cell of your function, then this one."
-    )
+    here.set_custom_exc((NameError,), say)

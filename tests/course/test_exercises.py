@@ -10,12 +10,13 @@ import nbformat
 import pytest
 import torch
 
-from mi_helpers.course import card, hint, progress, prove, record, solution
-from mi_helpers.course.check import NOT_ATTEMPTED, RIGHT, WRONG, Exercise, Verdict, evaluate
+from mi_helpers.course import exercise as cards
+from mi_helpers.course import hint, progress, prove, record, solution
+from mi_helpers.course.exercise import NOT_ATTEMPTED, RIGHT, WRONG, Exercise, Verdict, evaluate
 
 mechanism = importlib.import_module("mi_helpers.course.check")  # the name is the function's too
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-LESSONS = mechanism.lessons()
+LESSONS = cards.lessons()
 EXERCISES = [
     pytest.param(exercise, lesson, id=exercise.id)
     for lesson, exercises in LESSONS.items()
@@ -118,9 +119,9 @@ def lesson(monkeypatch, tmp_path):
     monkeypatch.setenv("MI_PROGRESS", str(tmp_path / "state" / "progress.json"))
     monkeypatch.setattr(record, "_this_session", {})
     monkeypatch.setattr(mechanism, "_hints_shown", {})
-    monkeypatch.setattr(card, "lesson_numbers", lambda: [77])
-    monkeypatch.setattr(card, "exercises_of", lambda number: [DOUBLE])
-    monkeypatch.setattr(card, "declared", lambda number, what: [])
+    monkeypatch.setattr(cards, "lesson_numbers", lambda: [77])
+    table = {"exercise": [DOUBLE]}
+    monkeypatch.setattr(cards, "declared", lambda number, what: table.get(what, []))
     return tmp_path / "state" / "progress.json"
 
 
@@ -230,7 +231,7 @@ def test_shapes_and_values_of_tensors():
         ({"id": "78.1"}, "the id should be 77.NUMBER"),
         ({"hints": []}, "no hint"),
         ({"difficulty": 6}, "from 1 to 5"),
-        ({"reference": lambda x: x}, "the reference is 'wrong'"),
+        ({"reference": lambda x: x}, "the reference is 'not judged'"),
         ({"wrong": DOUBLE.wrong[:2]}, "three are needed"),
         ({"wrong": [*DOUBLE.wrong, (double, "x")]}, "wrong answer 4 reads as 'right'"),
         ({"wrong": [*DOUBLE.wrong, DOUBLE.wrong[0]]}, "same message"),
@@ -254,7 +255,7 @@ def test_check_says_and_records(lesson, capsys):
     mechanism.check("77.1", double)
     said = capsys.readouterr().out
     assert "✅ 77.1 Doubling: right. That was the last exercise of lesson 77." in said
-    assert json.loads(lesson.read_text()) == {"passed": ["77.1"]}
+    assert json.loads(lesson.read_text())["passed"] == ["77.1"]
     progress()
     assert "| 77 | 1 of 1 | ■ |  |" in capsys.readouterr().out
 

@@ -1,17 +1,19 @@
 """Lessons of the new form keep to their budget and to plain English; the measure measures."""
 
+import json
+
+import form
 import nbformat
 import pytest
 
-from mi_helpers.course import form
-from mi_helpers.course.notebooks import clean
+from mi_helpers.course.notebooks import clean, find, form_of
 
-NEW = [path for path in sorted(form.FOLDER.glob("*.ipynb")) if form.form_of(form.read(path)) >= 2]
+NEW = [path for path in find(()) if form_of(path) >= 2]
 
 
 @pytest.mark.parametrize("path", NEW, ids=lambda path: path.name)
 def test_the_lesson_keeps_to_the_form(path):
-    assert form.problems(form.read(path)) == []
+    assert form.problems(json.loads(path.read_text("utf-8"))) == []
 
 
 TIME = "**Time:** about 30 minutes to read and run, 40 minutes for the exercises."

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from mi_helpers.course import card, investigate, predict, progress, prove, record, shown
-from mi_helpers.course.expecting import Wrong
+from mi_helpers.course import exercise as cards
+from mi_helpers.course import investigate, predict, progress, prove, record, session
+from mi_helpers.course.answers import Wrong
 from mi_helpers.course.investigate import investigation, number_in, one_of, some_of
 
 predicting = importlib.import_module("mi_helpers.course.predict")
@@ -62,13 +63,14 @@ def lesson(monkeypatch, tmp_path):
     }
     monkeypatch.setenv("MI_PROGRESS", str(tmp_path / "state" / "progress.json"))
     monkeypatch.setattr(record, "_this_session", {})
-    monkeypatch.setattr(card, "lesson_numbers", lambda: [77])
-    monkeypatch.setattr(card, "declared", lambda number, what: table[what])
+    monkeypatch.setattr(cards, "lesson_numbers", lambda: [77])
+    monkeypatch.setattr(cards, "declared", lambda number, what: table[what])
     return tmp_path / "state" / "progress.json"
 
 
 def content(file) -> dict:
-    return json.loads(file.read_text())
+    """What a progress file holds, without the parts that are empty."""
+    return {part: held for part, held in json.loads(file.read_text()).items() if held}
 
 
 # -- predictions -----------------------------------------------------------------------------
@@ -122,7 +124,7 @@ def test_progress_shows_hits_and_calibration(lesson, capsys):
 def test_predictions_are_proved(lesson, monkeypatch):
     assert prove.prediction_problems(77) == []
     bad = predicting.Prediction("77.6", "?", ("a", "a"), lambda: "c")
-    monkeypatch.setattr(prove, "predictions_of", lambda number: [bad])
+    monkeypatch.setattr(prove, "declared", lambda number, what: [bad])
     assert len(prove.prediction_problems(77)) == 2
 
 
@@ -285,6 +287,6 @@ def test_a_link_to_the_file_stays_a_link(lesson, tmp_path):
 
 
 def test_live_widgets_carry_what_stands_without_a_kernel():
-    bundle = shown.Live(ipywidgets.HBox(), '`check("1.1", f)`')._repr_mimebundle_()
+    bundle = session.bundle_of(ipywidgets.HBox(), '`check("1.1", f)`')
     assert bundle["text/markdown"] == '`check("1.1", f)`'
     assert "application/vnd.jupyter.widget-view+json" in bundle

@@ -8,7 +8,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from mi_helpers.__main__ import main
-from mi_helpers.course import work
+from mi_helpers.course import notebooks
 
 FIRST, SECOND = "00_one.ipynb", "03_two.ipynb"
 
@@ -116,9 +116,9 @@ def test_without_a_record_nothing_of_the_learners_is_replaced(lessons, record):
     write(lessons.mine / SECOND, "mine")
     mine = (lessons.mine / SECOND).read_bytes()
     if record is None:
-        (lessons.mine / work.RECORD).unlink()
+        (lessons.mine / notebooks.RECORD).unlink()
     else:
-        (lessons.mine / work.RECORD).write_text(record)
+        (lessons.mine / notebooks.RECORD).write_text(record)
     assert lessons() == 0
     assert (lessons.mine / SECOND).read_bytes() == mine
     assert len(lessons.names()) == 3  # which version it was made of is not known: both are there

@@ -1,16 +1,12 @@
-"""The form of a lesson: its size against its budget, and its English. Quick, and dumb on purpose.
+"""The measure of a lesson's form: its size and its English. Quick, and dumb on purpose.
 
 A notebook is of the new form when its metadata say `"mi_helpers": {"form": 2}`. What stands under
 the heading "Going further" is not counted.
 """
 
-import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
-FORM = 2
 WORDS, LINES, READ, DO = 3000, 250, 45, 60  # the budget: prose, code, minutes to read, to do
 EACH_IDEA = 150  # words at most in one Markdown cell
 SENTENCE = 40  # words at most
@@ -38,23 +34,6 @@ TURNS = (  # phrases that a native reader stumbles over
     "nothing is ever",
     "dressed as",
 )
-
-
-def read(path: Path) -> dict:
-    """A notebook as JSON."""
-    return json.loads(path.read_text("utf-8"))
-
-
-def is_new(lesson: int, folder: Path = FOLDER) -> bool:
-    """Whether a lesson's notebook is of the new form."""
-    paths = sorted(folder.glob(f"{lesson:02d}_*.ipynb"))
-    return bool(paths) and form_of(read(paths[0])) >= FORM
-
-
-def form_of(notebook: dict) -> int:
-    """The form that a notebook's metadata say; 1 where they say none."""
-    said = notebook["metadata"].get("mi_helpers", {}).get("form", 1)
-    return said if isinstance(said, int) else 1
 
 
 @dataclass(frozen=True)

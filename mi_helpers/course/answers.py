@@ -1,4 +1,4 @@
-"""What a check is written with: `agree` over inputs drawn anew, and single expectations.
+"""Answers and what a check is written with: `agree` over inputs drawn anew, single expectations.
 
 def check_26(answer):
     agree(
@@ -14,17 +14,161 @@ import contextlib
 import contextvars
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-
-from mi_helpers.course.values import as_numbers, clone, describe, is_tensor, same
+import torch
+from torch import Tensor
 
 CASES = 4  # how many inputs `agree` draws
 
 
 class Wrong(Exception):
     """Raised by a check: its message names the mistake, in Markdown."""
+
+
+# -- in words --------------------------------------------------------------------------------
+
+
+def code(text: str) -> str:
+    """Markdown code of one line, whatever backticks the text holds."""
+    text = re.sub(r"\s*[\n\r]\s*", " ", text.strip())
+    ticks = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def describe(value) -> str:
+    """A value in a few words: its type, and itself when that is short."""
+    kind = type(value).__name__
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {kind} that cannot be shown"
+    return f"{kind} {code(text)}" if len(text) <= 40 and "\n" not in text else f"a {kind}"
+
+
+def say_error(error: BaseException) -> str:
+    """An exception as Markdown code, also when its text cannot be had."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    text = text if len(text) <= 300 else f"{text[:300]}…"
+    return code(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+# -- numbers of any make ---------------------------------------------------------------------
+
+
+def bare(value) -> np.ndarray:
+    """An array of a number, of (nested) lists of them, arrays or tensors, in their own sort."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.to_dense() if value.is_sparse else value
+        return (value.double() if value.is_floating_point() else value).numpy()
+    if isinstance(value, (list, tuple)):
+        return np.array([bare(each) for each in value])
+    return np.asarray(value)
+
+
+def as_numbers(value) -> np.ndarray:
+    """A float64 array of numbers: one, (nested) lists of them, arrays, tensors on any device.
+
+    Raises:
+        TypeError: there is something in it that is no real number.
+        ValueError: its rows have several lengths.
+    """
+    array = bare(list(value) if isinstance(value, range) else value)
+    if array.dtype == object and array.ndim:
+        array = bare(array.tolist())
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"not a number: {describe(value)}")
+    return array.astype(np.float64)
+
+
+def same(got, other) -> bool:
+    """Whether two values agree in shape and, to 1e-6, in numbers."""
+    try:
+        got, other = as_numbers(got), as_numbers(other)
+        return got.shape == other.shape and np.allclose(got, other, atol=1e-6, equal_nan=True)
+    except Exception:  # of a value that does not let itself be read
+        return False
+
+
+def like(value, other):
+    """A value in the make of another: list, array, tensor, dtype, Python's own number.
+
+    Floats keep to floats, integers to integers and booleans to booleans: what would become another
+    sort of thing stays as it is, and whoever judges it says what it is.
+    """
+    try:
+        return converted(value, other)
+    except Exception:
+        return value
+
+
+def converted(value, other):
+    """What `like` makes of a value; the same object where it has that make already."""
+    if isinstance(other, (Tensor, np.ndarray)):
+        if type(value) is type(other) and value.dtype == other.dtype:
+            return value
+        made, wanted = bare(value), bare(other).dtype.kind
+        if made.dtype.kind not in {"f": "fiu", "i": "iu", "u": "iu"}.get(wanted, wanted):
+            return value
+        if isinstance(other, Tensor):
+            return torch.from_numpy(made.copy()).to(other.dtype)
+        return made.astype(other.dtype)
+    if type(other) in (list, tuple):
+        rows = list(value) if type(value) in (list, tuple, Tensor, np.ndarray) else []
+        if type(other) is tuple and len(rows) != len(other):
+            return value
+        models = other if type(other) is tuple else other[:1] * len(rows)
+        made = type(other)(map(like, rows, models))
+        kept = type(value) is type(other) and all(a is b for a, b in zip(made, value, strict=True))
+        return value if kept or not rows else made
+    if type(other) is dict and type(value) is dict and other:
+        model = next(iter(other.values()))
+        return {key: like(each, model) for key, each in value.items()}
+    if isinstance(other, (bool, int, float)) and type(value) is not type(other):
+        found, wanted = bare(value), "b" if isinstance(other, bool) else "iuf"
+        one = found.item() if not found.ndim and found.dtype.kind in wanted else None
+        return type(other)(one) if one is not None and type(other)(one) == one else value
+    return value
+
+
+# -- copies ----------------------------------------------------------------------------------
+
+
+def clone(value):
+    """A copy of numbers and of plain containers; anything else, such as a model, as it is.
+
+    A leaf that gradients are collected in stays the same object.
+    """
+    if isinstance(value, Tensor):
+        return value if value.is_leaf and value.requires_grad else value.clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if type(value) is dict:
+        return {key: clone(each) for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(map(clone, value))
+    return value
+
+
+def unchanged(value, copy) -> bool:
+    """Whether a copy that was handed out still equals its original."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return copy is value or same(value, copy)
+    if type(value) is dict:
+        return copy.keys() == value.keys() and all(unchanged(value[k], copy[k]) for k in value)
+    if type(value) in (list, tuple):
+        return len(copy) == len(value) and all(map(unchanged, value, copy))
+    return copy is value or type(value) is not set or copy == value
+
+
+# -- expectations ----------------------------------------------------------------------------
 
 
 def expect(condition: bool, message: str) -> None:
@@ -35,15 +179,13 @@ def expect(condition: bool, message: str) -> None:
 
 def expect_shape(got, shape: tuple[int, ...], name: str = "The result") -> None:
     """Raise `Wrong` unless a tensor, an array or nested lists have this shape."""
-    if not hasattr(got, "shape"):
-        try:
-            numbers = as_numbers(got)
-        except Exception:
-            numbers = None
-        if numbers is None or numbers.ndim == 0:
-            raise Wrong(f"{name} should be a tensor of shape {shape}, not {describe(got)}.")
-        got = numbers
-    expect(tuple(got.shape) == shape, f"{name} has shape {tuple(got.shape)}, expected {shape}.")
+    try:
+        got_shape = tuple(got.shape) if hasattr(got, "shape") else as_numbers(got).shape
+    except Exception:
+        got_shape = ()
+    if not got_shape and not hasattr(got, "shape"):
+        raise Wrong(f"{name} should be a tensor of shape {shape}, not {describe(got)}.")
+    expect(got_shape == shape, f"{name} has shape {got_shape}, expected {shape}.")
 
 
 def expect_close(got, want, message: str, tolerance: float = 1e-5) -> None:
@@ -68,8 +210,6 @@ def expect_none_of(got, *mistakes: tuple[object, str]) -> None:
 
 def draw(*shape: int, seed: int = 0):
     """Standard normal numbers, the same for the same seed."""
-    import torch
-
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -121,8 +261,6 @@ class Draw:
     def _out(self, array: np.ndarray):
         if self.numpy:
             return array
-        import torch
-
         made = torch.from_numpy(np.ascontiguousarray(array))
         return made.float() if made.is_floating_point() else made
 
@@ -236,8 +374,7 @@ def agree(
     alive, failed = list(mistakes), ""
     for case in draws(cases, numpy):
         given = make(case)
-        want = reference(*clone(given))
-        got = answer(*clone(given))
+        want, got = reference(*clone(given)), answer(*clone(given))
         failed = failed or difference(got, want, otherwise, tolerance)
         alive = [pair for pair in alive if makes(pair[0], given, got, tolerance)]
     if failed:
@@ -254,23 +391,25 @@ def makes(mistake: Callable, given: tuple, got, tolerance: float) -> bool:
 
 def difference(got, want, otherwise: str, tolerance: float = 1e-5) -> str:
     """What is wrong with a result, in a sentence; "" where it agrees, of whatever make it is."""
-    if isinstance(want, tuple) or (isinstance(want, list) and not is_numeric(want)):
-        if not isinstance(got, (list, tuple)) or len(got) != len(want):
-            return f"Return {len(want)} things, not {describe(got)}."
-        found = (difference(g, w, otherwise, tolerance) for g, w in zip(got, want, strict=True))
-        return next((each for each in found if each), "")
+    pairs = None
     if isinstance(want, dict):
         if not isinstance(got, dict):
             return f"Return a dictionary, not {describe(got)}."
         if got.keys() != want.keys():
             return f"The dictionary has {len(got)} keys, and they should be other ones."
-        found = (difference(got[key], want[key], otherwise, tolerance) for key in want)
-        return next((each for each in found if each), "")
+        pairs = [(got[key], want[key]) for key in want]
+    elif isinstance(want, tuple) or (isinstance(want, list) and not is_numeric(want)):
+        if not isinstance(got, (list, tuple)) or len(got) != len(want):
+            return f"Return {len(want)} things, not {describe(got)}."
+        pairs = zip(got, want, strict=True)
+    if pairs is not None:
+        found = (difference(g, w, otherwise, tolerance) for g, w in pairs)
+        return next(filter(None, found), "")
     if not is_numeric(want):
         return "" if got == want else otherwise
+    numbers = as_numbers(want)
+    scale = max(1.0, float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0)))
     try:
-        numbers = as_numbers(want)
-        scale = max(1.0, float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0)))
         expect_close(got, want, otherwise, tolerance * scale)
     except Wrong as wrong:
         return str(wrong)
@@ -279,8 +418,6 @@ def difference(got, want, otherwise: str, tolerance: float = 1e-5) -> str:
 
 def is_numeric(value) -> bool:
     """Whether a value is one of numbers throughout."""
-    if is_tensor(value):
-        return True
     try:
         as_numbers(value)
     except Exception:
