@@ -18,8 +18,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
 
 CASES = 4  # how many inputs `agree` draws
 
@@ -62,9 +60,14 @@ def say_error(error: BaseException) -> str:
 # -- numbers of any make ---------------------------------------------------------------------
 
 
+def is_tensor(value) -> bool:
+    """Whether a value is a torch tensor, without loading torch for it."""
+    return hasattr(value, "detach") and hasattr(value, "dtype")
+
+
 def bare(value) -> np.ndarray:
     """An array of a number, of (nested) lists of them, arrays or tensors, in their own sort."""
-    if isinstance(value, Tensor):
+    if is_tensor(value):
         value = value.detach().cpu()
         value = value.to_dense() if value.is_sparse else value
         return (value.double() if value.is_floating_point() else value).numpy()
@@ -111,17 +114,20 @@ def like(value, other):
 
 def converted(value, other):
     """What `like` makes of a value; the same object where it has that make already."""
-    if isinstance(other, (Tensor, np.ndarray)):
+    if is_tensor(other) or isinstance(other, np.ndarray):
         if type(value) is type(other) and value.dtype == other.dtype:
             return value
         made, wanted = bare(value), bare(other).dtype.kind
         if made.dtype.kind not in {"f": "fiu", "i": "iu", "u": "iu"}.get(wanted, wanted):
             return value
-        if isinstance(other, Tensor):
+        if is_tensor(other):
+            import torch
+
             return torch.from_numpy(made.copy()).to(other.dtype)
         return made.astype(other.dtype)
     if type(other) in (list, tuple):
-        rows = list(value) if type(value) in (list, tuple, Tensor, np.ndarray) else []
+        plain = type(value) in (list, tuple, np.ndarray) or is_tensor(value)
+        rows = list(value) if plain else []
         if type(other) is tuple and len(rows) != len(other):
             return value
         models = other if type(other) is tuple else other[:1] * len(rows)
@@ -146,7 +152,7 @@ def clone(value):
 
     A leaf that gradients are collected in stays the same object.
     """
-    if isinstance(value, Tensor):
+    if is_tensor(value):
         return value if value.is_leaf and value.requires_grad else value.clone()
     if isinstance(value, np.ndarray):
         return value.copy()
@@ -159,7 +165,7 @@ def clone(value):
 
 def unchanged(value, copy) -> bool:
     """Whether a copy that was handed out still equals its original."""
-    if isinstance(value, (Tensor, np.ndarray)):
+    if is_tensor(value) or isinstance(value, np.ndarray):
         return copy is value or same(value, copy)
     if type(value) is dict:
         return copy.keys() == value.keys() and all(unchanged(value[k], copy[k]) for k in value)
@@ -210,6 +216,8 @@ def expect_none_of(got, *mistakes: tuple[object, str]) -> None:
 
 def draw(*shape: int, seed: int = 0):
     """Standard normal numbers, the same for the same seed."""
+    import torch
+
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -261,6 +269,8 @@ class Draw:
     def _out(self, array: np.ndarray):
         if self.numpy:
             return array
+        import torch
+
         made = torch.from_numpy(np.ascontiguousarray(array))
         return made.float() if made.is_floating_point() else made
 

@@ -8,8 +8,6 @@ import inspect
 import textwrap
 from collections.abc import Callable
 
-import ipywidgets
-
 from mi_helpers.course import exercise as cards
 from mi_helpers.course import record, session
 from mi_helpers.course.answers import (
@@ -210,8 +208,10 @@ def following(exercise: Exercise) -> str:
 
 def show_buttons(yours: Yours, name: str, text: str, kept: bool) -> None:
     """The verdict, and under it buttons that check again, give a hint, and show the solution."""
+    import ipywidgets
+
     exercise, id = yours.exercise, yours.exercise.id
-    line, place = session.show(Note(text), display_id=True), ipywidgets.Output()
+    line, place = display(text), ipywidgets.Output()
     what = {
         f"Check {id}": lambda: line.update(Note(said(yours, name, kept))),
         f"Hint for {id}": lambda: session.put(place, next_hint(exercise)),

@@ -23,8 +23,6 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from mi_helpers.course.answers import (
     Wrong,
     clone,
@@ -267,6 +265,8 @@ def references_results(exercise: Exercise, seed: int) -> tuple[tuple, str]:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Gradients on, float32, and torch's random numbers given back, for the time of a block."""
+    import torch
+
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -314,13 +314,11 @@ def fingerprint(function: types.FunctionType) -> tuple:
 def where(error: BaseException, answer: Callable) -> str:
     """ ", in line 3: `text`" for the deepest line of the answer's own file, or ""."""
     own = getattr(inspect.unwrap(answer), "__code__", None)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if own and frame.filename == own.co_filename and frame.lineno
-    ]
-    line = linecache.getline(own.co_filename, frames[-1].lineno).strip() if frames else ""
-    return f", in line {frames[-1].lineno}: {code(line)}" if line else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = max((i for i, each in enumerate(frames) if each.filename == __file__), default=-1) + 1
+    theirs = [each for each in frames[inside:] if own and each.filename == own.co_filename]
+    line = linecache.getline(own.co_filename, theirs[-1].lineno).strip() if theirs else ""
+    return f", in line {theirs[-1].lineno}: {code(line)}" if line else ""
 
 
 def say_unimported(error: BaseException) -> str:

@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
 from mi_helpers.course import exercise as cards
 from mi_helpers.course import record
-from mi_helpers.course.answers import Wrong, clone, code, describe, say_error
+from mi_helpers.course.answers import Wrong, clone, code, describe, is_tensor, say_error
 from mi_helpers.course.session import display
 
 
@@ -139,7 +138,9 @@ def number_in(answer, low: float, high: float, what: str = "number") -> float:
 
 def plain(value):
     """A value in Python's own numbers; lists inside it as tuples, so that they compare."""
-    value = value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
+    value = (
+        value.tolist() if is_tensor(value) or isinstance(value, (np.ndarray, np.generic)) else value
+    )
     return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 

@@ -14,8 +14,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import ipywidgets
-
 from mi_helpers.course import exercise as cards
 from mi_helpers.course import record, session
 from mi_helpers.course.answers import code, describe
@@ -128,6 +126,8 @@ def sentence(id: str, question: str, options: list[str]) -> str:
 
 def box(id: str, question: str, options: list[str]):
     """The question with a button for each option, then one for each confidence."""
+    import ipywidgets
+
     place = ipywidgets.Output()
     title = ipywidgets.HTML()
     title.value = f"<b>🔮 Predict {session.plain(id)}.</b> {session.plain(question)}"

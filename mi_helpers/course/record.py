@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 from platformdirs import user_state_path
 
 from mi_helpers.errors import Refused
-from mi_helpers.files import RunError, write_json
 
 PATIENCE = 5.0  # seconds to wait for another process's write
 SURE = (50, 70, 90, 99)  # per cent, what a prediction may be made with
@@ -27,15 +26,11 @@ SURE = (50, 70, 90, 99)  # per cent, what a prediction may be made with
 _this_session: dict = {}
 
 
-class NotSaved(Refused):
-    """Progress cannot be read or written; its text says why."""
-
-
 def path() -> Path:
     """Where progress is kept: `$MI_PROGRESS`, or the platform's folder for a user's state.
 
     Raises:
-        NotSaved: there is no home folder.
+        Refused: there is no home folder.
     """
     if given := os.environ.get("MI_PROGRESS"):
         return Path(given)
@@ -47,7 +42,7 @@ def path() -> Path:
     except (RuntimeError, OSError, KeyError):
         found = Path("~")
     if not found.is_absolute():
-        raise NotSaved("there is no home folder; set MI_PROGRESS to a file's path.")
+        raise Refused("there is no home folder; set MI_PROGRESS to a file's path.")
     return found
 
 
@@ -55,14 +50,14 @@ def read(file: Path) -> dict:
     """What a file holds, understood or not; {} where there is none.
 
     Raises:
-        NotSaved: it is there and cannot be read.
+        Refused: it is there and cannot be read.
     """
     try:
         text = file.read_bytes()
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise NotSaved(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise Refused(f"{file} cannot be read: {error.strerror or error}.") from error
     try:
         found = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -121,7 +116,7 @@ def everything() -> dict:
     """What was done, ever or in this session: "passed", "predictions", "investigations"."""
     try:
         saved = read(path())
-    except NotSaved:
+    except Refused:
         saved = {}
     return merged(saved, _this_session)
 
@@ -143,6 +138,8 @@ def add(exercise_id: str) -> str:
 
 def save(new: dict) -> str:
     """Merge what is new into the file; "" or, where it cannot be saved, a sentence that says so."""
+    from mi_helpers.files import write_json  # loads torch, which commands do without
+
     _this_session.update(merged(_this_session, new))
     try:
         file = path()
@@ -152,13 +149,13 @@ def save(new: dict) -> str:
             file.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
-            raise NotSaved(f"another process holds {file}.lock.") from None
+            raise Refused(f"another process holds {file}.lock.") from None
         except (NotImplementedError, OSError):
             pass  # a disk without locks; where nothing can be written, the write below says so
         try:
             write_json(file, merged(read(file), _this_session))
         finally:
             lock.release()
-    except (NotSaved, RunError) as error:
+    except Refused as error:
         return f"Your progress cannot be saved, so it lasts for this session only: {error}"
     return ""

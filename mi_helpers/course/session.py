@@ -14,13 +14,15 @@ import textwrap
 import traceback
 from collections.abc import Callable
 
-import ipywidgets
-from IPython import get_ipython
-from IPython.display import display as show
-
 from mi_helpers.course.answers import code
 
 # -- what is shown ---------------------------------------------------------------------------
+
+
+def shell():
+    """IPython's shell, or None outside of it."""
+    loaded = sys.modules.get("IPython")  # commands do without it, and so without ipywidgets
+    return loaded.get_ipython() if loaded else None
 
 
 class Note:
@@ -37,15 +39,17 @@ class Note:
         return bold_or_code.sub(lambda found: found[0] if found[1] else "", self.text)
 
 
-def display(text: str) -> None:
-    """Show Markdown where there is a notebook, the text elsewhere."""
-    show(Note(text))
+def display(text: str):
+    """Show Markdown where there is a notebook, the text elsewhere; what can replace it."""
+    from IPython.display import display as show
+
+    return show(Note(text), display_id=True)
 
 
 def static() -> bool:
     """Whether nobody is at the keyboard: no kernel to answer, or one that runs for the record."""
     asked = os.environ.get("MI_STATIC", os.environ.get("CI", ""))
-    return asked.lower() not in ("", "0", "false") or not hasattr(get_ipython(), "kernel")
+    return asked.lower() not in ("", "0", "false") or not hasattr(shell(), "kernel")
 
 
 def plain(text: str) -> str:
@@ -53,33 +57,39 @@ def plain(text: str) -> str:
     return f'<span class="mathjax_ignore tex2jax_ignore">{html.escape(text)}</span>'
 
 
-def bundle_of(box: ipywidgets.Widget, text: str) -> dict:
+def bundle_of(box, text: str) -> dict:
     """Widgets where there is a kernel, and Markdown for a reader without one, for Jupyter."""
     still = {"text/markdown": text, "text/plain": repr(Note(text))}
     return box._repr_mimebundle_() | still
 
 
-def show_live(box: ipywidgets.Widget, text: str) -> None:
+def show_live(box, text: str) -> None:
     """Display widgets, with what stands in their place where there is no kernel."""
+    from IPython.display import display as show
+
     show(bundle_of(box, text), raw=True)
 
 
-def put(place: ipywidgets.Output, text: str) -> None:
+def put(place, text: str) -> None:
     """Show Markdown in a box of widgets, in the place of what was there."""
     data = {"text/markdown": text, "text/plain": repr(Note(text))}
     place.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
 
-def button(label: str, tooltip: str, act: Callable[[], None]) -> ipywidgets.Button:
+def button(label: str, tooltip: str, act: Callable[[], None]):
     """A button; its label is its name for a screen reader, its tooltip the call behind it."""
+    import ipywidgets
+
     made = ipywidgets.Button(description=label, tooltip=tooltip)
     made.layout.width = "auto"
     made.on_click(lambda _button: act())
     return made
 
 
-def calls(*texts: str) -> ipywidgets.HTML:
+def calls(*texts: str):
     """A line of calls as code, to be read and copied."""
+    import ipywidgets
+
     line = " · ".join(f"<code>{plain(text)}</code>" for text in texts)
     return ipywidgets.HTML(f'<span style="opacity: 0.8">{line}</span>')
 
@@ -89,13 +99,13 @@ def calls(*texts: str) -> ipywidgets.HTML:
 
 def look_up(name: str) -> Callable | None:
     """What the notebook has under a name, or None."""
-    here = get_ipython()
+    here = shell()
     return here.user_ns.get(name) if here else vars(sys.modules["__main__"]).get(name)
 
 
 def assigns(call: str, exercise_id: str) -> bool:
     """Whether the cell that runs now keeps the result of `call("exercise_id", …)`."""
-    here = get_ipython()
+    here = shell()
     cell = (here.user_ns.get("In") or [""])[-1] if here else ""
     quoted = rf"{call}\(\s*[\"']{re.escape(exercise_id)}[\"']"
     return re.search(rf"=\s*(?:\w+\.)?{quoted}", cell) is not None
@@ -107,7 +117,7 @@ def stale(answer: Callable) -> str:
     A cell that could not be read, or that stopped before its `def`, leaves the function of an
     earlier cell in place.
     """
-    here, own = get_ipython(), inspect.unwrap(answer)
+    here, own = shell(), inspect.unwrap(answer)
     name = getattr(own, "__name__", "")
     if here is None or not name.isidentifier():
         return ""
@@ -152,7 +162,7 @@ def say_name_errors(calls: tuple[str, ...]) -> None:
 
     Every other NameError is shown as always.
     """
-    here = get_ipython()
+    here = shell()
     if here is None:
         return
     pattern = re.compile(rf"\b(?:{'|'.join(calls)})\(")

@@ -193,7 +193,7 @@ def test_an_answer_that_the_check_cannot_read_is_shown():
     def check_length(answer):
         len(answer(1))
 
-    exercise = Exercise(**(vars(DOUBLE) | {"check": check_length}))
+    exercise = Exercise(**(vars(DOUBLE) | {"check": check_length, "reference": lambda x: [x]}))
     assert "returned int `2`, which is no answer here" in evaluate(exercise, double).message
 
 
@@ -208,7 +208,7 @@ def test_a_check_may_expect_an_exception():
     def refuses(x):
         raise ValueError("negative")
 
-    exercise = Exercise(**(vars(DOUBLE) | {"check": check_refusal}))
+    exercise = Exercise(**(vars(DOUBLE) | {"check": check_refusal, "reference": refuses}))
     assert evaluate(exercise, refuses).status == RIGHT
     assert evaluate(exercise, double).message == "Refuse negative numbers."
 

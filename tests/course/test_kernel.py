@@ -1,11 +1,13 @@
 """`check` in a real kernel: buttons, cells that did not run, names that are not there."""
 
 import os
+import sys
 import textwrap
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 IMPORTS = "from mi_helpers.course import check, hint, predict, progress"
 STUB = 'def project_out(x, v, centre):\n    """Move."""\n    ...\n'
@@ -49,12 +51,16 @@ def cells(tmp_path_factory):
             places = [str(w.outputs) for w in made if isinstance(w, Output)]
             print(sum("hint 1 of" in each for each in places), hints[-1].tooltip)
         """),
+        "transport": "print(get_ipython().parent.transport)",
         "other": "nothing_here",
     }
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(each) for each in sources.values()]
     )
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", allow_errors=True)
+    ipc = {} if sys.platform == "win32" else {"KernelManager": {"transport": "ipc"}}
+    client = NotebookClient(  # no ports, which a kernel that starts elsewhere might take
+        notebook, timeout=120, kernel_name="python3", allow_errors=True, config=Config(ipc)
+    )
     env = {key: value for key, value in os.environ.items() if key not in ("CI", "MI_STATIC")}
     client.execute(env=env | {"MI_PROGRESS": str(folder / "p.json"), "MI_STATIC": "0"})
     return dict(zip(sources, [cell.outputs for cell in notebook.cells], strict=True))
@@ -68,6 +74,7 @@ def text(outputs) -> str:
 def test_a_name_that_is_not_there_yet_is_a_sentence(cells):
     assert "project_out is not defined yet: run the cell" in text(cells["early"])
     assert "Traceback" not in str(cells["early"])
+    assert text(cells["transport"]) == ("tcp\n" if sys.platform == "win32" else "ipc\n")
     assert cells["other"][0].ename == "NameError"  # of anything else, as always
 
 

@@ -64,7 +64,8 @@ def lesson(monkeypatch, tmp_path):
     monkeypatch.setenv("MI_PROGRESS", str(tmp_path / "state" / "progress.json"))
     monkeypatch.setattr(record, "_this_session", {})
     monkeypatch.setattr(cards, "lesson_numbers", lambda: [77])
-    monkeypatch.setattr(cards, "declared", lambda number, what: table[what])
+    for module in (cards, prove):
+        monkeypatch.setattr(module, "declared", lambda number, what: table[what])
     return tmp_path / "state" / "progress.json"
 
 
