@@ -51,7 +51,7 @@ def cells(tmp_path_factory):
             places = [str(w.outputs) for w in made if isinstance(w, Output)]
             print(sum("hint 1 of" in each for each in places), hints[-1].tooltip)
         """),
-        "transport": "print(get_ipython().parent.transport)",
+        "transport": "print(get_ipython().kernel.parent.transport)",
         "other": "nothing_here",
     }
     notebook = nbformat.v4.new_notebook(
