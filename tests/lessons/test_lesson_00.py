@@ -1,8 +1,8 @@
 """Lesions on tiny random models, by hand and by another route; the figures of lesson 00."""
 
 import itertools
-import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import nbformat
@@ -14,13 +14,15 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mi_helpers import plots, widgets
-from mi_helpers.ablation import Mean, Zero, ablate, part_name
+from mi_helpers.ablation import part_name
 from mi_helpers.architecture import architecture
-from mi_helpers.lessons.lesson_00 import exercises as lesson_00
-from mi_helpers.lessons.lesson_00 import experiments as lesions
+from mi_helpers.course.card import exercises_of
+from mi_helpers.course.predict import predictions_of
+from mi_helpers.layouts import ModelError
+from mi_helpers.lessons.lesson_00 import exercises, experiments, figures
 from mi_helpers.lessons.lesson_00.experiments import MODES, LesionLab
-from mi_helpers.lessons.shared import family_losses, make_batch, token_pool
-from mi_helpers.loading import empty_gemma2_2b, load_model
+from mi_helpers.lessons.shared import family_losses, make_batch, shipped_model, token_pool
+from mi_helpers.loading import empty_gemma2_2b
 from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import World
 
@@ -115,40 +117,23 @@ def test_a_batch_that_cannot_be_had_is_said(model):
 # -- lesions ---------------------------------------------------------------------------------
 
 
-def test_the_exercises_make_the_same_lesions(model):
-    z, reference = torch.randn(2, 5, 4, 6), torch.randn(9, 4, 6)
-    zero = ablate(model, [(0, 1)], Zero())["z", 0](z.clone())
-    mean = ablate(model, [(0, 1)], Mean({("z", 0): reference}))["z", 0](z.clone())
-    assert torch.equal(zero, lesson_00.silence_head(z, 1))
-    assert torch.allclose(mean, lesson_00.mean_lesion(z, 1, reference))
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("parts", "mode", "message"),
     [
-        (("neuron", 0), "no kind of part 'neuron'"),
-        (("mlp", 3), "layers 0 to 2, not 3"),
-        (("mlp", 0, 1), "takes no head"),
-        (("mlp", 0, None, "blur"), "no mode 'blur'"),
+        ([("neuron", 0)], "mean", "no kind of part 'neuron'"),
+        ([("mlp", 3)], "mean", "layers 0 to 2, not 3"),
+        ([("mlp", 0, 1)], "mean", "takes no head"),
+        ([("mlp", 0)], "blur", "no mode 'blur'"),
     ],
 )
-def test_an_impossible_lesion_is_said_in_one_sentence(lab, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        lab.hooks(*arguments)
+def test_an_impossible_lesion_is_said_in_one_sentence(lab, parts, mode, message):
+    with pytest.raises(ModelError, match=message):
+        lab.after(parts, mode)
 
 
 def test_a_lesion_of_nothing_changes_nothing(model, batch):
     hooks = {site: lambda x: x for site in ("z", "attn_out", "mlp_out", "resid_post")}
     assert family_losses(model, batch, hooks) == family_losses(model, batch)
-
-
-def test_the_last_answer_is_cut_off_and_said(model):
-    document = World().document(7, "ioi")
-    prompt, truth, said = lesions.last_answer(model, document)
-    assert f"{prompt} {truth}." == document.text and truth == document.latents["IO"]
-    assert said == model.generate(prompt, 1)[len(prompt) :].strip()
-    silent = {"resid_post": lambda x: 0 * x}  # all logits alike: the first token of all
-    assert lesions.last_answer(model, document, silent)[2] == ""
 
 
 # -- losses ----------------------------------------------------------------------------------
@@ -163,25 +148,30 @@ def test_family_losses_are_those_of_single_documents(model, batch):
     assert close(family_losses(model, batch), by_hand)
 
 
+def losses(lab, answers):
+    """{family: mean loss} of what a lab read."""
+    each = enumerate(lab.names)
+    return {name: float(answers[lab.batch.family == i, 0].mean()) for i, name in each}
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_lab_agrees_with_whole_runs(family):
     model = build(family)
     batch = make_batch(model, answers=2, families=FAMILIES)
     lab = LesionLab(model, batch, batch)
-    assert close(lab.before(), family_losses(model, batch))
-    for part, mode in itertools.product([("head", 1, 2), ("attn", 2), ("mlp", 0)], MODES):
-        whole = family_losses(model, batch, lab.hooks(*part, mode=mode))
-        assert close(lab.after(*part, mode=mode), whole)
-        assert not close(lab.after(*part, mode=mode), lab.before(), 1e-3)
+    assert close(losses(lab, lab.before), family_losses(model, batch))
+    several = [[("head", 1, 2)], [("attn", 2)], [("mlp", 0)], [(2, 1), (0, 3), ("mlp", 1)]]
+    for parts, mode in itertools.product(several, MODES):
+        whole = family_losses(model, batch, lab.hooks(parts, mode))
+        assert close(losses(lab, lab.after(parts, mode)), whole)
+        assert not close(whole, losses(lab, lab.before), 1e-3)
 
 
 def test_every_answer_is_computed_once(lab, monkeypatch):
-    first = lab.after("head", 1, 0, "zero")
-    first["ioi"] = None  # what a caller does to the answer stays with the caller
+    first = lab.after([(1, 0)], "zero")
+    first[:] = -1  # what a caller does to the numbers stays with the caller
     monkeypatch.setattr(lab.model, "run_from_layer", None)
-    assert lab.after("head", 1, 0, "zero")["ioi"] is not None
-    with pytest.raises(ValueError, match="layers 0 to 2"):
-        lab.after("mlp", 9)
+    assert (lab.after([("head", 1, 0)], "zero")[:, 0] > 0).all()
 
 
 def test_the_reference_leaves_out_bos_and_padding(model, batch):
@@ -193,25 +183,34 @@ def test_the_reference_leaves_out_bos_and_padding(model, batch):
     assert len(found["mlp_out", 2]) == batch.inside().sum()
 
 
-def test_damage_is_after_less_before(lab):
+def test_damage_is_after_less_before_by_document(lab):
     parts = lab.parts([0, 2])
     assert len(parts) == 2 * (4 + 1) and len(lab.parts()) == 3 * 5
-    damage = lab.damage(parts, mode="zero")
-    after, before = lab.after(*parts[3], mode="zero"), lab.before()
-    assert damage.shape == (10, len(FAMILIES))
-    assert damage[3].tolist() == pytest.approx([after[n] - before[n] for n in FAMILIES], abs=1e-5)
     assert [part_name(part) for part in parts[3:5]] == ["L0 head 3", "L0 MLP"]
+    table, found = lab.table(parts, "zero"), lab.damage([parts[3]], "zero")
+    assert table.shape == (10, len(FAMILIES))
+    for column, name in enumerate(lab.names):
+        changes = lab.changes([parts[3]], name, "zero").numpy()  # (documents,)
+        mean, error = found[name]
+        assert table[3, column].item() == pytest.approx(mean, abs=1e-5)
+        assert mean == pytest.approx(changes.mean(), abs=1e-5)
+        assert error == pytest.approx(changes.std(ddof=1) / len(changes) ** 0.5, abs=1e-5, nan_ok=True)
+
+
+def test_the_lab_measures_with_what_it_is_given(model, batch):
+    lab = LesionLab(model, batch, batch, measure=lambda after, before, document: (7, 0))
+    assert set(lab.damage([(0, 0)]).values()) == {(7.0, 0.0)}
 
 
 @pytest.mark.parametrize("part", [("head", 1, 2), ("mlp", 0, None)])
 def test_noise_pushes_as_far_as_the_lesion(lab, monkeypatch, part):
     pushes = []
     monkeypatch.setattr(lab, "_run", lambda key, layer, hooks: pushes.append(hooks))
-    lab.noise(*part)
+    lab.noise([part])
     (hook,) = pushes[0].values()
     site = "mlp_out" if part[0] == "mlp" else "attn_out"
     clean = lab._written(site, part[1], {})
-    change = lab._written(site, part[1], lab.hooks(*part)) - clean
+    change = lab._written(site, part[1], lab.hooks([part])) - clean
     push = hook(torch.zeros_like(clean))
     assert torch.allclose(push.norm(dim=-1), change.norm(dim=-1), rtol=1e-4)
     assert not push[:, 0].any() and push[:, 1:].any()
@@ -221,9 +220,91 @@ def test_noise_pushes_as_far_as_the_lesion(lab, monkeypatch, part):
 
 def test_the_strongest_dissociation_by_hand():
     damage = torch.tensor([[0.0, 0.1, 0.0], [6.0, 6.0, 6.0], [2.0, 0.0, 1.9], [0.1, 3.0, 0.1]])
-    assert lesions.strongest_dissociation(damage) in [(2, 0, 3, 1), (3, 1, 2, 0)]
-    i, a, j, b = lesions.strongest_dissociation(damage)
-    assert lesson_00.double_dissociation(damage, a, b) == (i, j)
+    assert experiments.strongest_dissociation(damage) in [(2, 0, 3, 1), (3, 1, 2, 0)]
+
+
+# -- facts and heads -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known(model):
+    return experiments.facts(model, 5)
+
+
+def test_facts_end_before_their_city(model, known):
+    assert len({each.prompt for each in known}) == 5
+    for each in known:
+        assert each.ids == model.tokens(each.prompt)[0].tolist()
+        assert not each.prompt.endswith(each.city) and 0 not in each.landmark
+        assert max(each.landmark) < len(each.ids)
+
+
+def test_gaze_and_memory_are_those_of_single_runs(model, known):
+    looks, left = experiments.gaze(model, known), experiments.remembered(model, known)
+    for i, each in enumerate(known):
+        logits, cache = model.run_with_cache(torch.tensor(each.ids), "pattern")
+        alone = cache["pattern"][:, 0, :, -1][..., each.landmark].sum(-1)
+        assert torch.allclose(looks[i], alone, atol=1e-5)
+        assert torch.allclose(left[i], logits[0, -1].softmax(-1)[each.answer], atol=1e-6)
+    order = experiments.gaze_order(model, known)
+    means = [float(looks.mean(0)[at]) for at in order]
+    assert len(set(order)) == 12 and means == sorted(means, reverse=True)
+
+
+def test_a_head_followed_by_hand_is_the_model_s():
+    model = shipped_model()
+    _, cache = model.run_with_cache(experiments.FACT, ["pattern", "v", "attn_out"])
+    for layer in range(model.n_layers):
+        q, k = experiments.rotated(model, experiments.FACT, layer)
+        given = cache["pattern", layer][0], cache["v", layer][0], model.weight("W_O", layer)
+        for head in range(model.n_heads):
+            pattern = exercises.attention_pattern(
+                q[:, head], k[:, head], *experiments.scale_and_cap(model)
+            )
+            assert torch.allclose(pattern, given[0][head], atol=1e-4)
+        writes = sum(exercises.head_writes(*given, h) for h in range(model.n_heads))
+        added = model.part("ln1_post", layer)(writes)
+        assert torch.allclose(added, cache["attn_out", layer][0], atol=1e-3)
+
+
+def test_what_is_fetched_by_hand(model, known):
+    found = experiments.fetched(model, known, 1, 2)
+    _, cache = model.run_with_cache(torch.tensor(known[0].ids), [("z", 1)])
+    write = cache["z", 1][0, -1, 2] @ model.weight("W_O", 1)[2]
+    words = experiments.written_words(model, write, 1)
+    others = [each.answer for each in known if each.answer != known[0].answer]
+    beaten = [float(words[known[0].answer] > words[other]) for other in others]
+    if others:
+        assert found[0].item() == pytest.approx(sum(beaten) / len(beaten))
+
+
+def test_shares_sum_to_one(model):
+    sites = ["embed", "attn_out", "mlp_out", "resid_final"]
+    _, cache = model.run_with_cache(experiments.FACT, sites)
+    assert sum(experiments.shares(cache).values()) == pytest.approx(1, abs=1e-4)
+
+
+# -- the investigation -----------------------------------------------------------------------
+
+
+def test_a_number_draws_one_of_the_skills():
+    drawn = [experiments.draw_skill(number) for number in range(200)]
+    assert set(drawn) == set(experiments.skills()) and drawn[7] == experiments.draw_skill(7)
+
+
+@pytest.mark.parametrize(
+    "given", [[(2, 1), ("mlp", 0)], {(2, 1), ("mlp", 0)}, [("head", 2, 1), ("mlp", 0, None)]]
+)
+def test_parts_may_be_written_in_several_ways(given):
+    assert exercises.parts_in(given) == (("head", 2, 1), ("mlp", 0, None))
+
+
+def test_a_lesion_of_everything_is_not_selective(monkeypatch):
+    harm = {name: (9.0, 0.1) for name in experiments.skills()}
+    monkeypatch.setattr(exercises, "judge", lambda: SimpleNamespace(damage=lambda parts: harm))
+    assert exercises.selectivity([(0, 0)], experiments.skills()[0]) == 0
+    harm |= dict.fromkeys(experiments.skills()[1:], (-0.2, 0.1))
+    assert exercises.selectivity([(0, 0)], experiments.skills()[0]) == 1
 
 
 # -- figures ---------------------------------------------------------------------------------
@@ -269,23 +350,39 @@ def test_before_after_prints_both_numbers_and_keeps_its_limits():
     plots.render(plots.before_after({"a": 0.0}, {"a": 0.0}))
 
 
-def test_the_widget_of_the_lesson_draws_at_every_corner():
-    """The very cell of the notebook, on the shipped model."""
+def test_the_figures_of_the_lesson_draw_at_every_corner(model, lab, known):
+    controls = {"part": figures.part_names(model), "layer": (0, model.n_layers - 1, 1)}
+    for values in widgets.corners(**controls):
+        drawn = figures.next_tokens(model, "The", **values)
+        assert plots.render(drawn).startswith(b"\x89PNG")
+        damage = lab.damage([figures.part_called(values["part"], values["layer"])])
+        drawn = figures.estimates({"": damage}, "title", limits=(-1, 6))
+        assert plots.render(drawn).startswith(b"\x89PNG")
+
+
+def test_estimates_say_every_number_and_keep_their_limits():
+    series = {"lesion": {"a": (20.0, 1.0), "b": (-0.001, 0.25)}, "noise": {"a": (1.0, 0.5)}}
+    picture = figures.estimates(series, limits=(-1, 6))
+    said = [text.get_text() for text in picture.axes[0].texts]
+    assert said == ["20.00 ± 2.00", "0.00 ± 0.50", "1.00 ± 1.00"]
+    assert picture.axes[0].get_xlim() == (-1, 6)
+
+
+def test_the_table_of_shapes_has_both_models():
+    table = figures.shape_table(build(), empty_gemma2_2b())
+    assert "| · q | queries | 4 × 6 | 8 × 256 |" in table and "256000" in table
+
+
+def test_the_notebook_asks_what_is_registered():
+    """Each stub, check and prediction stands in the notebook as the room declares it."""
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
-    (source,) = [c.source for c in cells if "PARTS =" in c.source]
-    model = load_model()
-    shown = {}
-    names = {
-        "model": model,
-        "early": 1,
-        "lab": LesionLab(model, make_batch(model, answers=2)),
-        "explore": lambda figure, **controls: shown.update(figure=figure, controls=controls),
-        "before_after": plots.before_after,
-        "MODES": MODES,
-        "math": math,
-    }
-    exec(source, names)
-    swept = list(widgets.corners(**shown["controls"]))
-    assert len(swept) > 10
-    for values in swept:
-        assert plots.render(shown["figure"](**values)).startswith(b"\x89PNG")
+    source = "\n".join(c.source for c in cells if c.cell_type == "code")
+    for each in exercises_of(0):
+        assert each.stub.strip() in source and f'check("{each.id}", {each.name})' in source
+    for each in predictions_of(0):
+        assert f'predict("{each.id}", "{each.question}"' in source
+        assert all(f'"{option}"' in source for option in each.options)
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    main = [each for each in exercises_of(0) if "going further" not in each.title]
+    assert all(f"### {each.id} {each.title}" in text for each in exercises_of(0))
+    assert sum(each.minutes for each in main) <= 60
