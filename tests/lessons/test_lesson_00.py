@@ -194,7 +194,9 @@ def test_damage_is_after_less_before_by_document(lab):
         mean, error = found[name]
         assert table[3, column].item() == pytest.approx(mean, abs=1e-5)
         assert mean == pytest.approx(changes.mean(), abs=1e-5)
-        assert error == pytest.approx(changes.std(ddof=1) / len(changes) ** 0.5, abs=1e-5, nan_ok=True)
+        assert error == pytest.approx(
+            changes.std(ddof=1) / len(changes) ** 0.5, abs=1e-5, nan_ok=True
+        )
 
 
 def test_the_lab_measures_with_what_it_is_given(model, batch):
