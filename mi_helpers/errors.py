@@ -59,9 +59,9 @@ def reading(
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if tell is not None:
-            raise kind(tell(error)) from error
+            raise kind(tell(error)) from None
         named = f"{of} cannot be read: its {Path(path).name}" if of else f"{path}"
-        raise kind(f"{named} {why(error)}. {advice}".strip()) from error
+        raise kind(f"{named} {why(error)}. {advice}".strip()) from None
 
 
 def why(error: BaseException) -> str:

@@ -23,7 +23,15 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_peft_available
 
 from mi_helpers.errors import first_line, reading
-from mi_helpers.files import DATA, MOST_JSON, is_beside, need_space, read_json, read_shapes
+from mi_helpers.files import (
+    DATA,
+    MOST_JSON,
+    RunError,
+    is_beside,
+    need_space,
+    read_json,
+    read_shapes,
+)
 from mi_helpers.layouts import FAMILIES, ModelError, layout_of
 from mi_helpers.models import LanguageModel
 
@@ -232,7 +240,10 @@ def check_size(name: str, folder: Path, config) -> None:
     Raises:
         ModelError: how many parameters there are, and how many it asks for.
     """
-    shapes = [s for file in folder.glob("*.safetensors") for s in read_shapes(file).values()]
+    try:
+        shapes = [s for file in folder.glob("*.safetensors") for s in read_shapes(file).values()]
+    except RunError as error:
+        raise ModelError(f"{name} could not be loaded: {error}") from None
     held = sum(math.prod(shape) for shape in shapes)
     asked = config.num_hidden_layers
     if asked <= len(shapes):  # else not even the modules can be made

@@ -53,6 +53,9 @@ class Bos:
     def decode(self, ids, **_kwargs):
         return f"<{ids[0]}>"
 
+    def convert_ids_to_tokens(self, token):
+        return f"<{token}>"
+
 
 def build(family: str) -> LanguageModel:
     """A tiny random model; norms and biases are random too, so that errors show."""

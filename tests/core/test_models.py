@@ -649,14 +649,15 @@ def response(status):
         (lambda: hub.RepositoryNotFoundError("no", response=response(404)), "There is no model"),
         (lambda: hub.LocalEntryNotFoundError("no"), "cannot be reached"),
         (lambda: hub.OfflineModeIsEnabled("offline"), "cannot be reached"),
-        (lambda: ValueError("odd"), "could not be loaded: outer"),
+        (lambda: ValueError("odd"), "could not be loaded: in its config.json: outer"),
     ],
 )
 def test_what_the_hub_says(monkeypatch, cause, message):
     def fail(*args, **kwargs):
         raise OSError("outer.\nmany\nlines") from cause()
 
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(loading, "check_download", lambda repo: None)
+    monkeypatch.setattr(loading, "cached_file", fail)
     with pytest.raises(ModelError, match=message) as caught:
         load_model("google/gemma-2-2b")
     assert "google/gemma-2-2b" in str(caught.value) and "\n" not in str(caught.value)
