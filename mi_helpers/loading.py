@@ -68,6 +68,7 @@ def load_model(
         config = configuration(name)
         with telling(name, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer.decode(tokenizer.encode("a", add_special_tokens=False))
         with telling(name, "weights"):
             check_names(name, source, config)
             if local:

@@ -121,6 +121,9 @@ class Activations:
                 "new folder."
             )
         manifest = read_sealed(folder / MANIFEST, "Delete it and run the harvest again.")
+        checked(manifest["model"], folder / MANIFEST, RunError, name=str, sha256=str)["name"]
+        if not manifest["shards"]:
+            raise RunError(f"{folder / MANIFEST} lists no shards. Delete it and run again.")
         for key in ("source", "target"):
             if not is_site(manifest[key]) and (manifest[key] is not None or key == "source"):
                 raise RunError(

@@ -12,7 +12,7 @@ scored again in float32.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,6 +53,17 @@ def float32_precision(setting: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def checked_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """These kinds of products.
+
+    Raises:
+        ValueError: there is none, or one that is not known.
+    """
+    if not isinstance(kinds, list | tuple) or not kinds or any(k not in [*EXTRA] for k in kinds):
+        raise ValueError(f"the products are {kinds!r}, and some of {', '.join(EXTRA)} are expected")
+    return tuple(kinds)
 
 
 @lru_cache
@@ -225,7 +236,7 @@ class TopK:
 
     def go_on(self, kinds: list[str], doubtful: int) -> None:
         """Go on as another was: the kinds that it had left, its doubtful batches running."""
-        self.kinds, self.doubtful = list(kinds), doubtful
+        self.kinds, self.doubtful = list(checked_kinds(kinds)), doubtful
         self._copy()
 
     @torch.no_grad()

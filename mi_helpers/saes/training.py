@@ -41,7 +41,7 @@ from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.files import load_coder, save_coder
 from mi_helpers.saes.gradients import Diverged
 from mi_helpers.saes.processes import ALONE, Processes
-from mi_helpers.saes.products import Products, quickest
+from mi_helpers.saes.products import Products, checked_kinds, quickest
 from mi_helpers.saes.progress import progress_bar
 from mi_helpers.saes.run_files import (
     CHECKPOINT,
@@ -307,7 +307,7 @@ class Run:
         self.coder = coder_for(held, config).to(processes.device)
         self.step_number, self.seconds, self.recipe = 0, 0.0, seal(recipe)
         with reading(folder / RECIPE, RunError, "Choose a new folder."):
-            products = Products(tuple(recipe[CHOSEN]["kinds"]), recipe[CHOSEN]["float32"])
+            products = Products(checked_kinds(recipe[CHOSEN]["kinds"]), recipe[CHOSEN]["float32"])
         self.step = SparseStep(self.coder, config.step(), products=products, processes=processes)
 
     def begin(self) -> None:
