@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from mi_helpers import plots, widgets
 from mi_helpers.ablation import part_name
 from mi_helpers.architecture import architecture
-from mi_helpers.course.card import exercises_of
-from mi_helpers.course.predict import predictions_of
+from mi_helpers.course.exercise import declared, evaluate
 from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.lesson_00 import exercises, experiments, figures
 from mi_helpers.lessons.lesson_00.experiments import MODES, LesionLab
@@ -286,6 +285,19 @@ def test_shares_sum_to_one(model):
     assert sum(experiments.shares(cache).values()) == pytest.approx(1, abs=1e-4)
 
 
+def test_an_answer_that_leaves_its_hook_on_spoils_no_later_check():
+    def leaves_it(model, text, layer, head):
+        def silence(z):
+            z[:, 1:, head] = 0
+
+        model.add_hook(("z", layer), silence)
+        return model(text)
+
+    checked = next(each for each in declared(0, "exercise") if each.id == "0.5")
+    assert evaluate(checked, leaves_it).status == "wrong"
+    assert evaluate(checked, checked.reference).status == "right"
+
+
 # -- the investigation -----------------------------------------------------------------------
 
 
@@ -379,12 +391,12 @@ def test_the_notebook_asks_what_is_registered():
     """Each stub, check and prediction stands in the notebook as the room declares it."""
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     source = "\n".join(c.source for c in cells if c.cell_type == "code")
-    for each in exercises_of(0):
+    for each in declared(0, "exercise"):
         assert each.stub.strip() in source and f'check("{each.id}", {each.name})' in source
-    for each in predictions_of(0):
+    for each in declared(0, "prediction"):
         assert f'predict("{each.id}", "{each.question}"' in source
         assert all(f'"{option}"' in source for option in each.options)
     text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
-    main = [each for each in exercises_of(0) if "going further" not in each.title]
-    assert all(f"### {each.id} {each.title}" in text for each in exercises_of(0))
+    main = [each for each in declared(0, "exercise") if "going further" not in each.title]
+    assert all(f"### {each.id} {each.title}" in text for each in declared(0, "exercise"))
     assert sum(each.minutes for each in main) <= 60
