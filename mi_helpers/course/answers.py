@@ -123,7 +123,10 @@ def converted(value, other):
         if is_tensor(other):
             import torch
 
-            return torch.from_numpy(made.copy()).to(other.dtype)
+            if type(value) in (list, tuple) and all(map(is_tensor, value)):
+                value = torch.stack(tuple(value))
+            value = value if is_tensor(value) else torch.from_numpy(made.copy())
+            return value.to(other.dtype)  # and gradients get through
         return made.astype(other.dtype)
     if type(other) in (list, tuple):
         plain = type(value) in (list, tuple, np.ndarray) or is_tensor(value)

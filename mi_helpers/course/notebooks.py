@@ -211,15 +211,12 @@ def update(course: Path, mine: Path, base: Sequence[str | None]) -> str:
 
     Args:
         course: the course's notebook
-        mine: the learner's copy of it, which need not be there
+        mine: the learner's copy of it
         base: the sums of the notebook that the copy was made of; two None where that is unknown
     """
     new = sums(course)
-    if mine.exists() and (new == list(base) or new[1] is None):
+    if new == list(base) or new[1] is None:
         return ""
-    if not mine.exists():
-        copy(course, mine)
-        return f"{mine.name} is there now."
     old = sums(mine)
     if old[1] is not None and old[1] == base[1]:
         if old[0] != new[0]:
@@ -234,9 +231,6 @@ def update(course: Path, mine: Path, base: Sequence[str | None]) -> str:
 
 def begin_again(course: Path, mine: Path) -> str:
     """A clean copy of the course's notebook; the learner's own is kept under a dated name."""
-    if not mine.exists():
-        copy(course, mine)
-        return f"{mine.name} is there now."
     if mine.read_bytes() == course.read_bytes():
         return f"{mine.name} is clean already."
     aside = beside(mine, "mine")
@@ -257,13 +251,16 @@ def bring(lessons: Sequence[Path], folder: Path, fresh: bool = False) -> list[st
     Raises:
         RunError: the folder cannot be written.
     """
-    before, is_new = recorded(folder), not folder.exists()
-    said = [
-        begin_again(course, folder / course.name)
-        if fresh
-        else update(course, folder / course.name, before.get(course.name, (None, None)))
-        for course in lessons
-    ]
+    before, is_new, said = recorded(folder), not folder.exists(), []
+    for course in lessons:
+        mine = folder / course.name
+        if not mine.exists():
+            copy(course, mine)
+            said.append(f"{mine.name} is there now.")
+        elif fresh:
+            said.append(begin_again(course, mine))
+        else:
+            said.append(update(course, mine, before.get(course.name, (None, None))))
     after = before | {course.name: sums(course) for course in lessons}
     if after != before:
         from mi_helpers.files import write_json

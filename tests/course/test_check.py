@@ -195,6 +195,14 @@ def test_a_value_takes_the_make_of_another(value, other):
         assert made.dtype == other.dtype
 
 
+@pytest.mark.parametrize("make", [lambda x: x.double() * 2, lambda x: [2 * x[0], 2 * x[1]]])
+def test_gradients_get_through_another_make(make):
+    x = torch.ones(2, 3, requires_grad=True)
+    made = like(make(x), torch.ones(2, 3))
+    made.sum().backward()
+    assert made.dtype == torch.float32 and torch.equal(x.grad, torch.full((2, 3), 2.0))
+
+
 @pytest.mark.parametrize(
     ("value", "other"),
     [
@@ -302,6 +310,18 @@ def test_what_runs_too_long_is_interrupted_and_nothing_comes_afterwards(function
             within(0.1, function, torch.ones(2), 2)
     time.sleep(0.2)
     assert threading.active_count() < 10
+
+
+def test_no_interrupt_comes_after_a_call_that_ends_near_its_limit():
+    ended = stopped = 0
+    for n in range(300):
+        try:
+            within(0.002, lambda n=n: sum(i for i in range(400 * n)))
+            ended += 1
+        except TimeUp:
+            stopped += 1
+        sum(i for i in range(5000))  # an interrupt that comes late is raised here, and fails
+    assert ended + stopped == 300 and ended and stopped
 
 
 def test_a_call_that_a_debugger_holds_goes_on():
