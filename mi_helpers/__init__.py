@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mi_helpers.attribution import direct_logit_attribution
+    from mi_helpers.gradients import attribution_patch
     from mi_helpers.heads import head_scores
     from mi_helpers.layouts import ModelError
     from mi_helpers.lens import logit_lens
     from mi_helpers.loading import load_model, untrained
     from mi_helpers.models import LanguageModel
-    from mi_helpers.patching import activation_patch, attribution_patch
+    from mi_helpers.patching import activation_patch
     from mi_helpers.paths import path_patch
     from mi_helpers.probes import fit_probe
     from mi_helpers.widgets import explore
@@ -38,12 +39,13 @@ __all__ = [
 ]
 _MODULES = {
     "attribution": ["direct_logit_attribution"],
+    "gradients": ["attribution_patch"],
     "heads": ["head_scores"],
     "layouts": ["ModelError"],
     "lens": ["logit_lens"],
     "loading": ["load_model", "untrained"],
     "models": ["LanguageModel"],
-    "patching": ["activation_patch", "attribution_patch"],
+    "patching": ["activation_patch"],
     "paths": ["path_patch"],
     "probes": ["fit_probe"],
     "widgets": ["explore"],

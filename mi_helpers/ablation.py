@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mi_helpers.arguments import indices, number, one_of, shown, tensor, whole
 from mi_helpers.layouts import Key, ModelError
 from mi_helpers.models import LanguageModel
 
@@ -93,10 +94,10 @@ class Gaussian:
         Raises:
             ModelError: the subject is not in the prompt, or there are no seeds.
         """
-        batch, length = ids.shape
+        batch, length = model.ids(ids).shape
         at = indices(self.subject, length, "position")
-        if self.seeds < 1:
-            raise ModelError(f"seeds is {self.seeds}: give at least 1.")
+        whole("seeds", self.seeds, 1)
+        number("scale", self.scale, least=0)
         used = model.in_use.nonzero()[:, 0]
         some = used[:: -(-len(used) // 4096)]
         sigma = float(model.part("embed")(some).float().std())
@@ -105,20 +106,6 @@ class Gaussian:
             rng = torch.Generator().manual_seed(seed)
             noise[seed][:, at] = torch.randn(batch, len(at), model.d_model, generator=rng)
         return (self.scale * sigma * noise).to(model.device, model.dtype)
-
-
-def indices(given: int | Sequence[int] | None, count: int, what: str) -> list[int]:
-    """Indices from 0 to count - 1; None gives all, and negative ones count from the end.
-
-    Raises:
-        ModelError: none at all, or one that is out of range; `what` names it in the message.
-    """
-    given = range(count) if given is None else [given] if isinstance(given, int) else given
-    given = [int(i) for i in given]
-    wrong = [i for i in given if not -count <= i < count]
-    if wrong or not given:
-        raise ModelError(f"The {what}s are {given}: expected at least one, from 0 to {count - 1}.")
-    return [i % count for i in given]
 
 
 # ------------------------------------------------------------------------------ the reference
@@ -143,6 +130,8 @@ def recorded(model: LanguageModel, reference: Reference, keys: Sequence[Key]) ->
     missing = [key for key in keys if key not in reference]
     if missing:
         raise ModelError(f"The reference has no {missing[0]}: `record` every site that is needed.")
+    for key in keys:
+        tensor(f"The reference for {key}", reference[key], "... width", {})
     return reference
 
 
@@ -183,22 +172,39 @@ def checked_part(model: LanguageModel, given: tuple) -> Part:
     Raises:
         ModelError: the model has no such part.
     """
-    triple = given if isinstance(given[0], str) else ("head", *given)
+    fits = isinstance(given, tuple | list) and given
+    triple = given if fits and isinstance(given[0], str) else ("head", *(given if fits else ()))
+    if not fits or not 2 <= len(triple) <= 3:
+        raise ModelError(
+            f"A part is {shown(given)}: expected (layer, head), ('attn', layer) or ('mlp', layer)."
+        )
     kind, layer, head = (*triple, None)[:3]
     if kind not in SITE:
         raise ModelError(f"There is no kind of part {kind!r}: choose one of {', '.join(SITE)}.")
-    if not 0 <= layer < model.n_layers:
-        raise ModelError(f"{model.name} has layers 0 to {model.n_layers - 1}, not {layer}.")
-    if kind == "head" and (head is None or not 0 <= head < model.n_heads):
-        raise ModelError(f"{model.name} has heads 0 to {model.n_heads - 1}, not {head}.")
-    if kind != "head" and head is not None:
+    layer = _numbered(model, "layer", layer, model.n_layers)
+    if kind == "head":
+        return kind, layer, _numbered(model, "head", head, model.n_heads)
+    if head is not None:
         raise ModelError(f"A part of kind {kind!r} takes no head, and was given head {head}.")
-    return kind, layer, head
+    return kind, layer, None
+
+
+def _numbered(model: LanguageModel, what: str, given, count: int) -> int:
+    """A layer or a head by its number; a negative one counts from the end."""
+    try:
+        return whole(what, given, -count, count - 1) % count
+    except ModelError:
+        raise ModelError(
+            f"{model.name} has {what}s 0 to {count - 1}, not {shown(given)}."
+        ) from None
 
 
 def part_name(part: Part) -> str:
     """("head", 3, 1) -> "L3 head 1", ("mlp", 3, None) -> "L3 MLP"."""
+    if not isinstance(part, tuple | list) or len(part) != 3:
+        raise ModelError(f"A part is {shown(part)}: expected (kind, layer, head).")
     kind, layer, head = part
+    one_of("The kind of part", kind, tuple(SITE))
     return f"L{layer} " + {"head": f"head {head}", "attn": "attention", "mlp": "MLP"}[kind]
 
 

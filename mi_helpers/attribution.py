@@ -19,6 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mi_helpers.arguments import (
+    exact,
+    indices,
+    one_of,
+    padding_token,
+    prompt_rows,
+    tensor,
+    token_ids,
+)
 from mi_helpers.layouts import Key, ModelError, norm_gain
 from mi_helpers.models import LanguageModel, activations_at
 
@@ -30,7 +39,7 @@ UNITS = ("component", "head")
 class Attribution:
     """What each part of the model adds to a logit, or to a difference of two.
 
-    names  of the terms; terms (n, len(names)), float64, in logits
+    names  of the terms; terms (n, len(names)), float64 (float32 on MPS), in logits
     logit  (n,), the model's own, before the soft-cap: what the terms should sum to
     """
 
@@ -88,22 +97,23 @@ def direct_logit_attribution(
         answer, wrong: a text that is one token, or an id; or one for each of the n prompts.
         unit: "component" (embedding, attention and MLP of each layer) or "head" (each head, the
             output bias of attention where there is one, each MLP).
-        pos: the position to read, or one for each prompt (n,).
+        pos: the position to read, or one for each prompt (n,); a negative one counts from the end
+            of each prompt, whatever it is padded with.
         post_norm: False leaves out the norm after attention (see `head_writes`): a mistake, to see
             its size.
 
     Raises:
-        ModelError: no such unit; answers of several tokens, or not one per prompt, or equal.
+        ModelError: no such unit; answers of several tokens, or not one per prompt, or equal; a
+            position out of range.
     """
-    if unit not in UNITS:
-        raise ModelError(f'The unit is {unit!r}: choose "component" or "head".')
-    ids = model.ids(tokens)
-    n = len(ids)
+    one_of("unit", unit, UNITS)
+    rows = _rows(model, tokens, pos)
+    ids, n = model.pad(rows), len(rows)
     right = _token_ids(model, answer, n, "answer")
     other = None if wrong is None else _token_ids(model, wrong, n, "wrong")
     if other is not None and (right == other).any():
         raise ModelError("The answer and the wrong answer are the same token in some prompt.")
-    at = torch.arange(n, device=ids.device), _places(pos, n, ids.shape[1]).to(ids.device)
+    at = torch.arange(n, device=ids.device), _positions(pos, rows).to(ids.device)
     parts, final = written_parts(model, ids, at, unit, post_norm)
     v, constants = answer_direction(model, final, right, other)
     sums = {name: (part * v).sum(-1) for name, part in parts.items()} | constants
@@ -125,16 +135,17 @@ def written_parts(
         unit, post_norm: as in `direct_logit_attribution`.
 
     Returns:
-        {name: (n, d_model)}, float64; and their sum as the model has it, the stream before the
-        final norm, (n, d_model).
+        {name: (n, d_model)}, float64 (float32 on MPS); and their sum as the model has it, the
+        stream before the final norm, (n, d_model).
     """
+    one_of("unit", unit, UNITS)
     inside = "z" if unit == "head" else "attn_out"
     sites = ["embed", inside, "mlp_out", "resid_final"]
     sites += ["pos_embed"] if model.layout.pos_embed else []
     found: dict[Key, Tensor] = activations_at(model, ids, at, sites)
-    parts = {"embed": found["embed", None].double()}
+    parts = {"embed": exact(found["embed", None])}
     if model.layout.pos_embed:
-        parts["position"] = found["pos_embed", None].double()
+        parts["position"] = exact(found["pos_embed", None])
     for layer in range(model.n_layers):
         x = found[inside, layer]
         if unit == "head":
@@ -144,8 +155,8 @@ def written_parts(
             if bias is not None:
                 parts[f"L{layer} attention bias"] = bias
         else:
-            parts[f"L{layer} attention"] = x.double()
-        parts[f"L{layer} MLP"] = found["mlp_out", layer].double()
+            parts[f"L{layer} attention"] = exact(x)
+        parts[f"L{layer} MLP"] = exact(found["mlp_out", layer])
     return parts, found["resid_final", None]
 
 
@@ -159,17 +170,20 @@ def answer_direction(
         answer, wrong: token ids, (n,).
 
     Returns:
-        v (n, d_model), float64, with logit = final · v + constants; the constants by name, (n,):
-        the biases of the final norm and of the unembedding, where the model has them.
+        v (n, d_model), float64 (float32 on MPS), with logit = final · v + constants; the constants
+        by name, (n,): the biases of the final norm and of the unembedding, where the model has
+        them.
     """
-    u = model.W_U.T[answer].double()
-    u = u if wrong is None else u - model.W_U.T[wrong].double()  # (n, d_model)
+    tensor("final", final, "n d_model", model)
+    answer, wrong = _ids_for(model, final, answer, wrong)
+    u = exact(model.W_U.T[answer])
+    u = u if wrong is None else u - exact(model.W_U.T[wrong])  # (n, d_model)
     constants = {}
     if getattr(model.ln_final, "bias", None) is not None:
-        constants["final norm bias"] = u @ model.ln_final.bias.double()
+        constants["final norm bias"] = u @ exact(model.ln_final.bias)
     if (bias := model.lm_head.bias) is not None:
-        of_wrong = 0.0 if wrong is None else bias[wrong].double()
-        constants["unembedding bias"] = bias[answer].double() - of_wrong
+        of_wrong = 0.0 if wrong is None else exact(bias[wrong])
+        constants["unembedding bias"] = exact(bias[answer]) - of_wrong
     return stream_direction(model, final, u), constants
 
 
@@ -181,10 +195,12 @@ def stream_direction(model: LanguageModel, final: Tensor, u: Tensor) -> Tensor:
         u: (n, d_model), a direction after it, such as a column of W_U.
 
     Returns:
-        v = gain ⊙ u / scale, less its mean for a LayerNorm, (n, d_model), float64.
+        v = gain ⊙ u / scale, less its mean for a LayerNorm, (n, d_model), float64 (float32 on MPS).
     """
-    scale, centred = frozen_scale(model.ln_final, final.double())
-    v = scale * norm_gain(model.ln_final).double() * u.double()
+    tensor("final", final, "n d_model", model)
+    tensor("u", u, "n d_model", {"n": len(final), "d_model": model.d_model})
+    scale, centred = frozen_scale(model.ln_final, exact(final))
+    v = scale * exact(norm_gain(model.ln_final)) * exact(u)
     return v - v.mean(-1, keepdim=True) if centred else v
 
 
@@ -195,6 +211,7 @@ def frozen_scale(norm: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
         1 / √(mean x² + ε), (..., 1), of x less its mean for a LayerNorm; and whether the norm
         subtracts the mean first (LayerNorm) or not (RMSNorm).
     """
+    tensor("x", x, "... d_model", {"d_model": norm.weight.shape[0]})
     centred = isinstance(norm, nn.LayerNorm)
     eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
     x = x - x.mean(-1, keepdim=True) if centred else x
@@ -214,17 +231,18 @@ def head_writes(
         post_norm: False leaves that norm out.
 
     Returns:
-        the heads' vectors, (..., n_heads, d_model), float64; the vector of the output bias,
-        (..., d_model), or None where there is none.
+        the heads' vectors, (..., n_heads, d_model), float64 (float32 on MPS); the vector of the
+        output bias, (..., d_model), or None where there is none.
     """
-    heads = torch.einsum("...hi,hid->...hd", z.double(), model.weight("W_O", layer).double())
+    tensor("z", z, "... n_heads d_head", model)
+    heads = torch.einsum("...hi,hid->...hd", exact(z), exact(model.weight("W_O", layer)))
     bias = model.part("o", layer).bias
-    bias = None if bias is None else bias.double().expand_as(heads[..., 0, :])  # pyright: ignore[reportCallIssue]
+    bias = None if bias is None else exact(bias).expand_as(heads[..., 0, :])
     norm = model.part("ln1_post", layer)
     if norm is None or not post_norm:
         return heads, bias
     whole = heads.sum(-2) if bias is None else heads.sum(-2) + bias
-    gain = frozen_scale(norm, whole)[0] * norm_gain(norm).double()  # (..., d_model)
+    gain = frozen_scale(norm, whole)[0] * exact(norm_gain(norm))  # (..., d_model)
     return heads * gain.unsqueeze(-2), None if bias is None else bias * gain
 
 
@@ -238,25 +256,46 @@ def answer_logit(
         final: the stream before the final norm, (n, d_model).
         answer, wrong: token ids, (n,).
     """
+    tensor("final", final, "n d_model", model)
+    answer, wrong = _ids_for(model, final, answer, wrong)
     size, parts = max(1, AT_ONCE // model.d_vocab), []
     for start in range(0, len(final), size):
         some = slice(start, start + size)
-        logits = model.unembed(final[some], softcap=False).double()
-        value = logits.gather(1, answer[some, None])[:, 0]
-        value -= 0.0 if wrong is None else logits.gather(1, wrong[some, None])[:, 0]
+        logits = model.unembed(final[some], softcap=False)
+        value = exact(logits.gather(1, answer[some, None])[:, 0])
+        value -= 0.0 if wrong is None else exact(logits.gather(1, wrong[some, None])[:, 0])
         parts.append(value)
     return torch.cat(parts)
 
 
-def _places(pos, n: int, length: int) -> Tensor:
-    """One position for each prompt, (n,), counted from the start."""
-    places = torch.as_tensor(pos)
-    if places.ndim and places.shape != (n,):
-        raise ModelError(f"`pos` has {places.numel()} entries for {n} prompts: give one, or {n}.")
-    if (places < -length).any() or (places >= length).any():
-        wrong = int(places.reshape(-1)[((places < -length) | (places >= length)).reshape(-1)][0])
-        raise ModelError(f"Position {wrong} is out of range: the text has {length} tokens.")
-    return places.expand(n) % length
+def _rows(model: LanguageModel, tokens, pos) -> list[Tensor]:
+    """The prompts without padding, which no position from the start needs to be told from text."""
+    each = pos if isinstance(pos, list | tuple) or getattr(pos, "ndim", 0) else [pos]
+    from_start = all(isinstance(p, int | Tensor) and p >= 0 for p in each)
+    if from_start and isinstance(tokens, Tensor) and padding_token(model) is None:
+        return list(model.ids(tokens))
+    return prompt_rows(model, tokens, "The tokens")
+
+
+def _positions(pos, rows: Sequence[Tensor]) -> Tensor:
+    """One position for each prompt, (n,), counted from its start."""
+    many = isinstance(pos, list | tuple) or (isinstance(pos, Tensor) and pos.ndim)
+    each = list(pos) if many else [pos] * len(rows)
+    if len(each) != len(rows):
+        raise ModelError(f"`pos` has {len(each)} entries for {len(rows)} prompts: give one each.")
+    found = [indices(p, len(row), "position")[0] for p, row in zip(each, rows, strict=True)]
+    return torch.tensor(found)
+
+
+def _ids_for(model: LanguageModel, final: Tensor, *each) -> list[Tensor | None]:
+    """Answers as token ids (n,), one for each row of `final`; None stays None."""
+    found: list[Tensor | None] = []
+    for what, given in zip(("answer", "wrong"), each, strict=True):
+        ids = None if given is None and what == "wrong" else token_ids(what, given, model.d_vocab)
+        if ids is not None and len(ids) != len(final):
+            raise ModelError(f"{what} has {len(ids)} ids for {len(final)} rows: give one for each.")
+        found.append(None if ids is None else torch.tensor(ids, device=model.device))
+    return found
 
 
 def _token_ids(model: LanguageModel, given, n: int, name: str) -> Tensor:
@@ -267,7 +306,5 @@ def _token_ids(model: LanguageModel, given, n: int, name: str) -> Tensor:
     each = [given] * n if each is None else each
     if len(each) != n:
         raise ModelError(f"`{name}` has {len(each)} entries for {n} prompts: give one, or {n}.")
-    ids = [model.to_single_token(x) if isinstance(x, str) else int(x) for x in each]
-    if min(ids) < 0 or max(ids) >= model.d_vocab:
-        raise ModelError(f"`{name}` holds ids outside 0 to {model.d_vocab - 1}: check them.")
-    return torch.tensor(ids, device=model.device)
+    ids = [model.to_single_token(x) if isinstance(x, str) else x for x in each]
+    return torch.tensor(token_ids(f"`{name}`", ids, model.d_vocab), device=model.device)

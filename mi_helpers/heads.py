@@ -3,10 +3,10 @@
     scores = head_scores(model, ids)                         # {"induction": (n_layers, n_heads), …}
     found = strongest(scores["induction"], above=0.4)        # [(layer, head), …]
     into_keys = composition(model, "K")                      # by weights
-    effect = composition_effect(model, found, prompts, "k")  # by path patching
 
-All scores are computed from token ids and attention patterns, so they work for any model. A head's
-name describes what it does on one kind of text; it does not say what the head is for.
+Composition by path patching is `mi_helpers.paths.composition_effect`. All scores are computed from
+token ids and attention patterns, so they work for any model. A head's name describes what it does
+on one kind of text; it does not say what the head is for.
 """
 
 from __future__ import annotations
@@ -19,9 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mi_helpers.arguments import (
+    checked_head,
+    ids_on,
+    number,
+    one_of,
+    padding_token,
+    shown,
+    square,
+    tensor,
+    whole,
+)
 from mi_helpers.layouts import ModelError, norm_gain
 from mi_helpers.models import LanguageModel
-from mi_helpers.paths import path_patch_map
 
 Head = tuple[int, int]  # (layer, head)
 WEAKEST = 0.4  # the score from which on a head is called by that name, unless told otherwise
@@ -49,8 +59,9 @@ def targets(ids: Tensor) -> dict[str, Tensor]:
 
     Source: Olsson et al. 2022 (prefix matching, previous token); Wang et al. 2022 (duplicate).
     """
-    if ids.ndim != 2 or ids.shape[1] < 2:
-        raise ModelError(f"Token ids of shape {tuple(ids.shape)}: expected (batch, pos), pos >= 2.")
+    tensor("ids", ids, "batch pos", {}, kind="ids")
+    if ids.shape[1] < 2:
+        raise ModelError(f"ids has shape {tuple(ids.shape)}: expected (batch, pos), pos >= 2.")
     batch, length = ids.shape
     q = torch.arange(length, device=ids.device)[:, None]
     k = q.T
@@ -82,10 +93,12 @@ def pattern_scores(pattern: Tensor, ids: Tensor) -> dict[str, Tensor]:
     Returns:
         {name: (..., n_heads)}; a kind for which no token has a target scores NaN.
     """
-    if pattern.shape[-4] != ids.shape[0] or pattern.shape[-1] != ids.shape[1]:
+    tensor("ids", ids, "batch pos", {}, kind="ids")
+    tensor("pattern", pattern, "... batch n_heads pos pos", {})
+    if (pattern.shape[-4], *pattern.shape[-2:]) != (*ids.shape, ids.shape[1]):
         raise ModelError(
-            f"The pattern has shape {tuple(pattern.shape)} and the ids {tuple(ids.shape)}: "
-            "expected (..., batch, n_heads, pos, pos) and (batch, pos)."
+            f"pattern has shape {tuple(pattern.shape)} and ids {tuple(ids.shape)}: expected "
+            "(..., batch, n_heads, pos, pos) and (batch, pos)."
         )
     scores = {}
     for name, mask in targets(ids).items():
@@ -109,10 +122,18 @@ def head_scores(
             repeated tokens here and unrepeated ones run there is nothing to find: the negative
             control of the induction and duplicate-token scores.
     """
+    ids = model.ids(ids)
+    scored = ids if score_as is None else model.ids(score_as)
+    pad = padding_token(model)
+    if scored.shape != ids.shape or (pad is not None and (ids[:, [0, -1]] == pad).any()):
+        raise ModelError(
+            f"ids has shape {tuple(ids.shape)} and score_as {tuple(scored.shape)}: expected "
+            "sequences of one length without padding, which would count as repeated tokens."
+        )
     kept = []
     for layer in range(model.n_layers):  # patterns are large: one layer's at a time
         _, cache = model.run_with_cache(ids, ("pattern", layer), stop_at_layer=layer + 1)
-        kept.append(pattern_scores(cache["pattern", layer], ids if score_as is None else score_as))
+        kept.append(pattern_scores(cache["pattern", layer], scored))
     return {name: torch.stack([each[name] for each in kept]) for name in kept[0]}
 
 
@@ -122,6 +143,7 @@ def by_distance(pattern: Tensor) -> Tensor:
     Distance 0 is the token itself. Key position 0, which takes attention that has no target, is
     left out.
     """
+    tensor("pattern", pattern, "... batch n_heads pos pos", {})
     length = pattern.shape[-1]
     means = [
         pattern.diagonal(-d, -2, -1)[..., 1:].mean((-3, -1)) if d < length - 1 else None
@@ -132,6 +154,10 @@ def by_distance(pattern: Tensor) -> Tensor:
 
 def strongest(scores: Tensor, above: float = WEAKEST, most: int | None = None) -> list[Head]:
     """The heads (layer, head) whose score is at least `above`, the highest first."""
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        raise ModelError(f"scores is {shown(scores)}: expected a tensor (n_layers, n_heads).")
+    number("above", above)
+    most = None if most is None else whole("most", most, 0)
     order = scores.flatten().nan_to_num(-torch.inf).argsort(descending=True).tolist()
     found = [divmod(i, scores.shape[1]) for i in order if scores.flatten()[i] >= above]
     return found[:most]
@@ -139,6 +165,8 @@ def strongest(scores: Tensor, above: float = WEAKEST, most: int | None = None) -
 
 def head_name(head: Head) -> str:
     """(3, 1) -> "L3H1"."""
+    if not isinstance(head, tuple | list) or len(head) != 2:
+        raise ModelError(f"A head is {shown(head)}: expected (layer, head).")
     return f"L{head[0]}H{head[1]}"
 
 
@@ -162,7 +190,8 @@ def random_sets(
         ModelError: fewer than `size` heads are left.
     """
     left = [head for head in heads if head not in set(without)]
-    if not 0 < size <= len(left):
+    whole("count", count, 0)
+    if not 0 < whole("size", size) <= len(left):
         raise ModelError(f"A set of {size} heads cannot be drawn from {len(left)}.")
     rng = random.Random(seed)
     return [sorted(rng.sample(left, size)) for _ in range(count)]
@@ -187,6 +216,7 @@ def reading(model: LanguageModel, name: str, layer: int) -> Tensor:
     Returns:
         (n_heads, d_model, d_head), float32; key-value heads are repeated, one for each query head.
     """
+    one_of("name", name, ("W_Q", "W_K", "W_V"))
     norm = model.part("ln1", layer)
     W = model.weight(name, layer).float() * norm_gain(norm).float()[:, None]
     W = _centred(norm, W, -2)
@@ -230,7 +260,7 @@ def composition(model: LanguageModel, kind: str) -> Tensor:
     Source: Elhage et al. 2021, A Mathematical Framework, "Composition of attention heads".
     """
     if kind not in ("Q", "K", "V"):
-        raise ModelError(f"There is no {kind!r}-composition: choose Q, K or V.")
+        raise ModelError(f"There is no {kind!r}-composition, so kind has to be Q, K or V.")
     names_, n = ("W_Q", "W_K", "W_V"), model.n_layers
     read = [{name: reading(model, name, layer) for name in names_} for layer in range(n)]
     write = [writing(model, layer) for layer in range(n)]
@@ -282,6 +312,8 @@ def effective_embedding(model: LanguageModel, ids: Tensor, depth: int = 1) -> Te
 
     Source: Wang et al. 2022, section 3.1, where copying is measured after the first MLP.
     """
+    ids = ids_on(model, "ids", ids)
+    depth = whole("depth", depth, 0, model.n_layers - 1)
     bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
     rows = ids[:, None] if bos is None else torch.stack([torch.full_like(ids, bos), ids], 1)
     parts = [
@@ -312,7 +344,9 @@ def ov_circuit(
     Raises:
         ModelError: none of the heads in `through` comes before this one.
     """
-    layer, h = head
+    layer, h = head = checked_head(model, head)
+    ids = ids_on(model, "ids", ids)
+    through = [checked_head(model, each, "One of `through`") for each in through]
     if through:
         before = [each for each in through if each[0] < layer]
         if not before:
@@ -356,7 +390,8 @@ def copying(logits: Tensor) -> dict[str, float]:
 
     Source: Elhage et al. 2021, "Copying / OV eigenvalues"; Wang et al. 2022, copy score.
     """
-    eigenvalues = torch.linalg.eigvals(logits.double())
+    square("logits", logits)
+    eigenvalues = torch.linalg.eigvals(logits.detach().cpu().double())  # MPS has neither
     return {
         "first": matching(logits),
         "last": matching(-logits),
@@ -375,6 +410,7 @@ def copying_map(
         ids: (tokens,).
         through: as in `ov_circuit`; heads that are not after any of these get NaN.
     """
+    through = [checked_head(model, each, "One of `through`") for each in through]
     nothing = dict.fromkeys(("first", "last", "own", "trace"), math.nan)
     first = min((layer for layer, _ in through), default=-1)
     each = [
@@ -402,7 +438,9 @@ def qk_circuit(model: LanguageModel, reader: Head, ids: Tensor, writer: Head | N
     Raises:
         ModelError: the writer is not in an earlier layer.
     """
-    layer, h = reader
+    layer, h = reader = checked_head(model, reader, "reader")
+    writer = None if writer is None else checked_head(model, writer, "writer")
+    ids = ids_on(model, "ids", ids)
     stream = effective_embedding(model, ids, min(layer, 1))
     query = model.part("ln1", layer)(stream).float() @ _plain(model, "W_Q", layer)[h]
     if writer is None:
@@ -424,57 +462,6 @@ def _plain(model: LanguageModel, name: str, layer: int) -> Tensor:
 
 def matching(scores: Tensor) -> float:
     """Share of the rows of a QK circuit with their maximum on the diagonal."""
+    square("scores", scores)
     diagonal = torch.arange(len(scores), device=scores.device)
     return float((scores.argmax(1) == diagonal).float().mean())
-
-
-# -------------------------------------------------------------------------- composition, by effect
-
-
-def receivers_of(model: LanguageModel, heads: Iterable[Head], site: str = "k") -> list[tuple]:
-    """Receivers for `path_patch`: the heads' queries, keys or values, each key-value head once.
-
-    Args:
-        site: "q", "k" or "v".
-    """
-    group = 1 if site == "q" else model.n_heads // model.n_kv_heads
-    return sorted({(site, layer, head // group) for layer, head in heads})
-
-
-def answer_log_prob(answer: Tensor):
-    """A metric: logits at the last position (..., batch, d_vocab) -> mean log p(answer), (...,)."""
-
-    def metric(logits: Tensor) -> Tensor:
-        log_p = logits.float().log_softmax(-1)
-        return log_p.gather(-1, answer.expand(logits.shape[:-1])[..., None])[..., 0].mean(-1)
-
-    return metric
-
-
-def composition_effect(
-    model: LanguageModel,
-    readers: Sequence[Head],
-    prompts: tuple[Tensor, Tensor, Tensor],
-    site: str = "k",
-) -> Tensor:
-    """How much of the answer each head's direct path into the readers' queries, keys or values
-    carries: 1 where patching that path alone is as bad as the corrupted prompts.
-
-        (clean - patched) / (clean - corrupted)
-
-    in log p(answer), by path patching (noise).
-
-    Args:
-        prompts: clean (n, pos), corrupted (n, pos), and the token (n,) that follows in clean.
-        site: "q", "k" or "v".
-
-    Returns:
-        (n_layers, n_heads).
-    """
-    clean, corrupted, answer = prompts
-    metric = answer_log_prob(answer)
-    with torch.no_grad():
-        top, bottom = (float(metric(model.forward(ids)[:, -1])) for ids in (clean, corrupted))
-    receivers = receivers_of(model, readers, site)
-    patched = path_patch_map(model, clean, corrupted, receivers, metric)
-    return (top - patched) / (top - bottom)

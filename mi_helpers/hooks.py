@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
+from mi_helpers.arguments import shown, whole
 from mi_helpers.layouts import (
     NO_LAYER,
     OUTSIDE_BLOCKS,
@@ -181,8 +182,11 @@ class HookedModel:
             ModelError: no such part, or a layer that is missing or out of range.
         """
         parts = set(Family.__dataclass_fields__) - {"decoder", "fused"}
-        if name not in parts:
-            raise ModelError(f"There is no part {name!r}.{nearest(name, parts)}")
+        if not isinstance(name, str) or name not in parts:
+            raise ModelError(
+                f"There is no part {name!r}; parts: {', '.join(sorted(parts))}."
+                f"{nearest(name, parts)}"
+            )
         path = getattr(self.layout, name)
         if path is None:
             return None
@@ -211,8 +215,10 @@ class HookedModel:
         """
         parts = {f"W_{n}": n.lower() for n in "QKVO"}
         parts |= {"W_in": "w_in", "W_gate": "w_gate", "W_out": "w_out"}
-        if name not in parts:
-            raise ModelError(f"There is no weight {name!r}.{nearest(name, parts)}")
+        if not isinstance(name, str) or name not in parts:
+            raise ModelError(
+                f"There is no weight {name!r}; weights: {', '.join(parts)}.{nearest(name, parts)}"
+            )
         module = self.part(parts[name], layer)
         if module is None:
             raise ModelError(f"{self.name} has no {name}: its MLP is not gated.")
@@ -236,6 +242,8 @@ class HookedModel:
         Raises:
             ModelError: unknown site, layer out of range; in the run: a return of the wrong shape.
         """
+        if not isinstance(fns, Mapping):
+            raise ModelError(f"fns is {shown(fns)}: expected {{site: function}}.")
         chosen = []
         for key, fn in fns.items():
             if not callable(fn):
@@ -302,20 +310,22 @@ class HookedModel:
         Raises:
             ModelError: no layer was given, or one out of range.
         """
-        if layer is None or not -self.n_layers <= layer < self.n_layers:
+        try:
+            return whole("layer", layer, -self.n_layers, self.n_layers - 1) % self.n_layers
+        except ModelError:
             raise ModelError(
-                f"{name!r} needs a layer from 0 to {self.n_layers - 1}, not {layer}: {self.name} "
-                f"has {self.n_layers} layers."
-            )
-        return layer % self.n_layers
+                f"{name!r} needs a layer from 0 to {self.n_layers - 1}, not {shown(layer)}: "
+                f"{self.name} has {self.n_layers} layers."
+            ) from None
 
     def _boundary(self, layer: int) -> int:
-        if not 0 <= layer <= self.n_layers:
+        try:
+            return whole("layer", layer, 0, self.n_layers)
+        except ModelError:
             raise ModelError(
-                f"Layer {layer} is out of range: {self.name} can start or stop at 0 to "
+                f"Layer {shown(layer)} is out of range: {self.name} can start or stop at 0 to "
                 f"{self.n_layers}."
-            )
-        return layer
+            ) from None
 
     def site_keys(self, sites: Iterable[str | Key], stop: int | None = None) -> list[Key]:
         """Names and (name, layer) pairs as checked keys, a bare name standing for every layer.
@@ -329,6 +339,10 @@ class HookedModel:
         stop = self.n_layers if stop is None else stop
         keys: dict[Key, None] = {}
         for site in sites:
+            if not isinstance(site, str) and not (
+                isinstance(site, tuple | list) and len(site) == 2
+            ):
+                raise ModelError(f"A site is {shown(site)}: expected a name, or (name, layer).")
             name, layer = (site, None) if isinstance(site, str) else site
             self.check_site(name)
             if name in NO_LAYER:
@@ -352,7 +366,7 @@ class HookedModel:
         Raises:
             ModelError: it says which sites there are, or why this model lacks it.
         """
-        if name not in SITES:
+        if not isinstance(name, str) or name not in SITES:
             known = ", ".join(SITES)
             raise ModelError(f"There is no site {name!r}; sites: {known}.{nearest(name, SITES)}")
         if name == "resid_mid" and self.parallel:
@@ -373,7 +387,16 @@ class HookedModel:
 
         Returns:
             (..., heads, d_head) for q, k, v and z; `full` itself for every other site.
+
+        Raises:
+            ModelError: another width than the module's.
         """
+        heads = {"k": self.n_kv_heads, "v": self.n_kv_heads}.get(name, self.n_heads)
+        width = heads * self.d_head * (1 if name == "z" or not self.layout.fused else 3)
+        if name in ("q", "k", "v", "z") and full.shape[-1] != width:
+            raise ModelError(
+                f"full has shape {tuple(full.shape)}: expected (..., {width}) for {name!r}."
+            )
         if name == "z":
             return full.unflatten(-1, (self.n_heads, self.d_head))
         if name not in ("q", "k", "v"):

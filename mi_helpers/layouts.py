@@ -122,7 +122,7 @@ def layout_of(family: str, name: str) -> Family:
     Raises:
         ModelError: the family is not in the table.
     """
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ModelError(
             f"{name} is of the family {family!r}, which is not in the table; known families: "
             f"{', '.join(FAMILIES)}."

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mi_helpers.arguments import indices, number, shown, tensor, token_ids, whole
 from mi_helpers.files import RunError, load_tensors, read_json, save_tensors, write_json
 from mi_helpers.layouts import Key, ModelError
 from mi_helpers.models import At, LanguageModel, activations_at
@@ -64,6 +65,9 @@ def sample_stream(model: LanguageModel, texts: Iterable[str], n: int, seed: int 
     Raises:
         ModelError: the texts have fewer than n tokens.
     """
+    whole("n", n, 1)
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ModelError(f"texts is {shown(texts)}: expected several texts.")
     rows, count = [], 0
     for text in texts:
         rows.append(model.tokens(text)[0, : min(LONGEST, model.n_ctx)])
@@ -106,7 +110,8 @@ def logit_lens(
     Source: nostalgebraist 2020, interpreting GPT: the logit lens.
     """
     if site not in LENS_SITES:
-        raise ModelError(f"The lens reads {', '.join(LENS_SITES)}, not {site!r}.")
+        raise ModelError(f"The lens reads the site {', '.join(LENS_SITES)}, not {site!r}.")
+    check_lens(lens, model)
     if lens is not None and site != "resid_post":
         raise ModelError(f"A tuned lens is trained on what leaves a block, not on {site!r}.")
     keys = depth_keys(model) if site == "resid_post" else [(site, i) for i in range(model.n_layers)]
@@ -155,7 +160,12 @@ def read_out(
         target: token ids (n,) whose rank and probability are wanted; by default the model's own
             final answers, which are the likeliest tokens at the last depth.
         lens, softcap: as in `logit_lens`.
+
+    Raises:
+        ModelError: a stream or targets of another shape, NaN, or a lens of another model.
     """
+    check_stream(model, stream, target)
+    check_lens(lens, model)
     size = max(1, AT_ONCE // model.d_vocab)
     parts = []
     for start in range(0, stream.shape[1], size):
@@ -169,6 +179,35 @@ def read_out(
         for i in range(5)
     ]
     return Readout(*fields)
+
+
+def check_stream(model: LanguageModel, stream: Tensor, target: Tensor | None = None) -> None:
+    """Refuse a stream that is not of every depth, and targets that are not one id for each token.
+
+    Raises:
+        ModelError: what is expected, and what was given.
+    """
+    tensor("stream", stream, "depths n d_model", model)
+    if target is None:
+        return
+    if not isinstance(target, Tensor) or target.shape != stream.shape[1:2]:
+        raise ModelError(
+            f"target is {shown(target)}: expected token ids ({stream.shape[1]},), one for each."
+        )
+    tensor("target", target, "n", {}, kind="ids")
+    token_ids("target", target, model.d_vocab)
+
+
+def check_lens(lens: TunedLens | None, model: LanguageModel) -> None:
+    """Refuse what is no tuned lens of the model.
+
+    Raises:
+        ModelError: it is something else, or belongs to another model.
+    """
+    if lens is not None and not isinstance(lens, TunedLens):
+        raise ModelError(f"lens is {shown(lens)}: expected a TunedLens, or None.")
+    if lens is not None:
+        lens.check(model)
 
 
 def _log_probs(
@@ -201,8 +240,9 @@ def top_tokens(
     softcap: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens at each depth: probabilities and ids, both (depths, n, k)."""
-    if not 1 <= k <= model.d_vocab:
-        raise ModelError(f"k is {k}: choose 1 to {model.d_vocab}, the size of the vocabulary.")
+    check_stream(model, stream)
+    check_lens(lens, model)
+    whole("k", k, 1, model.d_vocab)
     size = max(1, AT_ONCE // model.d_vocab)
     best = []
     for depth, x in enumerate(stream):
@@ -229,6 +269,12 @@ def ranks(
         among: ids (k,) of the only tokens that count, such as all names of countries; the targets
             are some of them.
     """
+    if target is None:
+        raise ModelError("target is None: expected token ids, one for each of the stream's.")
+    check_stream(model, stream, target)
+    check_lens(lens, model)
+    if among is not None:
+        among = torch.tensor(token_ids("among", among, model.d_vocab), device=stream.device)
     size, parts = max(1, AT_ONCE // model.d_vocab), []
     for depth, x in enumerate(stream):
         for start in range(0, len(x), size):
@@ -247,7 +293,7 @@ def first_depth(rank: Tensor) -> Tensor:
     Args:
         rank: (depths, n), as from `ranks`.
     """
-    first = rank == 1
+    first = tensor("rank", rank, "depths n", {}, kind="ids") == 1
     return torch.where(first.any(0), first.int().argmax(0), len(rank))
 
 
@@ -258,12 +304,15 @@ def settled_depth(rank: Tensor) -> Tensor:
     Args:
         rank: (depths, n), as from `ranks`.
     """
-    wrong = (rank != 1).flip(0)  # from the end
+    wrong = (tensor("rank", rank, "depths n", {}, kind="ids") != 1).flip(0)  # from the end
     return len(rank) - torch.where(wrong.any(0), wrong.int().argmax(0), len(rank))
 
 
 def shares(depth: Tensor, depths: int) -> Tensor:
     """How often each depth occurs among depth (n,), (depths + 1,): the last entry is 'never'."""
+    whole("depths", depths, 1)
+    if not isinstance(depth, Tensor) or depth.shape != (0,):
+        indices(tensor("depth", depth, "n", {}, kind="ids"), depths + 1, "depth")
     return torch.bincount(depth, minlength=depths + 1) / max(1, len(depth))
 
 
@@ -291,12 +340,14 @@ class TunedLens(nn.Module):
         Raises:
             ModelError: a stream of another width, or a depth that the lens has not.
         """
+        if not isinstance(h, Tensor) or not h.ndim:
+            raise ModelError(f"h is {shown(h)}: expected a stream (..., {self.d_model}).")
         if h.shape[-1] != self.d_model:
             raise ModelError(
                 f"This lens reads a stream {self.d_model} wide, and was given one of "
                 f"{h.shape[-1]}: it belongs to {self.name or 'another model'}."
             )
-        if not 0 <= depth <= self.n_layers:
+        if isinstance(depth, bool) or depth not in range(self.n_layers + 1):
             raise ModelError(f"There is no depth {depth}: this lens has 0 to {self.n_layers}.")
         if depth == self.n_layers:
             return h
@@ -379,11 +430,12 @@ def train_tuned_lens(
 
     Source: Belrose et al. 2023.
     """
-    if stream.ndim != 3 or stream.shape[0] != model.n_layers + 1:
-        raise ModelError(
-            f"The stream has shape {tuple(stream.shape)}, expected "
-            f"({model.n_layers + 1}, tokens, {model.d_model})."
-        )
+    sizes = {"d_model": model.d_model}
+    tensor("stream", stream, f"{model.n_layers + 1} tokens d_model", sizes)
+    for what, given in (("steps", steps), ("size", size)):
+        whole(what, given, 1)
+    if lr is not None:
+        number("lr", lr, above=0)
     lr = 0.7 / model.d_model if lr is None else lr
     lens = TunedLens(model.n_layers, model.d_model, model.name).to(stream.device)
     optimizer = torch.optim.Adam(lens.parameters(), lr=lr, betas=(0.9, 0.99))

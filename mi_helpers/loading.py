@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_peft_available
 
+from mi_helpers.arguments import one_of, resolve_device
 from mi_helpers.errors import first_line, reading
 from mi_helpers.files import (
     DATA,
@@ -41,6 +42,7 @@ COUNTS = (  # of config.json, from which lists are made
     *("num_labels", "n_positions", "max_position_embeddings", "sliding_window"),
 )
 MOST = 2**24
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 
 def load_model(
@@ -52,12 +54,16 @@ def load_model(
 
     Args:
         name_or_path: None means the environment variable MI_MODEL, else "tiny-gemma".
-        dtype: None means the one that the weights are stored in.
-        device: None means the CPU.
+        dtype: float32, float64, bfloat16 or float16, by name or as torch's own; None and "auto"
+            mean the one that the weights are stored in.
+        device: as `resolve_device` takes it; None means the environment variable MI_DEVICE, else
+            the CPU.
 
     Raises:
         ModelError: what is missing (folder, weights, licence, network, family), in one sentence.
     """
+    where = resolve_device(device)
+    one_of("dtype", str(dtype or "auto").removeprefix("torch."), DTYPES)
     name = str(name_or_path or os.environ.get("MI_MODEL") or "tiny-gemma")
     source, local = place_of(name)
     bars = hf_logging.is_progress_bar_enabled()
@@ -87,7 +93,7 @@ def load_model(
             hf_logging.enable_progress_bar()
     check_loaded(name, info)
     with telling(name, "config.json"):
-        model = LanguageModel(hf if device is None else hf.to(device), tokenizer, name)
+        model = LanguageModel(hf.to(where), tokenizer, name)
         with torch.no_grad():
             model.forward([[0]])
     return model

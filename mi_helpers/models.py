@@ -10,21 +10,32 @@ with model.hooks({("z", 3): lambda z: z * 0}):            # ablate layer 3's hea
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mi_helpers.arguments import (
+    KINDS,
+    indices,
+    kept_positions,
+    listed_sites,
+    number,
+    shown,
+    tensor,
+    whole,
+)
 from mi_helpers.hooks import Cache, HookedModel
 from mi_helpers.layouts import NORMALIZED, SITES, Hook, Key, ModelError, normalize
 
 SPACE = "▁"  # how SentencePiece writes a space
 UNSEEN = 0.99  # cosine with the padding token's column of W_U, from which `in_use` says no
 DEFAULT_SITES = ("embed", "attn_out", "mlp_out", "resid_post")
+AT_ONCE = 4_096  # rows of W_U in float32 at a time
 At = tuple[Tensor, Tensor]  # rows (n,), positions (n,): the n tokens ids[rows, positions]
 
 
@@ -58,9 +69,12 @@ class LanguageModel(HookedModel):
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
         bos, eos, *unused = (getattr(self.tokenizer, name, None) for name in names)
         for token in unused:
-            if token not in (None, bos, eos):
-                columns = F.normalize(self.W_U.detach().float(), dim=0)
-                used = columns.T @ columns[:, token] < UNSEEN
+            if token not in (None, bos, eos) and token < self.d_vocab:
+                rows = self.lm_head.weight.detach()  # (d_vocab, d_model)
+                unseen = F.normalize(rows[token].float(), dim=0)
+                used = torch.cat(
+                    [F.normalize(some.float()) @ unseen < UNSEEN for some in rows.split(AT_ONCE)]
+                )
                 used[token] = False
                 return used
         return torch.ones(self.d_vocab, dtype=torch.bool, device=self.device)
@@ -76,8 +90,10 @@ class LanguageModel(HookedModel):
         """A text's token ids, without BOS.
 
         Raises:
-            ModelError: the text is empty, or the model has no tokenizer.
+            ModelError: the text is empty or none, or the model has no tokenizer.
         """
+        if not isinstance(text, str):
+            raise ModelError(f"The text is {text!r}: expected a string.")
         ids = self._tokenizer().encode(text, add_special_tokens=False)
         if not ids:
             raise ModelError(f"The text {text!r} is empty: give at least one word.")
@@ -93,7 +109,8 @@ class LanguageModel(HookedModel):
         Raises:
             ModelError: empty text, texts of unequal length without `pad`, longer than the context.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        listed = isinstance(text, list | tuple)
+        texts = list(text) if listed else [text]  # pyright: ignore[reportCallIssue]
         if not texts:
             raise ModelError("The list of texts is empty: give at least one text.")
         rows = [self.encode(t) for t in texts]
@@ -113,11 +130,26 @@ class LanguageModel(HookedModel):
 
         The padding is the tokenizer's, else its end of text, else token 0. No token before it sees
         it, as attention is causal.
+
+        Raises:
+            ModelError: no rows, or one that is not a row of token ids.
         """
+        if not isinstance(rows, Tensor | np.ndarray | Sequence) or not len(rows):
+            raise ModelError(f"The rows are {rows!r}: expected at least one row of token ids.")
+        rows = [self._row(row) for row in rows]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.filler)
+
+    @property
+    def filler(self) -> int:
+        """The token that `pad` fills up with."""
         named = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
-        value = next((i for i in named if i is not None and i < self.d_vocab), 0)
-        rows = [torch.as_tensor(row, dtype=torch.int64, device=self.device) for row in rows]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        return next((i for i in named if i is not None and i < self.d_vocab), 0)
+
+    def _row(self, row: Sequence[int] | Tensor) -> Tensor:
+        """One row of ids, (pos,), which may be empty."""
+        if isinstance(row, str) or not isinstance(row, Sequence | Tensor | np.ndarray):
+            raise ModelError(f"A row is {shown(row)}: expected token ids.")
+        return self.ids(row)[0] if len(row) else torch.empty(0, dtype=torch.int64).to(self.device)
 
     def str_tokens(self, text: str | list[int] | Tensor) -> list[str]:
         """Each token of one text (BOS included), or of one row of ids, as a string.
@@ -170,12 +202,18 @@ class LanguageModel(HookedModel):
         Raises:
             ModelError: what `tokens` refuses; ids of another shape or dtype, or out of range.
         """
-        first = tokens[0] if isinstance(tokens, list) and tokens else tokens
+        first = tokens[0] if isinstance(tokens, list | tuple) and tokens else tokens
         if isinstance(first, str):
             return self.tokens(tokens)
-        ids = torch.as_tensor(tokens)
+        try:
+            ids = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError):
+            raise ModelError(
+                f"The tokens are {shown(tokens)}: expected a text, or ids (batch, pos) in rows of "
+                "equal length."
+            ) from None
         ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
-        if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.is_complex():
+        if ids.ndim != 2 or ids.numel() == 0 or not KINDS["ids"](ids):
             raise ModelError(
                 f"Token ids are integers of shape (batch, pos), with at least one token; "
                 f"these are {ids.dtype} of shape {tuple(ids.shape)}."
@@ -185,6 +223,8 @@ class LanguageModel(HookedModel):
                 f"The text has {ids.shape[1]} tokens, more than {self.name}'s context of "
                 f"{self.n_ctx}: shorten it."
             )
+        if ids.device.type == "meta":
+            raise ModelError("The token ids are on the meta device, so they hold no numbers.")
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= self.d_vocab:
             raise ModelError(
@@ -225,11 +265,8 @@ class LanguageModel(HookedModel):
         ids = self.ids(tokens)
         stop = self.n_layers if stop_at_layer is None else self._boundary(stop_at_layer)
         sites = DEFAULT_SITES if sites is None else sites
-        single = isinstance(sites, str) or (
-            isinstance(sites, tuple) and len(sites) == 2 and hasattr(sites[1], "__index__")
-        )
-        keys = self.site_keys([sites] if single else sites, stop)
-        pos = _positions(pos, ids.shape[1])
+        keys = self.site_keys(listed_sites(sites), stop)
+        pos = kept_positions(self, ids, pos)
         store: dict[Key, Tensor] = {}
 
         def keep(key: Key) -> Hook:
@@ -261,9 +298,11 @@ class LanguageModel(HookedModel):
         stop = None if stop_at_layer is None else self._boundary(stop_at_layer)
         if stop is not None and stop < start:
             raise ModelError(f"Cannot stop at layer {stop} when starting from layer {start}.")
-        if resid.ndim != 3 or resid.shape[-1] != self.d_model or 0 in resid.shape:
+        tensor("resid", resid, "batch pos d_model", {"d_model": self.d_model})
+        if resid.shape[1] > self.n_ctx:
             raise ModelError(
-                f"resid has shape {tuple(resid.shape)}, expected (batch, pos, {self.d_model})."
+                f"resid has {resid.shape[1]} positions, more than {self.name}'s context of "
+                f"{self.n_ctx}: shorten it."
             )
         return self._run(resid=resid.to(self.device, self.dtype), start=start, stop=stop)
 
@@ -272,8 +311,12 @@ class LanguageModel(HookedModel):
 
         With softcap=False the logits are linear in the normed stream, as direct logit attribution
         needs.
+
+        Raises:
+            ModelError: another width or device, or NaN.
         """
-        logits = self.lm_head(self.ln_final(resid))
+        tensor("resid", resid, "... d_model", self)
+        logits = self.lm_head(self.ln_final(resid.to(self.dtype)))
         if not softcap or self.softcap is None:
             return logits
         return torch.tanh(logits / self.softcap) * self.softcap
@@ -298,11 +341,14 @@ class LanguageModel(HookedModel):
         it; otherwise keys and values are reused.
 
         Raises:
-            ModelError: several texts, or more tokens than the context holds.
+            ModelError: several texts, more tokens than the context holds, a temperature below 0.
         """
         ids, past = self.tokens(text), None
         if ids.shape[0] != 1:
             raise ModelError("generate takes one text at a time.")
+        whole("n", n, 0)
+        number("temperature", temperature, least=0)
+        seed = None if seed is None else whole("seed", seed)
         if ids.shape[1] + n > self.n_ctx:
             raise ModelError(
                 f"{ids.shape[1]} tokens and {n} new ones exceed the context of {self.n_ctx}."
@@ -337,17 +383,6 @@ def token_text(tokenizer, token: int) -> str:
     piece = SPACE if piece == "<0x20>" and not text else piece
     lost = len(piece) - len(piece.lstrip(SPACE)) - (len(text) - len(text.lstrip(" ")))
     return text if text.startswith(SPACE) else " " * max(0, lost) + text
-
-
-def _positions(pos, length: int):
-    if pos is None or isinstance(pos, slice):
-        return pos
-    single = hasattr(pos, "__index__") and not getattr(pos, "ndim", 0)
-    chosen = [operator.index(p) for p in ([pos] if single else pos)]
-    wrong = [p for p in chosen if not -length <= p < length]
-    if wrong:
-        raise ModelError(f"Position {wrong[0]} is out of range: the text has {length} tokens.")
-    return chosen[0] if single else chosen
 
 
 # ------------------------------------------------------------- a site as one vector per token
@@ -412,6 +447,25 @@ def read_sites(model: LanguageModel, ids: Tensor, sites: list[Key]) -> list[Tens
     return [of(cache[key]) for key, of in found]
 
 
+def places(at: At, ids: Tensor) -> At:
+    """Rows and positions of tokens of ids (batch, pos), both (n,), counted from the first.
+
+    Raises:
+        ModelError: what `activations_at` refuses of them.
+    """
+    if not isinstance(at, tuple | list) or len(at) != 2:
+        raise ModelError(f"`at` is {shown(at)}: expected rows (n,) and positions (n,).")
+    rows, positions = (
+        indices(x, n, f"`at` {name}")
+        for x, n, name in zip(at, ids.shape, ("row", "position"), strict=True)
+    )
+    if len(rows) != len(positions) or any(x is None for x in at):
+        raise ModelError(
+            f"`at` holds {len(rows)} rows and {len(positions)} positions: expected as many of each."
+        )
+    return torch.tensor(rows, device=ids.device), torch.tensor(positions, device=ids.device)
+
+
 @torch.no_grad()
 def activations_at(
     model: LanguageModel, ids: Tensor, at: At, sites: Iterable[str | Key], size: int = 64
@@ -422,17 +476,13 @@ def activations_at(
     last token that is read: with causal attention nothing after it matters.
 
     Raises:
-        ModelError: no token to read, or not one position for each row.
+        ModelError: no token to read, not one position for each row, or one out of range.
     """
-    rows, positions = (torch.as_tensor(x, device=ids.device) for x in at)
-    if rows.shape != positions.shape or rows.ndim != 1 or not len(rows):
-        raise ModelError(
-            f"`at` holds rows and positions of shapes {tuple(rows.shape)} and "
-            f"{tuple(positions.shape)}, expected two equal lists of at least one number."
-        )
+    ids, size, sites = model.ids(ids), whole("size", size, 1), listed_sites(sites)
+    rows, positions = places(at, ids)
     last = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
     last = last.scatter_reduce(0, rows, positions, "amax")
-    used, sites = rows.unique(), [sites] if isinstance(sites, str) else list(sites)
+    used = rows.unique()
     found: dict[Key, Tensor] = {}
     for some in used[last[used].argsort(stable=True)].split(size):
         length = int(last[some].max()) + 1
@@ -441,8 +491,8 @@ def activations_at(
         place[some] = torch.arange(len(some), device=ids.device)
         here = torch.isin(rows, some).nonzero()[:, 0]
         for key in cache:
-            whole = cache[key].expand(len(some), *cache[key].shape[1:])  # pos_embed has no batch
-            values = whole[place[rows[here]], positions[here]]
+            full = cache[key].expand(len(some), *cache[key].shape[1:])  # pos_embed has no batch
+            values = full[place[rows[here]], positions[here]]
             if key not in found:
                 found[key] = values.new_empty(len(rows), *values.shape[1:])
             found[key][here] = values

@@ -3,11 +3,13 @@
     metric = normalised_logit_diff(model, clean, corrupted, " Paris", " Rome")
     effect = activation_patch(model, clean, corrupted, "resid_pre", metric)   # (layers, positions)
     effect = activation_patch(model, clean, corrupted, "z", metric)           # (layers, heads)
-    guess = attribution_patch(model, clean, corrupted, "z", metric)           # the same axes
 
-The two prompts have equally many tokens, so that positions line up. Denoising puts activations of
-the clean run into the corrupted one, noising those of the corrupted run into the clean one.
-Path patching is in `mi_helpers.paths`.
+Denoising puts activations of the clean run into the corrupted one, noising those of the corrupted
+run into the clean one. Prompts of one batch may differ in length: each is run without padding, and
+gives what it gives alone. Positions are then given for each prompt (`Sweep`), for where the
+prompts' lengths differ, no position stands for the same place in all of them.
+Path patching is in `mi_helpers.paths`, the gradients' estimate of every patch in
+`mi_helpers.gradients`.
 """
 
 from __future__ import annotations
@@ -18,16 +20,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mi_helpers.ablation import Gaussian, Mean, Prompt, Resample, Zero, indices, recorded
-from mi_helpers.layouts import Key, ModelError, nearest
+from mi_helpers.ablation import Gaussian, Mean, Prompt, Resample, Zero, recorded
+from mi_helpers.arguments import by_length, in_order, one_of, prompt_rows, shown, token_ids
+from mi_helpers.layouts import Key, ModelError
 from mi_helpers.models import LanguageModel
 from mi_helpers.prefix import BaseRun, Edit, run_edits
+from mi_helpers.sweeps import (
+    MODES,
+    Group,
+    Prompts,
+    Run,
+    Sweep,
+    axes_of,
+    groups_of,
+    sides_of,
+    two_sides,
+)
 
 MOST_LOGITS = 2**26  # held at one time
-STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-HEAD_SITES = ("z", "q", "k", "v", "pattern")
-OVER = ("positions", "heads", "heads x positions", "layers")
-MODES = ("denoise", "noise")
 OTHER_RUN = Resample()
 
 Metric = Callable[[Tensor], Tensor]  # last logits (..., batch, d_vocab) -> (...,) or (..., batch)
@@ -46,13 +56,22 @@ def logit_diffs(logits: Tensor, answer, wrong) -> Tensor:
 
     Returns:
         (..., batch), float32.
-    """
 
-    def at(ids) -> Tensor:
-        ids = torch.as_tensor(ids, device=logits.device).reshape(-1, 1)
+    Raises:
+        ModelError: logits of another shape, or ids that are not one for each prompt.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or 0 in logits.shape:
+        raise ModelError(f"logits is {shown(logits)}: expected a tensor (..., batch, d_vocab).")
+    n, d_vocab = logits.shape[-2:]
+
+    def at(what: str, ids) -> Tensor:
+        ids = torch.tensor(token_ids(what, ids, d_vocab), device=logits.device)
+        if len(ids) not in (1, n):
+            raise ModelError(f"{what} holds {len(ids)} ids for {n} prompts: give one, or {n}.")
+        ids = ids.reshape(-1, 1)
         return logits.gather(-1, ids.expand(*logits.shape[:-1], 1)).squeeze(-1).float()
 
-    return at(answer) - at(wrong)
+    return at("answer", answer) - at("wrong", wrong)
 
 
 def logit_diff(logits: Tensor, answer, wrong) -> Tensor:
@@ -98,15 +117,11 @@ def answer_ids(model: LanguageModel, answer: str | int | Sequence | Tensor) -> T
     Raises:
         ModelError: an answer is several tokens, or not in the vocabulary.
     """
-    if isinstance(answer, str | int):
+    if isinstance(answer, str):
         answer = [answer]
-    ids = [model.to_single_token(a) if isinstance(a, str) else int(a) for a in answer]
-    outside = [i for i in ids if not 0 <= i < model.d_vocab]
-    if outside or not ids:
-        raise ModelError(
-            f"The answer ids are {ids}: expected at least one, from 0 to {model.d_vocab - 1}."
-        )
-    return torch.tensor(ids, device=model.device)
+    if isinstance(answer, list | tuple):
+        answer = [model.to_single_token(a) if isinstance(a, str) else a for a in answer]
+    return torch.tensor(token_ids("The answer", answer, model.d_vocab), device=model.device)
 
 
 def normalised_logit_diff(
@@ -128,8 +143,8 @@ def normalised_logit_diff(
             up (`pair`); the two runs have the same logit difference.
     """
     answer, wrong = answer_ids(model, answer), answer_ids(model, wrong)  # pyright: ignore[reportAssignmentType]
-    run, other = _two_runs(model, clean, corrupted)
-    batch = run.ids.shape[0]
+    run, other = two_sides(model, clean, corrupted)
+    batch = len(run.rows)
     for ids in (answer, wrong):
         if len(ids) not in (1, batch):
             raise ModelError(
@@ -139,7 +154,7 @@ def normalised_logit_diff(
         raise ModelError("The answer and the wrong answer are the same token: choose two.")
     raw = LogitDiff(answer, wrong)
     at_clean, at_corrupted = (
-        float(_value(raw, _last_logits(model, each), each.repeats)) for each in (run, other)
+        float(_value(raw, last_logits(model, each), each.repeats)) for each in (run, other)
     )
     if abs(at_clean - at_corrupted) < 1e-6:
         raise ModelError(
@@ -149,104 +164,7 @@ def normalised_logit_diff(
     return replace(raw, clean=at_clean, corrupted=at_corrupted)
 
 
-# -------------------------------------------------------------------------------------- prompts
-
-
-def pair(model: LanguageModel, clean: Prompt, corrupted: Prompt) -> tuple[Tensor, Tensor]:
-    """Both prompts (or batches of them) as token ids of one shape, (batch, pos).
-
-    Raises:
-        ModelError: an empty prompt, one longer than the context, other counts of tokens or prompts
-            on the two sides, or two prompts that are the same.
-    """
-    a, b = model.ids(clean), model.ids(corrupted)
-    if a.shape[1] != b.shape[1]:
-        raise ModelError(
-            f"The clean prompt has {a.shape[1]} tokens and the corrupted one {b.shape[1]}: choose "
-            "words of equally many tokens, so that positions line up."
-        )
-    if a.shape[0] != b.shape[0]:
-        raise ModelError(f"There are {a.shape[0]} clean prompts and {b.shape[0]} corrupted ones.")
-    if torch.equal(a, b):
-        raise ModelError("The clean and the corrupted prompt are the same: change a word.")
-    return a, b
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What a run starts from: ids (batch, pos), and noise on the embedding of each repeat."""
-
-    ids: Tensor
-    noise: Tensor | None = None  # (repeats, batch, pos, d_model)
-    repeats: int = 1
-
-    @property
-    def rows(self) -> Tensor:
-        """Token ids of all rows, (repeats * batch, pos): each repeat has all prompts."""
-        return self.ids.repeat(self.repeats, 1)
-
-    def hooks(self) -> dict:
-        """The noise, as hooks."""
-        return {} if self.noise is None else {"embed": lambda x: x + self.noise.flatten(0, 1)}
-
-
-def _two_runs(model: LanguageModel, clean: Prompt, corrupted) -> tuple[_Run, _Run]:
-    """The clean run and the corrupted one."""
-    if corrupted is None:
-        raise ModelError("There is no corrupted prompt: give one of as many tokens as the clean.")
-    if isinstance(corrupted, Gaussian):
-        ids, n = model.ids(clean), corrupted.seeds
-        return _Run(ids, None, n), _Run(ids, corrupted.noise(model, ids), n)
-    a, b = pair(model, clean, corrupted)
-    return _Run(a), _Run(b)
-
-
-def one_of(what: str, given, known: Sequence[str]) -> None:
-    """ModelError, with the nearest known name, where `given` is not one of `known`."""
-    if given not in known:
-        raise ModelError(
-            f"{what} is {given!r}: expected one of {', '.join(known)}.{nearest(given, known)}"
-        )
-
-
 # ----------------------------------------------------------------------------- activation patching
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The patches of a sweep: its axes, and the places that it is restricted to.
-
-    Args:
-        over: "positions", "heads", "heads x positions", or "layers" (a whole layer at once); None
-            means heads where the site has heads, else positions.
-        layers: only these layers; None means all.
-        heads: only these heads; without a heads axis, they are patched at once.
-        positions: only these positions; without a positions axis, they are patched at once.
-    """
-
-    over: str | None = None
-    layers: int | Sequence[int] | None = None
-    heads: int | Sequence[int] | None = None
-    positions: int | Sequence[int] | None = None
-
-    def places(self, model: LanguageModel, site: str, length: int):
-        """The layers, the sets of heads (None where there are none) and the sets of positions that
-        are patched, and the shape of the result."""
-        over = _axes(model, site, self.over)
-        if self.heads is not None and site not in HEAD_SITES:
-            raise ModelError(f"{site!r} has no heads: leave `heads` out.")
-        n_heads = model.n_kv_heads if site in ("k", "v") else model.n_heads
-        layers = indices(self.layers, model.n_layers, "layer")
-        at = indices(self.positions, length, "position")
-        by_position = [(p,) for p in at] if "positions" in over else [tuple(at)]
-        by_head: list = [None]
-        if site in HEAD_SITES:
-            chosen = indices(self.heads, n_heads, "head")
-            by_head = [(h,) for h in chosen] if "heads" in over else [tuple(chosen)]
-        shape = [len(layers)]
-        shape += [len(by_head)] if "heads" in over else []
-        shape += [len(by_position)] if "positions" in over else []
-        return layers, by_head, by_position, shape
 
 
 @torch.no_grad()
@@ -266,9 +184,11 @@ def activation_patch(
         noise:   the clean run, with the corrupted run's activation put in at one place
 
     Args:
-        clean: text, or token ids (batch, pos).
-        corrupted: as many tokens; or `Gaussian(subject)`, the clean prompt with noise, averaged
-            over its seeds (causal tracing); None where it is not used: noise with Mean or Zero.
+        clean: text, texts, or token ids, as `prompt_rows` takes them: the prompts may differ in
+            length, and be padded on either side.
+        corrupted: as many prompts, each of as many tokens, unless `over` gives positions; or
+            `Gaussian(subject)`, the clean prompt with noise, averaged over its seeds (causal
+            tracing); None where it is not used: noise with Mean or Zero.
         site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, or z, q, k, v, pattern, which
             have heads (k and v the key-value heads).
         metric: logits at the last position (..., batch, d_vocab) -> (...,) or (..., batch).
@@ -284,40 +204,63 @@ def activation_patch(
     Raises:
         ModelError: unknown site, mode, ablation or axes; prompts that do not line up (`pair`).
     """
+    if not callable(metric):
+        raise ModelError(f"metric is {shown(metric)}: expected a function of logits.")
     sweep = over if isinstance(over, Sweep) else Sweep(over)
+    axes = axes_of(model, site, sweep.over)
     base, source = _base_and_source(model, clean, corrupted, mode, ablation)
-    layers, by_head, by_position, shape = sweep.places(model, site, base.ids.shape[1])
+    if source is None and sweep.source is not None:
+        raise ModelError("source is of the other prompt, and there is none: leave it out.")
+    groups, finals, shape = groups_of(base, source, sweep, axes), [], []
+    for group in groups:
+        final, shape = _patched(model, group, site, sweep, ablation)
+        finals.append(final)
+    final = in_order(finals, [group.prompts for group in groups], dim=1)
+    effect = metric_of_streams(model, final, metric, base.repeats)
+    return effect.reshape(*shape, *effect.shape[1:])
+
+
+def _patched(model: LanguageModel, group: Group, site: str, sweep: Sweep, ablation):
+    """The final streams of a group of prompts under every patch, (patches, repeats * batch,
+    d_model), and the shape of the sweep."""
+    base, source = group.base, group.source
+    here = replace(sweep, positions=group.at, source=None)
+    layers, by_head, by_position, shape = here.places(model, site, base.ids.shape[1])
     values = _values(model, base, source, [(site, i) for i in layers], ablation)
-    same = _first_change(base, source) if isinstance(ablation, Resample) else 0
+    same = 0
+    if isinstance(ablation, Resample):
+        values = {key: group.line_up(x, site) for key, x in values.items()}
+        same = _first_change(base, source) if group.at == group.taken else 0
     patches = [
         _edits((site, i), [p for p in positions if p >= same], heads, values[site, i])
         for i in layers
         for heads in by_head
         for positions in by_position
     ]
-    final = run_edits(BaseRun(model, base.rows, base.hooks()), patches)
-    effect = metric_of_streams(model, final, metric, base.repeats)
-    return effect.reshape(*shape, *effect.shape[1:])
+    return run_edits(BaseRun(model, base.rows, base.hooks()), patches), shape
 
 
 def _edits(key: Key, positions: Sequence[int], heads, value: Tensor) -> list[Edit]:
     return [Edit(*key, tuple(positions), heads, value)] if positions else []
 
 
-def _first_change(base: _Run, source: _Run) -> int:
+def _first_change(base: Run, source: Run) -> int:
     """The first position at which base and source can differ: before it, a patch changes nothing,
     as attention is causal."""
     noise = source.noise if base.noise is None else base.noise
-    changed = (
-        (base.ids != source.ids).any(0) if noise is None else noise.any(-1).flatten(0, 1).any(0)
-    )
-    return int(changed.nonzero()[0])
+    if noise is not None:
+        changed = noise.any(-1).flatten(0, 1).any(0)
+    else:
+        both = min(base.ids.shape[1], source.ids.shape[1])
+        changed = (base.ids[:, :both] != source.ids[:, :both]).any(0)
+    found = changed.nonzero()
+    return int(found[0]) if len(found) else len(changed)
 
 
 def _base_and_source(
     model: LanguageModel, clean: Prompt, corrupted, mode: str, ablation
-) -> tuple[_Run, _Run | None]:
-    """The run that is patched, and the run that the activations come from."""
+) -> tuple[Prompts, Prompts | None]:
+    """The prompts that are patched, and those that the activations come from."""
     one_of("mode", mode, MODES)
     if not isinstance(ablation, Zero | Mean | Resample):
         raise ModelError(
@@ -326,13 +269,12 @@ def _base_and_source(
     if isinstance(ablation, Resample) and ablation.reference is not None:
         raise ModelError("A patch takes the other prompt's activation: leave the reference out.")
     if corrupted is None and mode == "noise" and not isinstance(ablation, Resample):
-        return _Run(model.ids(clean)), None
-    pure, other = _two_runs(model, clean, corrupted)
-    return (other, pure) if mode == "denoise" else (pure, other)
+        return Prompts(prompt_rows(model, clean, "The clean prompts")), None
+    return sides_of(model, clean, corrupted, mode)
 
 
 def _values(
-    model: LanguageModel, base: _Run, source: _Run | None, keys: list[Key], ablation
+    model: LanguageModel, base: Run, source: Run | None, keys: list[Key], ablation
 ) -> Mapping[Key, Tensor]:
     """{(site, layer): what is put in, (rows of the base run, pos, ...)}."""
     if isinstance(ablation, Mean):
@@ -345,7 +287,7 @@ def _values(
     return {key: torch.zeros_like(x) if zero else x for key, x in cache.items()}
 
 
-def _means(model: LanguageModel, base: _Run, keys: list[Key], ablation: Mean) -> dict[Key, Tensor]:
+def _means(model: LanguageModel, base: Run, keys: list[Key], ablation: Mean) -> dict[Key, Tensor]:
     """The same for the mean over reference prompts, position by position."""
     reference, length = ablation.reference, base.ids.shape[1]
     if reference is None:
@@ -363,10 +305,37 @@ def _means(model: LanguageModel, base: _Run, keys: list[Key], ablation: Mean) ->
     return found
 
 
-def _last_logits(model: LanguageModel, run: _Run) -> Tensor:
-    with torch.no_grad(), model.hooks(run.hooks()):
-        _, cache = model.run_with_cache(run.rows, "resid_final", model.n_layers, pos=-1)
-    return model.unembed(cache["resid_final"])
+def last_logits(model: LanguageModel, prompts: Prompt | Prompts) -> Tensor:
+    """Logits at each prompt's own last token, (batch, d_vocab), whatever the prompts' lengths.
+
+    Args:
+        prompts: as `prompt_rows` takes them.
+
+    Raises:
+        ModelError: what `prompt_rows` refuses.
+    """
+    if not isinstance(prompts, Prompts):
+        prompts = Prompts(prompt_rows(model, prompts))
+    groups, found = by_length([len(row) for row in prompts.rows]), []
+    for chosen in groups:
+        run = prompts.some(chosen)
+        with torch.no_grad(), model.hooks(run.hooks()):
+            _, cache = model.run_with_cache(run.rows, "resid_final", model.n_layers, pos=-1)
+        found.append(cache["resid_final"])
+    return model.unembed(in_order(found, groups, dim=0))
+
+
+def check_metric(metric: Metric, found) -> Tensor:
+    """What a metric gave, a number for each run or for each prompt.
+
+    Raises:
+        ModelError: it is something else, or NaN.
+    """
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise ModelError(f"metric gave {shown(found)}: expected a tensor of numbers.")
+    if found.isnan().any():
+        raise ModelError("metric gave NaN: look at its logits, and at what it divides by.")
+    return found
 
 
 def metric_of_streams(
@@ -380,93 +349,10 @@ def metric_of_streams(
 def _value(metric: Metric, logits: Tensor, repeats: int) -> Tensor:
     """The metric of logits (..., repeats * batch, d_vocab), the mean over the repeats: (...,), or
     (..., batch) of a metric that keeps the prompts apart."""
-    return metric(logits.unflatten(-2, (repeats, -1))).float().mean(logits.ndim - 2)
-
-
-# ---------------------------------------------------------------------------- attribution patching
-
-
-def attribution_patch(
-    model: LanguageModel,
-    clean: Prompt,
-    corrupted: Prompt,
-    sites: str | Sequence[str],
-    metric: Metric,
-    mode: str = "denoise",
-    over: str | None = None,
-) -> Tensor | dict[str, Tensor]:
-    """A first-order estimate of every patch of `activation_patch`, from one backward pass.
-
-        metric(base) + Σ (activation(other) - activation(base)) · ∂ metric / ∂ activation(base)
-
-    summed over the components of each patch. Base and other are the corrupted and the clean run
-    when denoising, the other way round when noising.
-
-    Args:
-        sites: one site, or several, which share the one backward pass.
-        over: the axes besides the layers, as in `activation_patch`.
-
-    Returns:
-        The axes and the scale of `activation_patch`; of several sites, {site: tensor}.
-
-    Source: Nanda 2023, Attribution Patching.
-    """
-    names = [sites] if isinstance(sites, str) else list(sites)
-    axes = {site: _axes(model, site, over) for site in names}
-    one_of("mode", mode, MODES)
-    base, other = pair(model, clean, corrupted)
-    if mode == "denoise":
-        base, other = other, base
-    keys = [(site, layer) for site in names for layer in range(model.n_layers)]
-    with torch.no_grad():
-        _, there = model.run_with_cache(other, keys, stop_at_layer=model.n_layers)
-    here, slopes, value = _gradients(model, base, keys, metric)
-    found = {}
-    for site in names:
-        layers = [(site, layer) for layer in range(model.n_layers)]
-        products = [(there[key] - here[key]) * slopes[key] for key in layers]
-        effect = torch.stack([x.float().sum(-1) for x in products])  # (layers, batch, ...)
-        found[site] = value + _summed(effect, site, axes[site], keep_prompts=value.ndim > 0)
-    return found[sites] if isinstance(sites, str) else found
-
-
-def _gradients(model: LanguageModel, ids: Tensor, keys: list[Key], metric: Metric):
-    """Activations and the metric's gradients at some sites, {key: tensor}, and the metric."""
-    here: dict[Key, Tensor] = {}
-
-    def keep(key: Key):
-        def hook(x: Tensor) -> Tensor:
-            here[key] = x if x.requires_grad else x.requires_grad_()
-            return here[key]
-
-        return hook
-
-    with torch.enable_grad(), model.hooks({key: keep(key) for key in keys}):
-        _, cache = model.run_with_cache(ids, "resid_final", model.n_layers, pos=-1)
-        value = metric(model.unembed(cache["resid_final"]))
-        slopes = torch.autograd.grad(value.sum(), [here[key] for key in keys])  # prompts do not mix
-    here = {key: x.detach() for key, x in here.items()}
-    return here, dict(zip(keys, slopes, strict=True)), value.detach().float()
-
-
-def _summed(effect: Tensor, site: str, over: str, keep_prompts: bool) -> Tensor:
-    """Effects (layers, batch, pos), (layers, batch, pos, heads) or, of a pattern, (layers, batch,
-    heads, pos), summed over what is no axis of the sweep."""
-    if site in HEAD_SITES and site != "pattern":
-        effect = effect.transpose(2, 3)  # (layers, batch, heads, pos)
-    effect = effect.movedim(1, -1) if keep_prompts else effect.sum(1)
-    n = effect.ndim - keep_prompts
-    summed = {"heads": (2,), "layers": range(1, n), "positions": range(1, n - 1)}
-    dims = tuple(summed.get(over, ()))
-    return effect.sum(dims) if dims else effect
-
-
-def _axes(model: LanguageModel, site: str, over: str | None) -> str:
-    """The axes of a sweep over `site`, checked."""
-    one_of("site", site, STREAM_SITES + HEAD_SITES)
-    model.check_site(site)
-    over = over or ("heads" if site in HEAD_SITES else "positions")
-    one_of("over", over, OVER)
-    if "heads" in over and site not in HEAD_SITES:
-        raise ModelError(f"{site!r} has no heads: sweep it over positions, or over layers.")
-    return over
+    found = check_metric(metric, metric(logits.unflatten(-2, (repeats, -1))))
+    if found.shape[: logits.ndim - 1] != (*logits.shape[:-2], repeats):
+        raise ModelError(
+            f"metric gave the shape {tuple(found.shape)} for logits (..., batch, d_vocab): "
+            "expected (...,) or (..., batch)."
+        )
+    return found.float().mean(logits.ndim - 2)

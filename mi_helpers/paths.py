@@ -2,23 +2,35 @@
 
     direct = path_patch(model, clean, corrupted, [(2, 1)], [("q", 4, 3)], metric)
     by_head = path_patch_map(model, clean, corrupted, "logits", metric)       # (layers, heads)
+    effect = composition_effect(model, [(4, 3)], prompts, "k")                # (layers, heads)
 
 Prompts, metrics and modes are those of `mi_helpers.patching`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from mi_helpers.ablation import Prompt, indices
+from mi_helpers.ablation import Prompt
+from mi_helpers.arguments import (
+    by_length,
+    checked_head,
+    in_order,
+    indices,
+    one_of,
+    shown,
+    token_ids,
+)
 from mi_helpers.layouts import ModelError
 from mi_helpers.models import LanguageModel
-from mi_helpers.patching import MODES, Metric, metric_of_streams, one_of, pair
+from mi_helpers.patching import Metric, last_logits, metric_of_streams
 from mi_helpers.prefix import MOST_TOKENS, BaseRun, Edit, run_edits, run_mlp, write_heads
+from mi_helpers.sweeps import MODES, pairs
 
+Head = tuple[int, int]  # (layer, head)
 Node = tuple[str, int, int | None]  # (kind, layer, head)
 
 
@@ -92,25 +104,56 @@ def path_patch_map(
 def _path_patch(model, clean, corrupted, sets, receivers, metric, mode, through_mlps) -> Tensor:
     """The metric for each set of senders, (sets,)."""
     one_of("mode", mode, MODES)
-    base, other = pair(model, clean, corrupted)
+    if not callable(metric):
+        raise ModelError(f"metric is {shown(metric)}: expected a function of logits.")
+    bases, others = pairs(model, clean, corrupted)
     if mode == "denoise":
-        base, other = other, base
-    if receivers == "logits" or (receivers and receivers[0] in ("q", "k", "v", "mlp")):
+        bases, others = others, bases
+    for i, (a, b) in enumerate(zip(bases, others, strict=True)):
+        if len(a) != len(b):
+            raise ModelError(
+                f"Prompt {i} has {len(a)} tokens in one run and {len(b)} in the other, and a path "
+                "is patched at every position: choose words of equally many tokens."
+            )
+    if receivers == "logits" or (
+        isinstance(receivers, tuple | list) and receivers and receivers[0] in ("q", "k", "v", "mlp")
+    ):
         receivers = [receivers]  # a single one
+    for what, given in (("senders", sets[0] if sets else None), ("receivers", receivers)):
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise ModelError(f"{what} is {shown(given)}: expected a list of them.")
     targets = [_receiver(model, r) for r in receivers]
     sets = [[_sender(model, s) for s in senders] for senders in sets]
     if not targets or not all(sets):
         raise ModelError("Path patching needs at least one sender and one receiver.")
+    groups = by_length([len(row) for row in bases])
+    streams = [
+        _streams(
+            model,
+            *(torch.stack([side[i] for i in chosen]) for side in (bases, others)),
+            sets,
+            targets,
+            through_mlps,
+        )
+        for chosen in groups
+    ]
+    return metric_of_streams(model, in_order(streams, groups, dim=1), metric)
+
+
+def _streams(model, base: Tensor, other: Tensor, sets, targets, through_mlps: bool) -> Tensor:
+    """The final streams of prompts of one length, (sets, batch, d_model)."""
     run = BaseRun(model, base)
     sites = ["embed", "z", "attn_out", "mlp_out"]
     _, there = model.run_with_cache(other, sites, stop_at_layer=model.n_layers)
-    start = int((base != other).any(0).nonzero()[0])
+    changed = (base != other).any(0).nonzero()
+    start = int(changed[0]) if len(changed) else base.shape[1] - 1
     step = max(1, MOST_TOKENS // base[:, start:].numel())
-    streams = [
-        _follow(run, there, sets[i : i + step], targets, start, through_mlps)
-        for i in range(0, len(sets), step)
-    ]
-    return metric_of_streams(model, torch.cat(streams), metric)
+    return torch.cat(
+        [
+            _follow(run, there, sets[i : i + step], targets, start, through_mlps)
+            for i in range(0, len(sets), step)
+        ]
+    )
 
 
 def _sender(model: LanguageModel, given) -> Node:
@@ -240,3 +283,66 @@ def _written(run: BaseRun, there, senders: list[Node], layer: int) -> Tensor | N
     z = run.cache["z", layer].clone()
     z[:, :, heads] = there["z", layer][:, :, heads]
     return write_heads(run.model, layer, z)
+
+
+# -------------------------------------------------------------------------- composition, by effect
+
+
+def receivers_of(model: LanguageModel, heads: Iterable[Head], site: str = "k") -> list[tuple]:
+    """Receivers for `path_patch`: the heads' queries, keys or values, each key-value head once.
+
+    Args:
+        site: "q", "k" or "v".
+    """
+    one_of("site", site, ("q", "k", "v"))
+    heads = [checked_head(model, head) for head in heads]
+    group = 1 if site == "q" else model.n_heads // model.n_kv_heads
+    return sorted({(site, layer, head // group) for layer, head in heads})
+
+
+def answer_log_prob(answer: Tensor):
+    """A metric: logits at the last position (..., batch, d_vocab) -> mean log p(answer), (...,).
+
+    Args:
+        answer: token ids (batch,), or one for all.
+    """
+    ids = token_ids("answer", answer, 2**62)
+
+    def metric(logits: Tensor) -> Tensor:
+        if len(ids) not in (1, logits.shape[-2]):
+            raise ModelError(f"answer holds {len(ids)} ids for {logits.shape[-2]} prompts.")
+        given = torch.tensor(token_ids("answer", ids, logits.shape[-1]), device=logits.device)
+        log_p = logits.float().log_softmax(-1)
+        return log_p.gather(-1, given.expand(logits.shape[:-1])[..., None])[..., 0].mean(-1)
+
+    return metric
+
+
+def composition_effect(
+    model: LanguageModel,
+    readers: Sequence[Head],
+    prompts: tuple[Tensor, Tensor, Tensor],
+    site: str = "k",
+) -> Tensor:
+    """How much of the answer each head's direct path into the readers' queries, keys or values
+    carries: 1 where patching that path alone is as bad as the corrupted prompts.
+
+        (clean - patched) / (clean - corrupted)
+
+    in log p(answer), by path patching (noise).
+
+    Args:
+        prompts: clean, corrupted (n prompts each, as `path_patch` takes them), and the token (n,)
+            that follows in clean.
+        site: "q", "k" or "v".
+
+    Returns:
+        (n_layers, n_heads).
+    """
+    if not isinstance(prompts, tuple | list) or len(prompts) != 3:
+        raise ModelError(f"prompts is {shown(prompts)}: expected (clean, corrupted, answer).")
+    clean, corrupted, answer = prompts
+    receivers, metric = receivers_of(model, readers, site), answer_log_prob(answer)
+    top, bottom = (float(metric(last_logits(model, given))) for given in (clean, corrupted))
+    patched = path_patch_map(model, clean, corrupted, receivers, metric)
+    return (top - patched) / (top - bottom)

@@ -43,7 +43,7 @@ def figure(width: float = 8, height: float = 4.5, rows: int = 1, columns: int = 
 def as_array(values) -> np.ndarray:
     """Numbers as a float array: lists, arrays, and tensors of any dtype, device and gradient."""
     if hasattr(values, "detach"):
-        values = values.detach().double().cpu().numpy()
+        values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=float)
 
 

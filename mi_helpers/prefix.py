@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import repeat_kv
 
+from mi_helpers.arguments import tensor
 from mi_helpers.hooks import EAGER, replaced_attention
 from mi_helpers.layouts import ModelError
 from mi_helpers.models import LanguageModel
@@ -61,6 +62,35 @@ class Edit:
             return self.layer + 1, 0
         return self.layer, STAGES[self.site]
 
+    def check(self, run: BaseRun) -> None:
+        """Refuse what cannot be put into the run.
+
+        Raises:
+            ModelError: no such site, layer, head or position; a value of another shape.
+        """
+        model, at, shape = run.model, self.positions, self.value.shape
+        n_heads = model.n_kv_heads if self.site in ("k", "v") else model.n_heads
+        n_heads = n_heads if self.site in ("q", "k", "v", "z", "pattern") else 0
+        heads = (0,) if self.heads is None else self.heads
+        if not (
+            (self.site in STAGES or self.site == "resid_post")
+            and 0 <= self.layer < model.n_layers
+            and at
+            and min(at) >= 0
+            and max(at) < run.length
+            and bool(n_heads) == (self.heads is not None)
+            and min(heads) >= 0
+            and max(heads) < max(n_heads, 1)
+            and len(shape) == (4 if n_heads else 3)
+            and shape[0] in (1, run.batch)
+            and shape[2 if self.site == "pattern" else 1] == run.length
+        ):
+            raise ModelError(
+                f"There is no place for an edit at site {self.site!r}, layer {self.layer}, "
+                f"positions {at}, heads {self.heads} with a value of shape {tuple(shape)} in a run "
+                f"of {run.batch} prompts of {run.length} tokens."
+            )
+
 
 @contextmanager
 def _own_attention(model: LanguageModel):
@@ -96,7 +126,7 @@ class BaseRun:
                 "leave the `with model.hooks(...)` block first."
             )
         model.check_site("pattern")  # attention that cannot be entered
-        self.model = model
+        self.model, ids = model, model.ids(ids)
         self.batch, self.length = ids.shape
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -194,6 +224,9 @@ def run_edits(run: BaseRun, patches: Sequence[Sequence[Edit]], reuse_prefix: boo
     Returns:
         (patches, batch, d_model); a patch without edits gives the base run.
     """
+    for edits in patches:
+        for edit in edits:
+            edit.check(run)
     final = run.last().expand(len(patches), -1, -1).clone()
     entries = {i: min(e.entry for e in edits) for i, edits in enumerate(patches) if edits}
     starts = {i: min(min(e.positions) for e in patches[i]) for i in entries}
@@ -387,6 +420,7 @@ def post_norm(model: LanguageModel, name: str, layer: int, x: Tensor) -> Tensor:
 
 def write_heads(model: LanguageModel, layer: int, z: Tensor) -> Tensor:
     """What attention adds to the stream, from z (..., n_heads, d_head), through its post-norm."""
+    tensor("z", z, "... n_heads d_head", model)
     return post_norm(model, "ln1_post", layer, model.part("o", layer)(z.flatten(-2)))
 
 

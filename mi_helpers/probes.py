@@ -26,7 +26,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.parallel import ThreadpoolController
 
-from mi_helpers.layouts import Key
+from mi_helpers.arguments import array, number, shown, token_ids, whole
+from mi_helpers.layouts import Key, ModelError
 from mi_helpers.models import LanguageModel
 
 ALPHA = 0.1  # ridge penalty of the circular probe, for features of unit mean square length
@@ -39,6 +40,7 @@ def some_layers(model: LanguageModel, count: int = 6) -> list[Key]:
 
     All layers of tiny-gemma, a quarter of those of Gemma 2 2B.
     """
+    whole("count", count, 1)
     chosen = np.unique(np.linspace(0, model.n_layers - 1, min(count, model.n_layers)).round())
     return [("embed", None), *(("resid_post", int(layer)) for layer in chosen)]
 
@@ -57,21 +59,23 @@ def fit_probe(x, y, C: float = 0.1, max_iter: int = 200) -> Pipeline:
     Raises:
         ValueError: no examples, unequal lengths, one class only, features that are not finite.
     """
-    n, y = x.shape[0] if hasattr(x, "shape") else len(x), np.asarray(y)
-    _check_lengths(n, len(y))
-    if n == 0:
-        raise ValueError("The probe has no examples: give at least one of each class.")
-    if len(set(y.tolist())) < 2:
-        raise ValueError(f"All {n} labels are {y.tolist()[0]!r}: a probe needs two classes.")
     sparse = hasattr(x, "toarray")
-    if not sparse and not np.isfinite(np.asarray(x, dtype=float)).all():
-        raise ValueError("Some features are infinite or not numbers: look at the activations.")
+    shape = x.shape if hasattr(x, "shape") else np.shape([0] * len(x or ()))
+    if shape[:1] == (0,):
+        raise ModelError("The probe has no examples: give at least one of each class.")
+    x = x if sparse else array("x", x, "n d")
+    n, y = x.shape[0], _labels(y)
+    _check_lengths(n, len(y))
+    number("C", C, above=0)
+    whole("max_iter", max_iter, 1)
+    if len(set(y.tolist())) < 2:
+        raise ModelError(f"All {n} labels are {y.tolist()[0]!r}: a probe needs two classes.")
     probe = make_pipeline(
         StandardScaler(with_mean=not sparse), LogisticRegression(C=C, max_iter=max_iter)
     )
     with warnings.catch_warnings(), _libraries().limit(limits=1):  # small: one core is faster
         warnings.simplefilter("ignore", ConvergenceWarning)  # stopping early is a penalty, too
-        return probe.fit(x if sparse else np.asarray(x, dtype=np.float64), y)
+        return probe.fit(x, y)
 
 
 @cache
@@ -79,9 +83,37 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def _plain(x):
+    """What NumPy can read: a tensor's numbers are fetched from its device."""
+    return x.detach().cpu() if hasattr(x, "detach") and not x.is_meta else x
+
+
+def _labels(y) -> np.ndarray:
+    """Labels (n,), of any kind but NaN."""
+    try:
+        found = np.asarray(_plain(y))
+    except (TypeError, ValueError, NotImplementedError):
+        found = np.zeros(())
+    if found.ndim != 1 or (found.dtype.kind == "f" and np.isnan(found).any()):
+        raise ModelError(f"y is {shown(y)}: expected labels (n,), one for each example.")
+    return found
+
+
+def _two_classes(x, y) -> tuple[np.ndarray, np.ndarray]:
+    """x (n, d) and y (n,), booleans of which some are true and some false."""
+    x, y = array("x", x, "n d"), _labels(y)
+    _check_lengths(len(x), len(y))
+    if not np.isin(y, (0, 1)).all():
+        raise ModelError(f"y holds {sorted(set(y.tolist()), key=str)[:3]}: expected booleans.")
+    y = y.astype(bool)
+    if y.all() or not y.any():
+        raise ModelError(f"All {len(y)} labels are equal: a difference needs two classes.")
+    return x, y
+
+
 def _check_lengths(n: int, labels: int) -> None:
     if n != labels:
-        raise ValueError(f"There are {n} examples and {labels} labels: give one label to each.")
+        raise ModelError(f"There are {n} examples and {labels} labels: give one label to each.")
 
 
 def split_by_group(groups: Sequence, share: float = 0.3, seed: int = 0) -> np.ndarray:
@@ -91,9 +123,10 @@ def split_by_group(groups: Sequence, share: float = 0.3, seed: int = 0) -> np.nd
         ValueError: fewer than two groups, or a share that leaves one side empty.
     """
     names = sorted(set(groups))
+    number("share", share, 0, 1)
     n = round(share * len(names))
     if not 0 < n < len(names):
-        raise ValueError(f"A share of {share} of {len(names)} groups leaves one side empty.")
+        raise ModelError(f"A share of {share} of {len(names)} groups leaves one side empty.")
     chosen = set(random.Random(seed).sample(names, n))
     return np.array([group in chosen for group in groups])
 
@@ -110,9 +143,12 @@ def surprise(p: np.ndarray, y, classes: Sequence) -> np.ndarray:
     Raises:
         ValueError: unequal lengths, or a label that is not among the classes.
     """
+    p, y = array("p", p, "n classes", {"classes": len(classes)}), _labels(y)
     _check_lengths(len(p), len(y))
+    if p.min() < 0 or p.max() > 1 + 1e-6:
+        raise ModelError(f"p holds {p.min():g} to {p.max():g}: expected probabilities.")
     if strange := set(np.asarray(y).tolist()) - set(np.asarray(classes).tolist()):
-        raise ValueError(f"The probe has never seen the label {sorted(strange)[0]!r}: train on it.")
+        raise ModelError(f"The probe has never seen the label {sorted(strange)[0]!r}: train on it.")
     column = {label: i for i, label in enumerate(np.asarray(classes).tolist())}
     index = [column[label] for label in np.asarray(y).tolist()]
     return -np.log(np.maximum(p[np.arange(len(p)), index], 1e-300))
@@ -124,9 +160,8 @@ def bootstrap(values, seed: int = 0, draws: int = 1000) -> tuple[float, float, f
     Raises:
         ValueError: no values.
     """
-    values = np.asarray(values, dtype=float)
-    if not len(values):
-        raise ValueError("There are no values to average.")
+    values = array("values", values, "n")
+    whole("draws", draws, 1)
     if len(values) == 1:
         return (float(values[0]),) * 3
     rng = np.random.default_rng(seed)
@@ -148,6 +183,8 @@ def control_task(words: Sequence[str], labels: Sequence, seed: int = 0) -> dict:
     Source: Hewitt and Liang 2019, Designing and Interpreting Probes with Control Tasks.
     """
     rng, labels = random.Random(seed), list(labels)
+    if not labels or isinstance(words, str):
+        raise ModelError("labels and words are lists: expected at least one label.")
     return {word: rng.choice(labels) for word in sorted(set(words))}
 
 
@@ -157,6 +194,10 @@ def token_features(model: LanguageModel, tokens: np.ndarray):
     Args:
         tokens: (n, 2), the id of the token before the one that is read, and its own.
     """
+    tokens = np.asarray(_plain(tokens))
+    if tokens.ndim != 2 or tokens.shape[1] != 2 or tokens.dtype.kind not in "iu":
+        raise ModelError(f"tokens has shape {tokens.shape}: expected two ids for each, (n, 2).")
+    token_ids("tokens", tokens, model.d_vocab)
     return OneHotEncoder(categories=[range(model.d_vocab)] * 2).fit_transform(tokens)
 
 
@@ -172,10 +213,7 @@ def mean_difference(x, y) -> np.ndarray:
     Raises:
         ValueError: unequal lengths, or one class only.
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=bool)
-    _check_lengths(len(x), len(y))
-    if y.all() or not y.any():
-        raise ValueError(f"All {len(y)} labels are equal: a difference needs two classes.")
+    x, y = _two_classes(x, y)
     return x[y].mean(0) - x[~y].mean(0)
 
 
@@ -184,8 +222,11 @@ def midpoint(x, y) -> np.ndarray:
 
     Args:
         x: (n, d); y: booleans (n,).
+
+    Raises:
+        ValueError: as for `mean_difference`.
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=bool)
+    x, y = _two_classes(x, y)
     return (x[y].mean(0) + x[~y].mean(0)) / 2
 
 
@@ -195,9 +236,11 @@ def probe_direction(probe: Pipeline) -> np.ndarray:
     Raises:
         ValueError: the probe has more classes.
     """
+    if not isinstance(probe, Pipeline) or not hasattr(probe[-1], "coef_"):
+        raise ModelError(f"probe is {shown(probe)}: expected what `fit_probe` returned.")
     scaler, classifier = probe[0], probe[-1]
     if len(classifier.coef_) != 1:
-        raise ValueError(f"The probe has {len(classifier.classes_)} classes, not two.")
+        raise ModelError(f"The probe has {len(classifier.classes_)} classes, not two.")
     return classifier.coef_[0] / scaler.scale_
 
 
@@ -216,8 +259,8 @@ def find_direction(x, y, method: str = "mean difference", seed: int = 0) -> np.n
     if method == "probe":
         return probe_direction(fit_probe(x, y))
     if method == "random":
-        return np.random.default_rng(seed).normal(size=np.shape(x)[1])
-    raise ValueError(f"There is no method {method!r}: mean difference, probe or random.")
+        return np.random.default_rng(seed).normal(size=array("x", x, "n d").shape[1])
+    raise ModelError(f"There is no method {method!r}: mean difference, probe or random.")
 
 
 def project_out(x, direction, centre=0.0):
@@ -229,11 +272,21 @@ def project_out(x, direction, centre=0.0):
         x: (..., d); direction: (d,), of any length; centre: (d,). All arrays, or all tensors.
 
     Raises:
-        ValueError: the direction is zero.
+        ValueError: the direction is zero, or of another width than x; NaN in any of them.
     """
+    for what, given in (("x", x), ("direction", direction), ("centre", centre)):
+        if not np.isfinite(np.asarray(_plain(given))).all():
+            raise ModelError(f"{what} holds NaN or infinity: look for where it comes from.")
+    if np.ndim(direction) != 1 or np.shape(x)[-1:] != np.shape(direction):
+        raise ModelError(
+            f"direction has shape {tuple(np.shape(direction))} and x {tuple(np.shape(x))}: "
+            "expected (d,) and (..., d)."
+        )
+    if np.ndim(centre) and np.shape(centre)[-1:] != np.shape(direction):
+        raise ModelError(f"centre has shape {tuple(np.shape(centre))}: expected that of direction.")
     length = (direction * direction).sum() ** 0.5
     if not length > 0:
-        raise ValueError("The direction is zero: there is nothing to project out.")
+        raise ModelError("The direction is zero: there is nothing to project out.")
     v = direction / length
     return x - ((x - centre) @ v)[..., None] * v
 
@@ -250,9 +303,12 @@ def class_means(x, y, n: int) -> np.ndarray:
     Raises:
         ValueError: a label without examples.
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y)
+    x, y, n = array("x", x, "n d"), _labels(y), whole("n", n, 1)
+    _check_lengths(len(x), len(y))
+    if strange := set(y.tolist()) - set(range(n)):
+        raise ModelError(f"y holds {sorted(strange, key=str)[0]!r}: expected 0 to {n - 1}.")
     if missing := [i for i in range(n) if not (y == i).any()]:
-        raise ValueError(f"No example has the label {missing[0]}: give more documents.")
+        raise ModelError(f"No example has the label {missing[0]}: give more documents.")
     means = np.array([x[y == i].mean(0) for i in range(n)])
     means -= means.mean(0)
     length = np.sqrt((means**2).sum(1).mean())
@@ -269,7 +325,10 @@ def held_out_weights(means: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
         means: (n, d), as from `class_means`.
         alpha: the ridge penalty.
     """
+    means, alpha = array("means", means, "n d"), number("alpha", alpha, above=0)
     n = len(means)
+    if n < 2:
+        raise ModelError("means has one row: expected two classes or more.")
     weights = np.zeros((n, n))
     for i in range(n):
         others = np.arange(n) != i
@@ -280,12 +339,13 @@ def held_out_weights(means: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
 
 def on_circle(index, n: int) -> np.ndarray:
     """(cos, sin) of 2π index / n, (..., 2)."""
-    angle = 2 * np.pi * np.asarray(index) / n
+    angle = 2 * np.pi * array("index", index, "...") / whole("n", n, 1)
     return np.stack([np.cos(angle), np.sin(angle)], -1)
 
 
 def angle_between(a, b) -> np.ndarray:
     """The angle between vectors of two numbers, in degrees from 0 to 180, (...,)."""
+    a, b = array("a", a, "... 2"), array("b", b, "... 2")
     turn = np.arctan2(a[..., 1], a[..., 0]) - np.arctan2(b[..., 1], b[..., 0])
     return np.degrees(np.abs((turn + np.pi) % (2 * np.pi) - np.pi))
 
@@ -297,6 +357,9 @@ def circle_error(weights: np.ndarray, order: Sequence[int]) -> float:
         weights: (n, n), as from `held_out_weights`.
         order: the place of each class on the circle, 0 to n - 1.
     """
+    weights = array("weights", weights, "n n", {"n": len(weights)})
+    if sorted(order) != list(range(len(weights))):
+        raise ModelError(f"order is {shown(order)}: expected each of 0 to {len(weights) - 1} once.")
     truth = on_circle(order, len(weights))
     return float(angle_between(weights @ truth, truth).mean())
 
@@ -306,6 +369,8 @@ def all_orders(n: int, most: int = 1_000, seed: int = 0) -> np.ndarray:
 
     All (n - 1)! / 2 of them for n up to 7, else `most` random ones. The first is 0, 1, …, n - 1.
     """
+    whole("n", n, 3)
+    whole("most", most, 1)
     if n <= 7:
         rest = [p for p in itertools.permutations(range(1, n)) if p[0] < p[-1]]
         return np.array([(0, *p) for p in rest])

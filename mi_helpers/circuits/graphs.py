@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mi_helpers.arguments import exact
+
 EMBEDDING, FEATURE, ERROR, LOGIT = KINDS = ("embedding", "feature", "error", "logit")
 
 
@@ -271,9 +273,9 @@ def edge_error(adjacency: Tensor, bias: Tensor, values: Tensor, targets: Tensor)
     """The error of value = Σ edges + bias over the nodes where `targets` is True."""
     if not targets.any():
         return EdgeError(0.0, 0.0, 0.0)
-    values = values.double()[targets]
-    sums = (adjacency.sum(1, dtype=torch.float64) + bias)[targets]
-    size = (torch.linalg.vector_norm(adjacency, 1, dim=1).double() + bias.abs())[targets]
+    values = exact(values)[targets]
+    sums = (exact(adjacency).sum(1) + bias)[targets]
+    size = (exact(torch.linalg.vector_norm(adjacency, 1, dim=1)) + bias.abs())[targets]
     gap = (sums - values).abs()
     return EdgeError(
         float(gap.max()),
@@ -294,7 +296,7 @@ def normalised(adjacency: Tensor, missing: Tensor | None = None) -> Tensor:
 
 def logit_weights(n: int, probabilities: Tensor) -> Tensor:
     """(n,): the logit nodes' probabilities over their sum, 0 at the other nodes."""
-    p = probabilities.double().clamp(min=1e-30)
+    p = exact(probabilities).clamp(min=1e-30)
     return F.pad((p / p.sum()).to(probabilities.dtype), (n - len(p), 0))
 
 
@@ -319,7 +321,7 @@ def node_influence(
 def cumulative_influence(influence: Tensor) -> Tensor:
     """(n,): the share of all influence that a node has, with the nodes that have more of it."""
     order = influence.argsort(descending=True, stable=True)
-    share = influence[order].double().cumsum(0) / influence.double().sum().clamp(min=1e-30)
+    share = exact(influence[order]).cumsum(0) / exact(influence).sum().clamp(min=1e-30)
     return torch.empty_like(influence).scatter(0, order, share.to(influence.dtype))
 
 
@@ -427,7 +429,7 @@ def _fewest(scores: Tensor, threshold: float) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     positive = scores > 0
     ordered = scores[positive].sort(descending=True).values
-    share = ordered.double().cumsum(0) / ordered.double().sum().clamp(min=1e-30)
+    share = exact(ordered).cumsum(0) / exact(ordered).sum().clamp(min=1e-30)
     enough = int((share < threshold - 1e-9).sum())
     return positive if enough >= len(ordered) else scores >= ordered[enough]
 

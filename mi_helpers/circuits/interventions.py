@@ -35,6 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mi_helpers.arguments import exact
 from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Graph, Node
 from mi_helpers.circuits.replacement import Coders, LocalReplacement, Prompt
 from mi_helpers.layouts import ModelError
@@ -68,7 +69,7 @@ def predicted_effect(graph: Graph, factors: Changes, paths: bool = True) -> Tens
             raise ValueError(f"{graph.nodes[i].id} is a logit: it writes to no other node.")
         fixed.add(i)
         share[i] = factor - 1.0
-    edges = graph.adjacency.double()
+    edges = exact(graph.adjacency)
     if not paths:
         return (edges @ share).to(graph.values)
     change = torch.zeros_like(share)
@@ -76,7 +77,7 @@ def predicted_effect(graph: Graph, factors: Changes, paths: bool = True) -> Tens
         if node.kind in (FEATURE, LOGIT):
             change[i] = edges[i, :i] @ share[:i]
             if node.kind == FEATURE and i not in fixed:
-                share[i] = change[i] / graph.values[i].double()
+                share[i] = change[i] / exact(graph.values[i])
     return change.to(graph.values)
 
 

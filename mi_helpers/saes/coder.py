@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mi_helpers.arguments import exact
 from mi_helpers.saes.products import CHUNK, Products, top_k, weighted_sums
 
 ACTIVATIONS = ("topk", "batchtopk", "relu", "jumprelu")
@@ -283,7 +284,7 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> float:
     of 1 - Var(x_i - x̂_i) / Var(x_i), or E‖x‖² as the denominator, which counts the mean as
     explained.
     """
-    x, x_hat = (t.detach().flatten(0, -2).double() for t in (x, x_hat))
+    x, x_hat = (exact(t.detach().flatten(0, -2)) for t in (x, x_hat))
     return float(1 - (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
 
 
@@ -350,7 +351,7 @@ def check_finite(x: Tensor, what: str = "activations") -> None:
 
 def _unit_scale(x: Tensor) -> Tensor:
     """The factor that makes the mean squared norm of x's rows 1; 1 where all rows are 0."""
-    square = x.double().pow(2).sum(-1).mean()
+    square = exact(x).pow(2).sum(-1).mean()
     return (square.rsqrt() if square > 0 else torch.ones_like(square)).float()
 
 

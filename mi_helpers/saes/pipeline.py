@@ -68,7 +68,7 @@ class Settings:
     folder: str = setting("runs/demo", "where the run's files are")
     model: str = setting("", "a name, a folder, or of the hub; default: MI_MODEL, else tiny-gemma")
     dtype: str = setting("", "of the model's weights; default: as stored", "", *DTYPES)
-    device: str = setting("", "cpu, cuda or mps; default: cuda where it is, else cpu")
+    device: str = setting("", "auto, cpu, cuda or mps; default: MI_DEVICE, else auto")
     text: str = setting("tinyworld", "tinyworld[:FAMILY,…], a file, a folder, or hf:NAME")
     column: str = setting("text", "the field of a .jsonl, .parquet or dataset that holds the text")
     seed: int = setting(0, "of TinyWorld's text, of the order of the rows, of the coder")

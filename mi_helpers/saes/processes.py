@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mi_helpers.arguments import resolve_device
 from mi_helpers.files import InUse, RunError, alone_in
 
 RENDEZVOUS = "MI_RENDEZVOUS"  # such as file:///path, in place of torchrun's address and port
@@ -69,13 +70,15 @@ def start(device: str | None = None) -> Processes:
     """Join the processes that torchrun started: by nccl on CUDA devices, by gloo elsewhere.
 
     Args:
-        device: None means CUDA where there is such a device, else the CPU.
+        device: as `resolve_device` takes it; None means the environment variable MI_DEVICE, else
+            "auto".
+
+    Raises:
+        ModelError: there is no such device.
     """
     size, rank = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
     local = int(os.environ.get("LOCAL_RANK", rank))
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"The device is {device}, and this machine has no CUDA device: choose cpu.")
+    where = resolve_device(device or os.environ.get("MI_DEVICE") or "auto")
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", local % torch.cuda.device_count())
     if size == 1:

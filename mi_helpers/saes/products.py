@@ -201,11 +201,16 @@ class TopK:
     """The k largest of x @ rows.T + bias in every row of x, in float32, the largest first.
 
     A rough product scores every latent. Its k + 8 (or 16) best are the candidates, which are scored
-    again in float32. Let s be the lowest rough score of a candidate and v the k-th exact score: a
+    again in float32. The values are always those of float32; the set is exactly that of float32 if
+    every latent left out has a rough error of at most the largest that any candidate of the batch
+    has. No row of real activations that was measured broke that; rows can be contrived that do,
+    with large errors at latents whose rough scores are low. `Products(("float32",), …)` selects
+    with float32 alone, and is exact for any input.
+
+    In detail: let s be the lowest rough score of a candidate and v the k-th exact score: a
     latent that is no candidate belongs to the top k only if its rough error is larger than v - s. A
     row where v - s is less than the largest error of any candidate in the batch (errors in units of
-    ‖x_b‖) is done again with a float32 product. So the set is that of float32 unless a latent that
-    is no candidate has a larger error than every candidate of the batch.
+    ‖x_b‖) is done again with a float32 product.
 
     Rough means bfloat16, or 8-bit integers times a scale for each row of x and of `rows`. A kind
     that leaves many rows doubtful in three batches running is replaced by the next fastest.

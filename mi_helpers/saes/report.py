@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mi_helpers import plots
+from mi_helpers.arguments import one_of
 from mi_helpers.files import (
     literal,
     read_sealed,
@@ -104,10 +105,10 @@ class Losses:
 
     Args:
         clean: nothing.
-        spliced: the coder's prediction.
-        zero: zeros.
-        mean: the mean over the harvest.
-        tokens: how many tokens of each text were predicted.
+        spliced: the coder's prediction, but at BOS and at outliers, on which no coder is trained.
+        zero: zeros, at every position, BOS and outliers included.
+        mean: the mean over the harvest, at every position.
+        tokens: how many tokens of each text were predicted, those predicted from BOS left out.
     """
 
     clean: Tensor
@@ -117,19 +118,33 @@ class Losses:
     tokens: Tensor
 
     def per_token(self) -> dict[str, float]:
-        """Mean loss per token, in nats, by what the site was replaced with."""
+        """Mean loss per token, in nats, by what the site was replaced with.
+
+        Raises:
+            ModelError: no token was predicted.
+        """
         total = float(self.tokens.sum())
+        if not total:
+            raise ModelError("The texts have no token after their first: give longer texts.")
         names = ("clean", "spliced", "zero", "mean")
         return {name: float(getattr(self, name).sum()) / total for name in names}
 
     def recovered(self, against: str = "zero") -> float | None:
         """(L_against - L_spliced) / (L_against - L_clean), or None where that divides by no harm.
 
-        1 where the coder loses nothing, 0 where it is no better than zeros (or the mean).
+        1 where the coder loses nothing, 0 where it is no better than zeros (or the mean). A model
+        whose BOS stays as it is, while all else is zero, is worse than one that knows nothing, so
+        such a baseline would flatter every coder.
 
         Args:
             against: "zero" or "mean".
+
+        Raises:
+            ModelError: against anything else.
+
+        Source: SAELens' `ce_loss_score`, with the special tokens among its `ignore_tokens`.
         """
+        one_of("against", against, ("zero", "mean"))
         loss = self.per_token()
         harm = loss[against] - loss["clean"]
         return (loss[against] - loss["spliced"]) / harm if harm > 0 else None
@@ -150,15 +165,17 @@ def spliced_losses(
         most: tokens that are run at once; fewer where the vocabulary is large.
     """
     mean = held.slice(0, min(held.rows, 8_192))[1 if held.target else 0].mean(0)
-    ways: dict[str, Replacement | None] = {
-        "clean": None,
-        "spliced": lambda source, target: predict(coder, source),
-        "zero": zeros,
-        "mean": lambda source, target: mean.to(target).expand_as(target),
-    }
-    lead = len(bos_of(model))
-    tokens = torch.tensor([len(ids) + lead - 1 for ids in texts])
-    return Losses(**losses_replaced(model, held, texts, ways, most), tokens=tokens)
+    by_coder = {"clean": None, "spliced": lambda source, target: predict(coder, source)}
+    blind = {"zero": zeros, "mean": lambda source, target: mean.to(target).expand_as(target)}
+    losses = losses_replaced(model, held, texts, by_coder, most)
+    losses |= losses_replaced(model, held, texts, blind, most, everywhere=True)
+    return Losses(**losses, tokens=torch.tensor([predicted(ids) for ids in texts]))
+
+
+def predicted(text: list[int]) -> int:
+    """How many tokens of a text are predicted, the first one left out: it has BOS alone before it,
+    or nothing."""
+    return max(0, len(text) - 1)
 
 
 @torch.no_grad()
@@ -168,17 +185,22 @@ def losses_replaced(
     texts: list[list[int]],
     ways: Mapping[str, Replacement | None],
     most: int = 4_096,
+    everywhere: bool = False,
 ) -> dict[str, Tensor]:
     """{way: summed -log p of each text in nats, (texts,)}, by what the site is replaced with.
+
+    A text's first token is not counted: `predicted` says how many are.
 
     Args:
         held: the harvest whose sites are read and replaced, and which says what an outlier is.
         texts: token ids without BOS.
         ways: {name: replacement}; None leaves the model as it is.
         most: tokens that are run at once; fewer where the vocabulary is large.
+        everywhere: replace BOS and outliers, too, which a coder leaves as they are.
     """
     bos = bos_of(model)
     limit = held.manifest["outlier"] * held.manifest["median_norm"]
+    stay = (0, float("inf")) if everywhere else (len(bos), limit)
     sums = {name: torch.zeros(len(texts), dtype=torch.float64) for name in ways}
     lengths = [len(ids) + len(bos) for ids in texts]
     for batch in batches(lengths, max(1, min(most, LOGITS // model.d_vocab))):
@@ -186,12 +208,14 @@ def losses_replaced(
         if longest < 2:
             continue
         ids = model.pad([bos + texts[i] for i in batch])
-        inside = torch.arange(1, longest) < torch.tensor([lengths[i] for i in batch])[:, None]
+        place = torch.arange(1, longest)  # of the token that is predicted
+        inside = place < torch.tensor([lengths[i] for i in batch])[:, None]
+        inside &= place > len(bos)
         for name, replace in ways.items():
             if replace is None:
                 loss = model.loss(ids)
             else:
-                with spliced(model, held.source, held.target, replace, len(bos), limit):
+                with spliced(model, held.source, held.target, replace, *stay):
                     loss = model.loss(ids)
             sums[name][batch] = (loss.cpu().double() * inside).sum(1)
     return sums
@@ -329,7 +353,8 @@ def as_markdown(numbers: dict, seconds: float | None = None) -> str:
         f"Measured on {numbers['rows_held_out']:,} rows at the end of the text, which were not "
         "trained on. Explained variance is 1 − E‖t − t̂‖² / E‖t − E t‖², normalised MSE the same "
         "without the 1 −, and the relative error has E‖t‖² below the line. Loss recovered is the "
-        "share of the loss between a replacement that knows nothing and the model itself.\n\n"
+        "share of the loss between a replacement that knows nothing and the model itself; zeros "
+        "and the mean are put in at every position, BOS included, as SAELens does.\n\n"
         "![Explained variance and dead latents over the steps](curves.png)\n"
     )
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from mi_helpers.arguments import exact
 from mi_helpers.saes.coder import SparseCoder, check_finite
 from mi_helpers.saes.gradients import Diverged, Gradients, StepConfig, by_autograd, by_pairs
 from mi_helpers.saes.processes import ALONE, Processes
@@ -145,10 +146,10 @@ class SparseStep:
         """The batch's metrics, over all processes; ValueError where they are not finite."""
         own = gradients.metrics
         names = ("rows", "error", "power", "active")
-        vector = torch.cat([torch.stack([own[n].double() for n in names]), own["total"].double()])
+        vector = torch.cat([torch.stack([exact(own[n]) for n in names]), exact(own["total"])])
         rows, error, power, active, *_ = totals = self.processes.sum_(vector)
         aux = float(own["aux_loss"])
-        penalty = float(self.processes.sum_(own["penalty"].double())) if "penalty" in own else 0.0
+        penalty = float(self.processes.sum_(exact(own["penalty"]))) if "penalty" in own else 0.0
         if not torch.isfinite(totals).all():
             check_finite(x, "input")
             if target is not None:

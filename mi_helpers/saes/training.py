@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mi_helpers.arguments import exact
 from mi_helpers.errors import checked, reading
 from mi_helpers.files import (
     RunError,
@@ -214,7 +215,7 @@ def quality(
         l0: mean number of latents that fire per row.
     """
     target = x if target is None else target
-    mean = target.double().mean(0).float()
+    mean = exact(target).mean(0).float()
     error = spread = power = active = 0.0
     for begin in range(0, len(x), chunk):
         t = target[begin : begin + chunk].to(coder.device)

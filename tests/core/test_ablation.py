@@ -136,7 +136,7 @@ def mlp(*shape):
     [
         (("neuron", 0), Zero(), "no kind of part 'neuron'"),
         (("mlp", 4), Zero(), "gemma2 has layers 0 to 3, not 4"),
-        (("mlp", -1), Zero(), "not -1"),
+        (("mlp", -5), Zero(), "not -5"),
         (("head", 0), Zero(), "heads 0 to 3, not None"),
         ((0, 4), Zero(), "not 4"),
         (("mlp", 0, 1), Zero(), "takes no head"),

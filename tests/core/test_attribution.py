@@ -152,13 +152,19 @@ def test_bfloat16_says_how_far_off_it_is():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: direct_logit_attribution(m, TEXT, 5, unit="neuron"), '"component" or "head"'),
+        (
+            lambda m: direct_logit_attribution(m, TEXT, 5, unit="neuron"),
+            "expected one of component, head",
+        ),
         (lambda m: direct_logit_attribution(m, TEXT, " Paris Rome"), "is 2 tokens"),
         (lambda m: direct_logit_attribution(m, TEXT, [5, 6]), "2 entries for 1 prompts"),
         (lambda m: direct_logit_attribution(m, TEXT, 5, 5), "the same token"),
-        (lambda m: direct_logit_attribution(m, TEXT, 99), "ids outside 0 to 47"),
+        (lambda m: direct_logit_attribution(m, TEXT, 99), "from 0 to 47"),
         (lambda m: direct_logit_attribution(m, TEXT, 5, pos=torch.tensor([1, 2])), "2 entries for"),
-        (lambda m: direct_logit_attribution(m, TEXT, 5, pos=10), "Position 10 is out of range"),
+        (
+            lambda m: direct_logit_attribution(m, TEXT, 5, pos=10),
+            "positions are .10.: .* from 0 to 9",
+        ),
         (lambda m: direct_logit_attribution(m, TEXT, 5).heads(), 'unit="head"'),
     ],
 )

@@ -11,23 +11,20 @@ from families import CONFIGS, TEXT, build, make_tokenizer
 
 from mi_helpers import prefix
 from mi_helpers.ablation import Gaussian, Mean, Resample, Zero, record
+from mi_helpers.gradients import attribution_patch
 from mi_helpers.hooks import replaced_attention
 from mi_helpers.layouts import ModelError
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.patching import (
-    HEAD_SITES,
-    STREAM_SITES,
     LogitDiff,
-    Sweep,
     activation_patch,
     answer_ids,
-    attribution_patch,
     logit_diff,
     normalised_logit_diff,
-    pair,
 )
 from mi_helpers.paths import path_patch, path_patch_map
+from mi_helpers.sweeps import HEAD_SITES, STREAM_SITES, Sweep, pair
 
 SITES = STREAM_SITES + HEAD_SITES
 CLEAN = torch.tensor([[2, 5, 7, 9, 11, 13, 15], [2, 6, 8, 9, 12, 13, 16]])
@@ -534,7 +531,6 @@ def test_a_fact_is_found_at_its_subject_and_then_at_the_end(tiny):
 @pytest.mark.parametrize(
     ("clean", "corrupted", "message"),
     [
-        ("The Eiffel Tower is", "The Tower is", "5 tokens and the corrupted one 4"),
         (TEXT, TEXT, "are the same: change a word"),
         ("", "The cat", "is empty"),
         ("cat " * 17, "sat " * 17, "more than .* context"),
@@ -552,6 +548,17 @@ def test_prompts_that_do_not_fit(gemma, clean, corrupted, message):
         attribution_patch(gemma, clean, corrupted, "z", lambda x: x)
     with pytest.raises(ModelError, match=message):
         normalised_logit_diff(gemma, clean, corrupted, " Paris", " Rome")
+
+
+def test_a_pair_of_unequal_prompts_says_what_to_do(gemma):
+    prompts = gemma, "The Eiffel Tower is", "The Tower is"
+    with pytest.raises(ModelError, match="5 tokens and the corrupted one 4"):
+        pair(*prompts)
+    for method in (activation_patch, attribution_patch):
+        with pytest.raises(ModelError, match="or give the positions"):
+            method(*prompts, "z", lambda x: x)
+    with pytest.raises(ModelError, match="equally many tokens"):
+        path_patch(*prompts, [(0, 0)], "logits", lambda x: x)
 
 
 @pytest.mark.parametrize(

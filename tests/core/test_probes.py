@@ -70,7 +70,7 @@ def test_the_direction_of_a_probe_is_in_the_activations_units():
         (lambda: probes.fit_probe(np.zeros((0, 3)), []), "no examples"),
         (lambda: probes.fit_probe(np.zeros((3, 2)), ["a"] * 3), "All 3 labels are 'a'"),
         (lambda: probes.fit_probe(np.zeros((3, 2)), [0, 1]), "3 examples and 2 labels"),
-        (lambda: probes.fit_probe(np.full((2, 2), np.nan), [0, 1]), "infinite or not numbers"),
+        (lambda: probes.fit_probe(np.full((2, 2), np.nan), [0, 1]), "x holds NaN or infinity"),
         (lambda: probes.mean_difference(np.zeros((2, 2)), [1, 1]), "All 2 labels are equal"),
         (lambda: probes.mean_difference(np.zeros((2, 2)), [1, 0, 1]), "2 examples and 3 labels"),
         (lambda: probes.project_out(np.ones((1, 2)), np.zeros(2)), "direction is zero"),
@@ -79,7 +79,7 @@ def test_the_direction_of_a_probe_is_in_the_activations_units():
         (lambda: probes.surprise(np.ones((1, 2)) / 2, ["c"], ["a", "b"]), "never seen .* 'c'"),
         (lambda: probes.surprise(np.ones((1, 2)) / 2, ["a", "b"], ["a", "b"]), "1 examples and 2"),
         (lambda: probes.class_means(np.zeros((2, 2)), [0, 1], 3), "No example has the label 2"),
-        (lambda: probes.bootstrap([]), "no values"),
+        (lambda: probes.bootstrap([]), "values has shape"),
     ],
 )
 def test_bad_input_gets_one_sentence(call, message):

@@ -18,12 +18,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from mi_helpers.gradients import attribution_patch
 from mi_helpers.layouts import ModelError
 from mi_helpers.models import LanguageModel
 from mi_helpers.patching import (
     LogitDiff,
     activation_patch,
-    attribution_patch,
     normalised_logit_diff,
 )
 from mi_helpers.tinyworld import lexicon

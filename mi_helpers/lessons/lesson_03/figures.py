@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mi_helpers.models import LanguageModel
-from mi_helpers.patching import activation_patch, normalised_logit_diff, pair
+from mi_helpers.patching import activation_patch, normalised_logit_diff
 from mi_helpers.plots import (
     EFFECT,
     MARKERS,
@@ -24,6 +24,7 @@ from mi_helpers.plots import (
     print_values,
     style,
 )
+from mi_helpers.sweeps import pair
 
 MOST_HEADS = 12  # rows of the map over heads and positions
 

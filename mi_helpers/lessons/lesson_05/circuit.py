@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mi_helpers.heads import Head, head_name, receivers_of
+from mi_helpers.heads import Head, head_name
 from mi_helpers.lessons.lesson_05.ioi import ROLES, Node, Task, to_nodes
-from mi_helpers.paths import path_patch, path_patch_map
+from mi_helpers.paths import path_patch, path_patch_map, receivers_of
 
 # --------------------------------------------------------------------------------------- the search
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from mi_helpers.ablation import Mean, ablate, record
 from mi_helpers.files import DATA
-from mi_helpers.heads import Head, composition_effect
+from mi_helpers.heads import Head
 from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.shared import repeated_tokens
 from mi_helpers.models import LanguageModel
+from mi_helpers.paths import composition_effect
 
 LOG = DATA / "tiny_gemma" / "training_log.csv"
 
@@ -94,7 +95,7 @@ def induction_pair(
 def induction_paths(
     model: LanguageModel, readers: Sequence[Head], site: str = "k", seed: int = 0, n: int = 16
 ) -> Tensor:
-    """`heads.composition_effect` on `induction_pair`, (n_layers, n_heads)."""
+    """`paths.composition_effect` on `induction_pair`, (n_layers, n_heads)."""
     return composition_effect(model, readers, induction_pair(model, n, seed=seed), site)
 
 

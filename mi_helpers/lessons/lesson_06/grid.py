@@ -30,7 +30,7 @@ from mi_helpers.saes.features import firings
 from mi_helpers.saes.files import save_coder
 from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.labels import LabelledTokens, labelled_tokens
-from mi_helpers.saes.report import held_out_texts, losses_replaced, predict, zeros
+from mi_helpers.saes.report import held_out_texts, losses_replaced, predict, predicted, zeros
 from mi_helpers.saes.similarity import share_found
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.training import TrainConfig, fit, quality
@@ -81,7 +81,8 @@ class Bench:
         """From a harvest, whose last rows are held out, and so many labelled tokens."""
         n = held.rows - min(8_192, held.rows // 10)
         x, texts = held.slice(0, held.rows)[0], held_out_texts(held, n, 3_000)
-        losses = losses_replaced(model, held, texts, {"clean": None, "zero": zeros})
+        losses = losses_replaced(model, held, texts, {"clean": None})
+        losses |= losses_replaced(model, held, texts, {"zero": zeros}, everywhere=True)
         clean, zero = (mean_loss(losses[name], texts) for name in ("clean", "zero"))
         labelled = labelled_tokens(model, middle(model), tokens, seed=1)
         return cls(model, held, x[:n], x[n:], texts, labelled, clean, zero)
@@ -112,7 +113,7 @@ class Bench:
 
 def mean_loss(sums: Tensor, texts: Sequence[Sequence[int]]) -> float:
     """The loss per token of texts whose losses have these sums."""
-    return float(sums.sum()) / sum(len(ids) for ids in texts)
+    return float(sums.sum()) / sum(predicted(ids) for ids in texts)
 
 
 def make_grid(
