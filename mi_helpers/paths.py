@@ -127,16 +127,10 @@ def _path_patch(model, clean, corrupted, sets, receivers, metric, mode, through_
     if not targets or not all(sets):
         raise ModelError("Path patching needs at least one sender and one receiver.")
     groups = by_length([len(row) for row in bases])
-    streams = [
-        _streams(
-            model,
-            *(torch.stack([side[i] for i in chosen]) for side in (bases, others)),
-            sets,
-            targets,
-            through_mlps,
-        )
-        for chosen in groups
-    ]
+    streams = []
+    for chosen in groups:
+        base, other = (torch.stack([side[i] for i in chosen]) for side in (bases, others))
+        streams.append(_streams(model, base, other, sets, targets, through_mlps))
     return metric_of_streams(model, in_order(streams, groups, dim=1), metric)
 
 

@@ -755,6 +755,7 @@ EXEMPT = {
     "checked_head": "a check itself",
     "last_logits": "by prompt_rows, as activation_patch",
     "places": "a check itself",
+    "token_text": "a token that `ids` has checked",
 }
 
 

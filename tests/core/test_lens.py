@@ -64,7 +64,7 @@ def test_reading_tokens_is_reading_the_cache(model):
 def test_reading_no_token(gemma):
     with pytest.raises(ModelError, match="expected as many of each"):
         activations_at(gemma, some_ids(gemma), (torch.arange(2), torch.arange(3)), ["z"])
-    with pytest.raises(ModelError, match="at least one number"):
+    with pytest.raises(ModelError, match="`at` rows are .*expected at least one"):
         lenses.read_stream(gemma, some_ids(gemma), (torch.arange(0), torch.arange(0)))
 
 
