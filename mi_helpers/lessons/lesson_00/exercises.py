@@ -48,7 +48,10 @@ def on_model(answer, reference, make, mistakes, otherwise: str, cases: int = 3) 
     """`agree` where an answer changes the model: afterwards it has to be as it was."""
     before = shipped_model()(FACT)
     try:
-        agree(answer, reference, make, mistakes, otherwise, tolerance=1e-4, cases=cases)
+        agree(answer, reference, make, (), otherwise, 1e-4, cases)
+    except Wrong:  # only now are the mistakes run, each of which costs as much as an answer
+        agree(answer, reference, make, mistakes, otherwise, 1e-4, cases)
+        raise
     finally:
         left = not torch.equal(shipped_model()(FACT), before)
         for each in (shipped_model, shipped_pair, judge) if left else ():
@@ -323,6 +326,16 @@ def hard_cap(q, k, scale, cap):
     return scores.masked_fill(later, -torch.inf).softmax(-1)
 
 
+def mask_bent(q, k, scale, cap):
+    scores = scale * q @ k.T
+    scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+    return (cap * torch.tanh(scores / cap)).softmax(-1)
+
+
+def own_scale(q, k, scale, cap):
+    return attention_pattern(q, k, q.shape[-1] ** -0.5, cap)
+
+
 def pattern_by_rows(q, k, scale, cap):
     rows = []
     for i in range(len(q)):
@@ -356,6 +369,8 @@ def pattern_by_rows(q, k, scale, cap):
         (MASKED_AFTER, "before the softmax"),
         (FUTURE, "wrong half"),
         (SWAPPED, "swapped"),
+        (mask_bent, "after bending"),
+        (own_scale, "need not be"),
     ],
 )
 def check_03(answer) -> None:
@@ -380,6 +395,8 @@ def check_03(answer) -> None:
             ),
             (MASKED_AFTER, "Mask before the softmax, so that each row still sums to 1."),
             (FUTURE, "You masked the wrong half: a token reads from itself and earlier ones."),
+            (mask_bent, "Mask after bending: tanh makes of minus infinity a mere -cap."),
+            (own_scale, "Use the `scale` that is given: it need not be 1/√d_head."),
             (SWAPPED, "Queries and keys are swapped: the row belongs to the query."),
         ],
         otherwise="Scale, bend, mask, softmax, in this order; each row sums to 1.",
@@ -689,6 +706,17 @@ FIRST_TEXT = with_mean(lambda zs, h, own: zs[0][1:, h].mean(0))
 AS_ZERO = with_mean(lambda zs, h, own: 0.0)
 
 
+def bos_too(model, text, layer, head, others):
+    zs = [model.run_with_cache(o, [("z", layer)])[1]["z", layer][0, 1:, head] for o in others]
+
+    def hook(z):
+        z[:, :, head] = torch.cat(zs).mean(0)
+        return z
+
+    with model.hooks({("z", layer): hook}):
+        return model(text)
+
+
 def mean_by_library(model, text, layer, head, others):
     rows = [model.run_with_cache(o, [("z", layer)])[1]["z", layer][0, 1:] for o in others]
     reference = {("z", layer): torch.cat(rows)}
@@ -720,6 +748,7 @@ def mean_by_library(model, text, layer, head, others):
         (OWN_MEAN, "this text's own mean"),
         (FIRST_TEXT, "first of the other texts"),
         (AS_ZERO, "the zero lesion"),
+        (bos_too, "first position changed"),
     ],
 )
 def check_06(answer) -> None:
@@ -735,6 +764,7 @@ def check_06(answer) -> None:
             (OWN_MEAN, "This is this text's own mean: it still knows what the text is about."),
             (FIRST_TEXT, "This is the mean of the first of the other texts: use all of them."),
             (AS_ZERO, "This is the zero lesion: put the mean there."),
+            (bos_too, "The first position changed, too: leave `<bos>` as it is."),
         ],
         "Average z[0, 1:, head] over all tokens of the other texts, and put it at positions 1 on.",
         cases=2,
@@ -790,6 +820,12 @@ REVERSED = costs_of(lambda groups, all_: mean_of(means(groups)), lambda a, b: b 
 ABSOLUTE = costs_of(lambda groups, all_: mean_of(means(groups)), lambda a, b: (a - b).abs())
 AFTER_ALONE = costs_of(lambda groups, all_: mean_of(means(groups)), lambda a, b: a)
 SUMS = costs_of(lambda groups, all_: mean_of(torch.stack([g.sum() for g in groups])))
+
+
+TWO_ERRORS = costs_of(
+    lambda groups, all_: (means(groups).mean(), 2 * means(groups).std() / len(groups) ** 0.5)
+)
+BY_ANSWERS = costs_of(lambda groups, all_: (all_.mean(), means(groups).std() / len(groups) ** 0.5))
 
 
 def unpaired(after, before, document):
@@ -855,6 +891,8 @@ def answers_of_documents(draw) -> tuple:
         (AFTER_ALONE, "subtract the loss before"),
         (SUMS, "average within a document"),
         (unpaired, "compared with itself"),
+        (TWO_ERRORS, "two standard errors"),
+        (BY_ANSWERS, "over answers"),
     ],
 )
 def check_07(answer) -> None:
@@ -871,6 +909,8 @@ def check_07(answer) -> None:
             (REVERSED, "The sign is the wrong way round: damage is after less before."),
             (ABSOLUTE, "A change may be negative, too: no absolute value."),
             (AFTER_ALONE, "This is the loss after the lesion: subtract the loss before."),
+            (TWO_ERRORS, "These are two standard errors: return one."),
+            (BY_ANSWERS, "The mean is over answers: let each document count once."),
             (SUMS, "Take the average within a document, not the sum."),
             (
                 unpaired,
