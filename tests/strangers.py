@@ -5,6 +5,7 @@
 a value of another kind is expected.
 """
 
+import importlib
 import importlib.util
 import json
 import struct
@@ -211,11 +212,10 @@ def make_lines(folder: Path) -> None:
 
 
 def make_parquet(folder: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.table({"text": ["The cat", None, "sat"], "n": [1, 2, 3]})
-    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    pyarrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
+    parquet.write_table(
+        pyarrow.table({"text": ["The cat", None, "sat"], "n": [1, 2, 3]}), folder / "a.parquet"
+    )
 
 
 def make_text(folder: Path) -> None:

@@ -180,7 +180,7 @@ def test_what_a_shard_says_about_itself_is_under_its_checksum(tmp_path):
 
 def test_a_sealed_file_of_another_kind_is_said(tmp_path):
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(RunError, match="x.json is not what was written"):
+    with pytest.raises(RunError, match="x.json holds a list of 0"):
         read_sealed(tmp_path / "x.json")
 
 
