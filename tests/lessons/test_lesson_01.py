@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mi_helpers.lessons.lesson_01 import experiments as superposition
-from mi_helpers.lessons.lesson_01 import figures, geometry, packing
+from mi_helpers.lessons.lesson_01 import figures, geometry, moving, packing, phases
 from mi_helpers.lessons.lesson_01.experiments import Training
 from mi_helpers.lessons.shared import on_one_core
 from mi_helpers.plots import render
@@ -151,6 +151,16 @@ def test_training_uses_one_core_and_gives_the_others_back():
     assert torch.get_num_threads() == before
 
 
+def test_snapshots_lead_from_the_first_weights_to_the_last_and_change_nothing():
+    settings = {"restarts": 3, "steps": 40}
+    plain = superposition.train(3, 2, 0.8, training=Training(**settings))
+    kept = superposition.train(3, 2, 0.8, training=Training(**settings, every=20))
+    assert plain.path is None and kept.path.shape == (3, 1, 3, 3)
+    assert torch.equal(kept.W, plain.W) and torch.equal(kept.path[-1, ..., :2], kept.W)
+    assert torch.equal(kept.path[-1, ..., 2], kept.b) and (kept.path[0, ..., 2] == 0).all()
+    assert not torch.allclose(kept.path[0], kept.path[1])
+
+
 def test_the_expected_loss_counts_blanks_exactly():
     toys = superposition.train(2, 1, 0.7, training=Training(restarts=2, steps=50))
     x = superposition.sample(toys.sparsity, 2, 400_000, 0.0, generator())
@@ -285,23 +295,14 @@ def by_quadrature(W, b, q, r, points=400):
 @given(CHANCES, st.floats(0.1, 10))
 def test_closed_form_losses_are_the_integrals(q, r):
     plans = [([1, 0], [0, q / 2]), ([1, -1], [0, 0]), ([0, 1], [q / 2, 0])]
-    for (w, bias), want in zip(plans, superposition.closed_form_losses(q, r), strict=True):
+    for (w, bias), want in zip(plans, phases.closed_form_losses(q, r), strict=True):
         W = torch.tensor([w], dtype=torch.float64).T
         b = torch.tensor(bias, dtype=torch.float64)
         assert by_quadrature(W, b, q, r) == pytest.approx(want.item(), abs=1e-4 * (1 + r))
 
 
-def test_the_exact_loss_is_the_integral():
-    W = torch.tensor([[[0.9], [-0.7]], [[1.0], [0.0]]])
-    b, q, r = torch.tensor([[0.1, -0.2], [0.0, 0.15]]), torch.tensor([0.3, 0.3]), torch.ones(2)
-    got = superposition.exact_loss(W, b, q, r)
-    for i in range(2):
-        want = by_quadrature(W[i].double(), b[i].double(), 0.3, 1.0)
-        assert got[i].item() == pytest.approx(want, abs=1e-4)
-
-
 def test_the_mean_is_the_best_stand_in():
-    W, best = torch.tensor([[1.0], [0.0]]).double(), superposition.closed_form_losses(0.4, 1.0)[0]
+    W, best = torch.tensor([[1.0], [0.0]]).double(), phases.closed_form_losses(0.4, 1.0)[0]
     for bias in (0.19, 0.21):
         worse = by_quadrature(W, torch.tensor([0.0, bias]).double(), 0.4, 1.0)
         assert worse > best.item()
@@ -309,23 +310,48 @@ def test_the_mean_is_the_best_stand_in():
 
 @given(st.floats(0.05, 20))
 def test_the_losses_cross_at_the_critical_density(r):
-    q = superposition.critical_density(r)
-    first, both, second = superposition.closed_form_losses(q, r)
+    q = phases.critical_density(r)
+    first, both, second = phases.closed_form_losses(q, r)
     assert both.item() == pytest.approx(min(first.item(), second.item()))
-    below = superposition.closed_form_losses(0.9 * q, r)
+    below = phases.closed_form_losses(0.9 * q, r)
     assert below.argmin() == 1
 
 
 def test_which_solution_weights_are():
     W = torch.tensor([[[1.0], [0.1]], [[0.9], [-0.8]], [[0.0], [-1.0]]])
-    assert superposition.solution_found(W).tolist() == [0, 1, 2]
+    assert phases.solution_found(W).tolist() == [0, 1, 2]
+
+
+def test_the_second_feature_shrinks_and_then_jumps_above_the_line():
+    steps = [0.8, 1.0, 1.35]
+    q = [step * phases.critical_density(0.3).item() for step in steps]
+    near, at, gone = phases.phase_diagram(q, [0.3]).W[:, 1, 0].abs().tolist()
+    assert 0.95 > near > at > 0.7 and gone < 0.1
+
+
+def test_the_third_feature_enters_where_the_formula_says_or_before():
+    held = phases.third_is_held()
+    assert held.shape == (len(phases.THIRD), len(phases.GRID)) and not held[:, 0].any()
+    assert held[:, -1].all() and phases.told_rightly([1, 1, 1]) == 1 - held.double().mean().item()
+    for found, formula in zip(phases.entries(), phases.entries_by_formula(), strict=True):
+        assert formula - 0.12 < found < formula
+    assert phases.told_rightly(phases.entries()) > phases.told_rightly(phases.entries_by_formula())
+
+
+def test_a_threshold_between_two_models_is_told_by_hand(monkeypatch):
+    monkeypatch.setattr(phases, "GRID", (0.2, 0.4, 0.6))
+    held = torch.tensor([[False, True, True], [False, False, True], [False, False, False]])
+    monkeypatch.setattr(phases, "third_is_held", lambda: held)
+    assert phases.told_rightly([0.3, 0.5, 0.9]) == 1
+    assert phases.told_rightly([0.5, 0.5, 0.0]) == pytest.approx(5 / 9)
+    assert phases.told_rightly(phases.entries()) == 1
 
 
 def test_training_finds_each_of_the_three_solutions():
-    training = replace(superposition.PHASE, steps=300)
-    toys = superposition.phase_diagram([0.9, 0.1], [0.2, 5.0], training)
-    assert superposition.solution_found(toys.W).tolist() == [0, 2, 1, 1]
-    closed = superposition.closed_form_losses(
+    training = replace(phases.PHASE, steps=300)
+    toys = phases.phase_diagram([0.9, 0.1], [0.2, 5.0], training)
+    assert phases.solution_found(toys.W).tolist() == [0, 2, 1, 1]
+    closed = phases.closed_form_losses(
         torch.tensor([0.9, 0.9, 0.1, 0.1]), torch.tensor([0.2, 5.0, 0.2, 5.0])
     )
     assert (toys.loss <= 1.03 * closed.amin(0)).all()
@@ -339,8 +365,8 @@ def test_training_finds_each_of_the_three_solutions():
 def test_no_projection_beats_the_linear_optimum(n, m, seed):
     m = min(m, n)
     importance = torch.rand(n, generator=generator(seed), dtype=torch.float64)
-    best = superposition.linear_optimum(importance, m, 0.8).item()
-    spread = superposition.variance(0.8).item()
+    best = phases.linear_optimum(importance, m, 0.8).item()
+    spread = phases.variance(0.8).item()
     subsets = itertools.combinations(range(n), n - m)
     assert best == pytest.approx(
         spread * min(sum(importance[i].item() for i in s) for s in subsets)
@@ -358,7 +384,7 @@ def test_the_linear_model_never_superposes():
     for W in toys.W:
         assert geometry.represented(W).tolist() == [True, True] + [False] * 4
         assert torch.allclose(W @ W.T, torch.diag(torch.tensor([1.0, 1, 0, 0, 0, 0])), atol=0.05)
-    best = superposition.linear_optimum(importance, 2, toys.sparsity)
+    best = phases.linear_optimum(importance, 2, toys.sparsity)
     assert torch.allclose(toys.loss.double(), best, rtol=0.02)
 
 
@@ -367,7 +393,7 @@ def test_with_equal_importance_the_linear_model_keeps_some_plane():
     toys = superposition.train(5, 2, 0.5, output="linear", training=training)
     overlap = toys.W[0] @ toys.W[0].T
     assert torch.allclose(overlap @ overlap, overlap, atol=0.05)  # a projection
-    assert toys.loss.item() == pytest.approx(3 * superposition.variance(0.5).item(), rel=0.02)
+    assert toys.loss.item() == pytest.approx(3 * phases.variance(0.5).item(), rel=0.02)
 
 
 # -- what training finds ---------------------------------------------------------------------
@@ -411,9 +437,8 @@ def test_the_share_of_a_cap_by_hand(epsilon):
 
 def test_the_bounds_are_in_order():
     for m in (5, 20, 60, 90):
-        found = packing.most_packed(m, steps=200)
-        assert m <= found <= packing.welch_bound(m, 0.1)
-    assert packing.most_packed(40) >= 55
+        bounds = (packing.greedy_bound(m, 0.1), packing.constructed(m, 0.1))
+        assert m <= max(bounds) <= packing.welch_bound(m, 0.1)
     assert packing.greedy_bound(50, 0.1) == 50
     assert packing.greedy_bound(2304, 0.1) > 500_000
 
@@ -438,12 +463,6 @@ def test_the_construction_of_the_lesson_holds_for_every_pair():
 def test_a_number_that_is_not_a_prime_is_refused(p):
     with pytest.raises(ValueError, match="take a prime"):
         packing.polynomial_phases(p)
-
-
-def test_packed_directions_are_what_was_asked():
-    V = packing.pack(24, 20, 0.12)
-    assert V.shape == (24, 20) and packing.largest_cosine(V) <= 0.12 + 1e-6
-    assert packing.pack(20, 3, 0.1, steps=50) is None
 
 
 # -- the figures and the explorer ------------------------------------------------------------
@@ -483,16 +502,16 @@ def test_turning_the_plane_keeps_all_overlaps():
 
 
 def test_the_explorer_draws_at_every_corner():
-    for values in corners(**figures.sliders()):
+    for values in corners(**moving.sliders()):
         if values["hidden"] > values["features"]:
             with pytest.raises(ValueError, match="leave nothing to squeeze"):
-                figures.explorer(**values)
+                moving.explorer(**values)
         else:
-            figures.explorer(**values)
+            moving.explorer(**values)
 
 
 def test_the_explorer_says_what_is_impossible_and_goes_on():
-    made = Explorer(figures.explorer, **figures.sliders())
+    made = Explorer(moving.explorer, **moving.sliders())
     made.controls["hidden"].value = 5
     made.controls["features"].value = 2
     assert "leave nothing to squeeze" in made.view.message
@@ -509,10 +528,30 @@ def test_the_explorers_quick_training_is_close_to_a_long_one(values):
     training = Training(restarts=12, samples=16384)
     options = {"importance": importance, "correlation": correlation, "training": training}
     long = superposition.train(n, m, S, **options)
-    quick = superposition.expected_loss(figures.answer(*values), 16384)
+    quick = superposition.expected_loss(moving.answer(*values), 16384)
     assert quick.item() <= 1.15 * long.loss.item() + 1e-4
 
 
 def test_the_explorer_refuses_a_decay_that_is_none():
     with pytest.raises(ValueError, match="importance decay of 0"):
-        figures.answer(5, 2, 0.9, 0.0, 0.0)
+        moving.answer(5, 2, 0.9, 0.0, 0.0)
+
+
+def test_the_film_draws_at_every_corner_and_has_a_frame_for_every_step():
+    made = moving.training_film()
+    play, *_ = made.box.children
+    assert (play.min, play.max, play.step) == (0, moving.FILM.steps, moving.FILM.every)
+    for values in corners(**{name: each for name, each in made.controls.items()}):
+        assert "Held by the eight runs" in moving.film(**values).reading
+    with pytest.raises(ValueError, match="^Step 7 was not kept: take a multiple of 20"):
+        moving.film(7)
+
+
+def test_in_the_film_the_best_run_comes_first_and_the_relu_matters():
+    (with_relu, losses), (without, linear) = moving.reel(True), moving.reel(False)
+    for each in (losses, linear):
+        assert (np.diff(each[-1]) >= 0).all() and (each[-1] < each[0]).all()
+    held = [(np.linalg.norm(W[-1], axis=-1) > 0.5).sum(-1) for W in (with_relu, without)]
+    assert held[0][0] == 5 and held[0].min() < 5 and held[1][0] == 2
+    x, first = with_relu[-1, :, 0, 1], with_relu[-1, :, 0, 0]
+    assert np.allclose(x, 0, atol=1e-5) and (first > 0).any()  # feature 0 points to the right

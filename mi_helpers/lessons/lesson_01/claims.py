@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -9,22 +10,22 @@ import torch
 from torch import Tensor
 
 from mi_helpers.course.ledger import claim
-from mi_helpers.lessons.lesson_01.experiments import (
-    PHASE,
-    Training,
-    closed_form_losses,
-    grow,
-    linear_optimum,
-    phase_diagram,
-    solution_found,
-    train,
-)
+from mi_helpers.lessons.lesson_01.experiments import Training, grow, sample, train
 from mi_helpers.lessons.lesson_01.geometry import (
     band,
     dimensionality,
     dimensions_per_feature,
     measured_interference,
     represented,
+    unit,
+)
+from mi_helpers.lessons.lesson_01.phases import (
+    PHASE,
+    closed_form_losses,
+    critical_density,
+    linear_optimum,
+    phase_diagram,
+    solution_found,
 )
 
 TOY = "Elhage et al. 2022, Toy Models of Superposition"
@@ -178,3 +179,101 @@ def linear_over_optimum(seed: int) -> float:
     training = Training(samples=65536, seed=seed)
     toys = train(10, 3, 0.9, importance=weights, output="linear", training=training)
     return (toys.loss[0] / linear_optimum(weights, 3, 0.9)).item()
+
+
+@claim(
+    "sticky-levels",
+    "The 40 features at S = 0.05 to 0.95: share of the represented within 0.015 of D = 1/2",
+    source=f"{TOY}, feature dimensionality; derived: an even spread has 3 % there",
+    tolerance=">= 0.25",
+)
+def at_one_half(seed: int) -> float:
+    """The share of represented features with a dimensionality between 0.485 and 0.515."""
+    return near(seed, 1 / 2)
+
+
+@claim(
+    "sticky-levels-control",
+    "The same within 0.015 of 1, 3/4, 2/3, 2/5 or 3/8: the largest of these shares",
+    source="derived: an even spread has 3 % at each",
+    tolerance="<= 0.06",
+)
+def at_other_levels(seed: int) -> float:
+    """The largest share near any other level that the paper draws."""
+    return max(near(seed, level) for level in (1, 3 / 4, 2 / 3, 2 / 5, 3 / 8))
+
+
+@functools.lru_cache(maxsize=2)
+def swept(seed: int) -> Tensor:
+    """The dimensionalities of the represented features of 19 models, 40 in 8 dimensions."""
+    sweep = [round(0.05 * k, 2) for k in range(1, 20)]
+    W = train(40, 8, sweep, training=Training(lr=0.015, seed=seed)).W
+    return dimensionality(W)[represented(W)]
+
+
+def near(seed: int, level: float) -> float:
+    """The share of dimensionalities within 0.015 of a level."""
+    return ((swept(seed) - level).abs() < 0.015).float().mean().item()
+
+
+@claim(
+    "pentagon-interference",
+    "Squared interference of the trained pentagon's directions over that of random ones",
+    source="derived: tight frame, (n - m)/(n - 1)",
+    published="3/4",
+    tolerance="± 0.03",
+)
+def arranged_over_random(seed: int) -> float:
+    """Unit directions of five features in two dimensions, S = 0.9, over p (n - 1)/m."""
+    V = unit(grow("pentagon", seed).W[0])
+    gram = V @ V.T
+    return (gram.square().sum(1) - 1).mean().item() / (4 / 2)
+
+
+@claim(
+    "relu-clears",
+    "The pentagon's read-outs of absent features: mean square after bias and ReLU over that before",
+    source="ours",
+    tolerance="<= 0.05",
+)
+def left_by_the_relu(seed: int) -> float:
+    """Five features in two dimensions, S = 0.9, over 40,000 inputs."""
+    toys = grow("pentagon", seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = sample(torch.tensor([0.9]), 5, 40_000, generator=generator)
+    read = x[0] @ toys.W[0] @ toys.W[0].T
+    absent = x[0] == 0
+    return (toys(x)[0][absent].square().mean() / read[absent].square().mean()).item()
+
+
+@functools.lru_cache(maxsize=2)
+def leaving(seed: int) -> tuple[float, float]:
+    """(density over the closed form's line, |w₂|) at the last density where |w₂| > 1/2, r = 0.3."""
+    steps = torch.arange(0.9, 1.4, 0.02)
+    training = replace(PHASE, restarts=16, batch=256, steps=800, seed=seed)
+    toys = phase_diagram(steps * critical_density(0.3).float(), [0.3], training)
+    length = toys.W[:, 1, 0].abs()
+    last = int((length > 0.5).nonzero().max())
+    return steps[last].item(), length[last].item()
+
+
+@claim(
+    "jump-place",
+    "n = 2, m = 1, r = 0.3: the last density with the second feature in, over the closed form's",
+    source="ours; the closed form has W = (1, -1) and b = 0",
+    tolerance=">= 1.06",
+)
+def place_of_the_jump(seed: int) -> float:
+    """How far above the line the second feature stays, as training may shorten it."""
+    return leaving(seed)[0]
+
+
+@claim(
+    "jump-length",
+    "|w₂| at that density: the second feature shrinks before it goes",
+    source="ours",
+    tolerance="<= 0.8",
+)
+def length_at_the_jump(seed: int) -> float:
+    """The last |w₂| before it falls to 0."""
+    return leaving(seed)[1]

@@ -35,6 +35,7 @@ class Toys:
     loss         (instances,), on inputs that were not trained on
     output       "relu" or "linear": what follows W h + b
     hidden       "linear" or "relu": what follows W^T x
+    path         W and b along the way, (snapshots, instances, n_features, n_hidden + 1), or None
     """
 
     W: Tensor
@@ -45,6 +46,7 @@ class Toys:
     loss: Tensor
     output: str = "relu"
     hidden: str = "linear"
+    path: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.W)
@@ -56,7 +58,8 @@ class Toys:
     def pick(self, rows: Tensor) -> "Toys":
         """The instances with these numbers."""
         names = ("W", "b", "importance", "sparsity", "correlation", "loss")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+        path = None if self.path is None else self.path[:, rows]
+        return replace(self, path=path, **{name: getattr(self, name)[rows] for name in names})
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Training:
     lr        Adam's learning rate at the start; it falls to zero along a quarter of a cosine
     samples   fresh inputs on which the loss is measured at the end
     seed      of the weights and the inputs
+    every     steps between the snapshots that are kept in `Toys.path`; 0 keeps none
     """
 
     restarts: int = 1
@@ -76,6 +80,7 @@ class Training:
     lr: float = 0.02
     samples: int = 8192
     seed: int = 0
+    every: int = 0
 
     def __post_init__(self):
         for name in ("restarts", "steps", "batch"):
@@ -84,7 +89,6 @@ class Training:
 
 
 GROWTH = Training(restarts=16, steps=1200, batch=256, lr=0.03)  # of `grow`
-PHASE = Training(restarts=8, steps=500, batch=64, lr=0.04)  # of `phase_diagram`
 
 # -- the data --------------------------------------------------------------------------------
 
@@ -285,6 +289,7 @@ def _descend(toys: Toys, parameters: Tensor, batches: Iterator[Tensor], training
     on_data = ((1 - blank) * toys.importance / training.batch)[:, None]  # (models, 1, n_features)
     gradient, mean, square = (torch.zeros_like(parameters) for _ in range(3))
     by_W, by_b = gradient[..., :-1], gradient[..., -1]
+    path = [parameters.clone()]
     for step, x in enumerate(batches):
         given_W, given_b = gradients(toys.W, toys.b, x, on_data, toys.output, toys.hidden)
         by_W.copy_(given_W)
@@ -296,6 +301,9 @@ def _descend(toys: Toys, parameters: Tensor, batches: Iterator[Tensor], training
         rate = training.lr * math.cos(math.pi / 2 * (step + 1) / training.steps)
         rate *= math.sqrt(1 - 0.99 ** (step + 1)) / (1 - 0.9 ** (step + 1))
         parameters.addcdiv_(mean, square.sqrt().add_(1e-10), value=-rate)
+        if training.every and (step + 1) % training.every == 0:
+            path.append(parameters.clone())
+    toys.path = torch.stack(path) if training.every else None
 
 
 def check_shape(n_features: int, n_hidden: int, output: str, hidden: str) -> None:
@@ -377,120 +385,3 @@ HABITATS = {
 def grow(name: str, seed: int = 0) -> Toys:
     """One toy model trained where a geometry grows (`HABITATS`), the best of 16 restarts."""
     return train(*HABITATS[name], training=replace(GROWTH, seed=seed))
-
-
-# -- two features, one dimension -------------------------------------------------------------
-
-SOLUTIONS = ("first feature only", "both, antipodal", "second feature only")
-
-
-def closed_form_losses(density, importance) -> Tensor:
-    """The losses of the three solutions for n = 2, m = 1, exactly (3, …), in SOLUTIONS' order.
-
-    The first feature has importance 1, the second r = `importance`; both have density q. For one
-    feature E x = q/2 and E x² = q/3.
-
-    First only, W = (1, 0): feature 1 is read perfectly. For feature 2 the best that is left is a
-    constant, the bias b_2 = E x_2 = q/2, whose loss is the variance:
-
-        L = r (q/3 - q²/4)
-
-    Second only, W = (0, 1): the same with the roles exchanged, L = q/3 - q²/4.
-
-    Both, W = (1, -1), b = 0: x̂_1 = ReLU(x_1 - x_2) and x̂_2 = ReLU(x_2 - x_1). Where one feature is
-    on, both are read perfectly: the other's read-out is negative, and the ReLU cuts it off. Where
-    both are on, with probability q², each read-out misses by the smaller one: the larger feature
-    is read as the difference, the smaller one as 0. For two uniform numbers E min² = ∫ 2 (1 - t) t²
-    dt = 1/6. So
-
-        L = q² (1 + r) / 6
-
-    Superposition costs q² where ignoring costs q: it wins when q is small enough.
-    """
-    q, r = torch.broadcast_tensors(
-        torch.as_tensor(density, dtype=torch.float64),
-        torch.as_tensor(importance, dtype=torch.float64),
-    )
-    variance = q / 3 - q**2 / 4
-    return torch.stack([r * variance, q**2 * (1 + r) / 6, variance])
-
-
-def critical_density(importance) -> Tensor:
-    """The density below which the antipodal pair wins: q = 4r / (2 + 5r) for r ≤ 1.
-
-    It solves r (q/3 - q²/4) = q² (1 + r) / 6. For r > 1 the features exchange roles: 1/r for r.
-    """
-    r = torch.as_tensor(importance, dtype=torch.float64)
-    r = torch.minimum(r, 1 / r)
-    return 4 * r / (2 + 5 * r)
-
-
-def solution_found(W: Tensor) -> Tensor:
-    """The place in SOLUTIONS, 0, 1 or 2, of trained weights W (instances, 2, 1), (instances,).
-
-    Both, if the shorter of the two is more than half as long as the longer.
-    """
-    first, second = W.norm(dim=-1).unbind(-1)  # (instances,)
-    both = torch.minimum(first, second) > 0.5 * torch.maximum(first, second)
-    return torch.where(both, 1, torch.where(first >= second, 0, 2))
-
-
-@on_one_core
-def exact_loss(
-    W: Tensor, b: Tensor, density: Tensor, importance: Tensor, points: int = 64
-) -> Tensor:
-    """The expected loss of n = 2, m = 1 models, without sampling noise, (instances,).
-
-    A sum over the four cases (none, first, second, both present), and in each over midpoints of
-    [0, 1].
-
-    Args:
-        W: (instances, 2, 1); b: (instances, 2); density, importance: (instances,).
-    """
-    t = (torch.arange(points) + 0.5) / points
-    none = torch.zeros(1)
-    total = torch.zeros(len(W))
-    weights = torch.stack([torch.ones_like(importance), importance], 1)  # (instances, 2)
-    for first, second, chance in (
-        (none, none, (1 - density) ** 2),
-        (t, none, density * (1 - density)),
-        (none, t, density * (1 - density)),
-        (t, t, density**2),
-    ):
-        x = torch.cartesian_prod(first, second)[None]  # (1, points or points², 2)
-        total += chance * weighted_loss(x, reconstruct(x, W, b), weights)
-    return total
-
-
-def phase_diagram(
-    densities: Sequence[float] | Tensor,
-    importances: Sequence[float] | Tensor,
-    training: Training = PHASE,
-) -> Toys:
-    """Models with n = 2, m = 1, trained at every density and importance, density by density."""
-    q = torch.as_tensor(densities, dtype=torch.float32)
-    r = torch.as_tensor(importances, dtype=torch.float32)
-    weights = torch.stack([torch.ones_like(r), r], 1).repeat(len(q), 1)
-    sparsity = 1 - q.repeat_interleave(len(r))
-    return train(2, 1, sparsity, importance=weights, training=training)
-
-
-# -- the negative control: no ReLU -----------------------------------------------------------
-
-
-def variance(sparsity) -> Tensor:
-    """Var x of one feature: q/3 - q²/4 with q = 1 - S."""
-    q = 1 - torch.as_tensor(sparsity, dtype=torch.float64)
-    return q / 3 - q**2 / 4
-
-
-def linear_optimum(importance: Tensor, n_hidden: int, sparsity) -> Tensor:
-    """The lowest loss of the model without ReLU: Var x · Σ I of the features left out, (…).
-
-    Without the ReLU, x̂ = W W^T x + b can at best project onto m directions, and the bias takes the
-    mean: the error is the variance that is left out, weighted by importance. For independent
-    features of equal variance the best m directions are the m most important features. This is
-    principal component analysis; sharing a dimension never pays, whatever the sparsity.
-    """
-    left_out = importance.double().sort(-1, descending=True).values[..., n_hidden:].sum(-1)
-    return variance(sparsity) * left_out

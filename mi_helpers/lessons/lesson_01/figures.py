@@ -1,42 +1,31 @@
-"""The figures of lesson 01: weights and measurements in, Figure out. Only `explorer` trains.
+"""The figures of lesson 01: weights and measurements in, Figure out. None trains.
 
 "The paper" is Elhage et al. 2022, Toy Models of Superposition.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-import ipywidgets
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, PathPatch
-from matplotlib.path import Path
-from matplotlib.textpath import TextPath
-from matplotlib.transforms import Affine2D
+from matplotlib.patches import Circle
 
-from mi_helpers.lessons.lesson_01 import experiments as superposition
-from mi_helpers.lessons.lesson_01 import geometry
+from mi_helpers.lessons.lesson_01 import geometry, phases
 from mi_helpers.plots import (
     AMOUNT,
     DASHES,
     EFFECT,
     MARKERS,
     OKABE_ITO,
-    Picture,
     as_array,
     figure,
     style,
 )
-
-WIDE, HIGH = 9.6, 3.9  # inches of the explorer's figure
-SPARSITIES = (0.01, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # what the explorer offers
 
 
 def colours(count: int) -> np.ndarray:
@@ -101,14 +90,16 @@ def directions(W, titles: Sequence[str], title: str = "") -> Figure:
     return picture
 
 
-def turned(W: np.ndarray) -> np.ndarray:
-    """W (n, 2), turned so that feature 0 points to the right, and mirrored so that 1 points up.
-
-    Nothing in the model depends on how its hidden plane is turned or mirrored.
-    """
+def turn_of(W: np.ndarray) -> np.ndarray:
+    """The matrix (2, 2) that turns W (n, 2) so that feature 0 points right, and 1 upwards."""
     first = W[0] / max(np.linalg.norm(W[0]), 1e-6)
-    W = W @ np.array([[first[0], -first[1]], [first[1], first[0]]])
-    return W * np.array([1, -1 if len(W) > 1 and W[1, 1] < 0 else 1])
+    turn = np.array([[first[0], -first[1]], [first[1], first[0]]])
+    return turn * np.array([1, -1 if len(W) > 1 and (W @ turn)[1, 1] < 0 else 1])
+
+
+def turned(W: np.ndarray) -> np.ndarray:
+    """W (n, 2), turned and perhaps mirrored: nothing in the model depends on that."""
+    return W @ turn_of(W)
 
 
 def upright(W: np.ndarray) -> np.ndarray:
@@ -268,7 +259,7 @@ def phase_maps(
     axes[0, 0].set_ylabel("density 1 − S (sparse below)")
     handles = [
         Line2D([], [], marker=mark, color="0.25", linestyle="", markersize=8, label=label)
-        for mark, label in zip(("$1$", "x", "$2$"), superposition.SOLUTIONS, strict=True)
+        for mark, label in zip(("$1$", "x", "$2$"), phases.SOLUTIONS, strict=True)
     ]
     if boundary is not None:
         handles.append(Line2D([], [], color="black", marker="", label="closed-form boundary"))
@@ -347,146 +338,3 @@ def packing(series: Mapping[str, tuple], title: str = "", mark: tuple | None = N
         axes.text(mark[0] * 1.04, 1e9, mark[1], rotation=90, ha="left", va="center", fontsize=12)
     axes.legend(loc="upper left")
     return picture
-
-
-# -- the explorer ----------------------------------------------------------------------------
-
-QUICK = superposition.Training(restarts=8, steps=200, batch=64, lr=0.08, samples=2048)
-
-
-@functools.lru_cache(maxsize=4096)
-def answer(
-    features: int, hidden: int, sparsity: float, decay: float, correlation: float
-) -> superposition.Toys:
-    """The toy model of the explorer's settings, trained as `QUICK` says; the seed is fixed.
-
-    Raises:
-        ValueError: a decay outside (0, 1], or settings that make no model.
-    """
-    if not 0 < decay <= 1:
-        raise ValueError(f"An importance decay of {decay:g} was given: take a number in (0, 1].")
-    importance = decay ** torch.arange(features)
-    return superposition.train(
-        features,
-        hidden,
-        sparsity,
-        importance=importance,
-        correlation=correlation,
-        training=QUICK,
-    )
-
-
-@style()
-def explorer(
-    features: int = 5,
-    hidden: int = 2,
-    sparsity: float = 0.9,
-    decay: float = 1.0,
-    correlation: float = 0.0,
-) -> Figure:
-    """A toy model, trained with these settings: its directions, its overlaps and its D_i.
-
-    Drawn with few artists, as it is called at every step of a slider.
-
-    Raises:
-        ValueError: settings that make no model.
-    """
-    toys = answer(features, hidden, sparsity, round(decay, 4), round(correlation, 4))
-    W, D = toys.W[0], geometry.dimensionality(toys.W[0])
-    kept = int(geometry.represented(W).sum())
-    picture = Picture(figsize=(WIDE, HIGH), layout="none")
-    sheet = picture.add_axes([0, 0, 1, 1], xlim=(0, WIDE), ylim=(0, HIGH))  # 1 unit is 1 inch
-    sheet.set_axis_off()
-    held = f"{kept} of {features} features represented in {hidden} dimensions"
-    words(sheet, [(0.15, HIGH - 0.25, held)], align="left")
-    words(sheet, [(WIDE - 0.15, HIGH - 0.25, f"loss {toys.loss[0].item():.2g}")], align="right")
-    sketch_directions(sheet, as_array(W))
-    sketch_overlaps(sheet, as_array(W @ W.T))
-    sketch_dimensionalities(sheet, as_array(D))
-    return picture
-
-
-def sliders() -> dict:
-    """The explorer's controls, for `mi_helpers.widgets.explore`."""
-    return {
-        "features": ipywidgets.IntSlider(5, min=2, max=10),
-        "hidden": ipywidgets.IntSlider(2, min=2, max=5, description="hidden dimensions"),
-        "sparsity": ipywidgets.SelectionSlider(options=SPARSITIES, value=0.9),
-        "decay": ipywidgets.FloatSlider(
-            1.0, min=0.5, max=1.0, step=0.05, description="importance, next / this"
-        ),
-        "correlation": ipywidgets.FloatSlider(
-            0.0, min=-1, max=1, step=0.25, description="correlation of pairs"
-        ),
-    }
-
-
-@functools.lru_cache(maxsize=4096)
-def outline(text: str, size: float, align: str) -> Path:
-    """The outline of a text's letters, in inches, around its anchor."""
-    path = TextPath((0, 0), text, size=size)
-    shift = {"left": 0, "center": -0.5, "right": -1}[align] * path.vertices[:, 0].max()
-    return path.transformed(Affine2D().translate(shift, -0.36 * size).scale(1 / 72))
-
-
-def words(sheet, places, size: float = 13, align: str = "center", colour: str = "black") -> None:
-    """Write [(x, y, text), …] as one patch, in a tenth of the time of as many text artists."""
-    drawn = [
-        outline(text, size, align).transformed(Affine2D().translate(x, y)) for x, y, text in places
-    ]
-    if drawn:
-        path = Path.make_compound_path(*drawn)
-        sheet.add_artist(PathPatch(path, facecolor=colour, linewidth=0, zorder=4))
-
-
-def sketch_directions(sheet, W: np.ndarray) -> None:
-    """Draw the explorer's left part: an arrow per feature, and the circle of radius 1."""
-    middle, inch = np.array([1.7, 1.75]), 1.05  # inches per unit of W
-    tips, tint = flat(W) * inch, colours(len(W))
-    sheet.add_patch(Circle(middle, inch, fill=False, color="0.75", linewidth=1))
-    lines = np.stack([np.zeros_like(tips), tips], axis=1) + middle
-    sheet.add_collection(LineCollection(lines, colors=tint, linewidths=3))
-    sheet.scatter(*(tips + middle).T, c=tint, s=40, zorder=3)
-    names = [
-        (name, middle + tip * (1 + (0.15 + 0.05 * len(name)) / np.linalg.norm(tip)))
-        for name, tip in tip_names(tips)
-    ]
-    words(sheet, [(x, y, name) for name, (x, y) in names])
-    text = "directions" if W.shape[1] == 2 else f"directions (2 of {W.shape[1]} axes)"
-    words(sheet, [(middle[0], 0.2, text)])
-
-
-def sketch_overlaps(sheet, gram: np.ndarray) -> None:
-    """Draw the explorer's middle part: W W^T, from -1 (orange) through 0 (white) to 1 (violet)."""
-    left, bottom, side, count = 3.75, 0.55, 2.6, len(gram)
-    box = (left, left + side, bottom, bottom + side)
-    sheet.imshow(gram, cmap=EFFECT, vmin=-1, vmax=1, extent=box, interpolation="nearest")
-    sheet.set(xlim=(0, WIDE), ylim=(0, HIGH))
-    middles = (np.arange(count) + 0.5) * side / count
-    rows, columns = bottom + side - middles, left + middles
-    words(sheet, [(left - 0.15, y, str(i)) for i, y in enumerate(rows)])
-    size = min(11, 60 / count)
-    for colour, chosen in (("black", np.abs(gram) <= 0.7), ("white", np.abs(gram) > 0.7)):
-        cells = zip(*np.nonzero(chosen & (np.abs(gram) >= 0.05)), strict=True)
-        places = [(columns[j], rows[i], f"{gram[i, j]:.1f}") for i, j in cells]
-        words(sheet, places, size=size, colour=colour)
-    words(sheet, [(left + side / 2, 0.2, "overlaps W·Wᵀ")])
-
-
-def sketch_dimensionalities(sheet, D: np.ndarray) -> None:
-    """Draw the explorer's right part: a bar per feature, D_i from 0 to 1, with its value."""
-    left, bottom, width, height, count = 7.05, 0.55, 1.9, 2.6, len(D)
-    rows = bottom + height * (1 - (np.arange(count) + 0.5) / count)
-    bars = [[(left, y), (left + width * d, y)] for y, d in zip(rows, D, strict=True)]
-    thick = min(16, 0.6 * 72 * height / count)
-    sheet.add_collection(
-        LineCollection(bars, colors=OKABE_ITO[0], linewidths=thick, capstyle="butt")
-    )
-    rules = [[(left + width * at, bottom), (left + width * at, bottom + height)] for at in (0.5, 1)]
-    sheet.add_collection(LineCollection(rules, colors="0.6", linestyles="--", linewidths=1))
-    top = bottom + height + 0.13
-    words(sheet, [(left + width / 2, top, "½"), (left + width, top, "1")], size=11)
-    words(sheet, [(left - 0.15, y, str(i)) for i, y in enumerate(rows)])
-    values = [(left + width + 0.12, y, f"{d:.2f}") for y, d in zip(rows, D, strict=True)]
-    words(sheet, values, size=11, align="left")
-    words(sheet, [(left + width / 2, 0.2, "dimensionality D")])

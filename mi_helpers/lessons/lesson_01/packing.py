@@ -1,8 +1,8 @@
 """Almost orthogonal directions: how many fit into m dimensions with every |cos| ≤ ε.
 
 At most m directions are orthogonal. With a small error in the angle there are many more: how many
-is bounded from above (Welch), from below (a counting argument), shown by a construction (polynomial
-phases), and found by a search (repulsion).
+is bounded from above (Welch) and from below (a counting argument), and shown by a construction
+(polynomial phases).
 """
 
 import math
@@ -10,8 +10,6 @@ import math
 import torch
 from scipy.special import betainc
 from torch import Tensor
-
-from mi_helpers.lessons.shared import on_one_core
 
 
 def cosines(V: Tensor) -> Tensor:
@@ -86,41 +84,3 @@ def constructed(m: int, epsilon: float) -> float:
         p -= 1
     degree = min(math.floor(epsilon * math.sqrt(max(p, 0)) + 1 + 1e-9), p - 1)
     return max(best, 2.0 * float(p) ** degree) if p > 2 and degree >= 2 else best
-
-
-@on_one_core
-def pack(n: int, m: int, epsilon: float = 0.1, steps: int = 600, seed: int = 0) -> Tensor | None:
-    """n unit vectors in m dimensions, (n, m), with every |cos| ≤ ε, or None if none were found.
-
-    Random directions, pushed apart: gradient descent (Adam) on Σ max(0, |cos| - ε)², projected back
-    to the sphere after each step.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    V = torch.randn(n, m, generator=generator)
-    V /= V.norm(dim=1, keepdim=True)
-    mean, square = torch.zeros_like(V), torch.zeros_like(V)
-    for step in range(1, steps + 1):
-        gram = (V @ V.T).fill_diagonal_(0)
-        if gram.abs().max() <= epsilon:
-            return V
-        push = (gram.abs() - 0.995 * epsilon).clamp_(min=0) * gram.sign() @ V
-        push -= (push * V).sum(1, keepdim=True) * V  # along the sphere
-        mean.lerp_(push, 0.1)
-        square.mul_(0.99).addcmul_(push, push, value=0.01)
-        rate = 0.02 * math.cos(math.pi / 2 * step / steps) / (1 - 0.9**step)
-        V = V - rate * mean / ((square / (1 - 0.99**step)).sqrt() + 1e-8)
-        V /= V.norm(dim=1, keepdim=True)
-    return V if largest_cosine(V) <= epsilon else None
-
-
-def most_packed(m: int, epsilon: float = 0.1, steps: int = 600, seed: int = 0) -> int:
-    """The most directions that `pack` finds in m dimensions, by doubling, then halving the gap."""
-    good, step = m, max(1, m // 4)  # an orthonormal basis always fits
-    limit = welch_bound(m, epsilon)
-    while good + step <= limit and pack(good + step, m, epsilon, steps, seed) is not None:
-        good, step = good + step, 2 * step
-    while step > 1:
-        step //= 2
-        if good + step <= limit and pack(good + step, m, epsilon, steps, seed) is not None:
-            good += step
-    return good
