@@ -223,7 +223,7 @@ def test_a_value_that_is_something_else_stays_what_it_is(value, other):
 
 def test_a_result_of_another_precision_can_still_be_trained_through():
     leaf = torch.ones(2, requires_grad=True)
-    made = values.as_kind(leaf.double() * 3, values.kind_of(torch.ones(2)))
+    made = answers.like(leaf.double() * 3, torch.ones(2))
     assert made.dtype == torch.float32
     made.sum().backward()
     assert leaf.grad.tolist() == [3, 3]
