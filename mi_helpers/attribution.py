@@ -287,15 +287,18 @@ def _positions(pos, rows: Sequence[Tensor]) -> Tensor:
     return torch.tensor(found)
 
 
-def _ids_for(model: LanguageModel, final: Tensor, *each) -> list[Tensor | None]:
-    """Answers as token ids (n,), one for each row of `final`; None stays None."""
-    found: list[Tensor | None] = []
-    for what, given in zip(("answer", "wrong"), each, strict=True):
-        ids = None if given is None and what == "wrong" else token_ids(what, given, model.d_vocab)
-        if ids is not None and len(ids) != len(final):
-            raise ModelError(f"{what} has {len(ids)} ids for {len(final)} rows: give one for each.")
-        found.append(None if ids is None else torch.tensor(ids, device=model.device))
-    return found
+def _ids_for(model: LanguageModel, final: Tensor, answer, wrong) -> tuple[Tensor, Tensor | None]:
+    """Answer and wrong answer as token ids (n,), one for each row of `final`; None stays None."""
+
+    def ids(what: str, given) -> Tensor:
+        found = token_ids(what, given, model.d_vocab)
+        if len(found) != len(final):
+            raise ModelError(
+                f"{what} has {len(found)} ids for {len(final)} rows: give one for each."
+            )
+        return torch.tensor(found, device=model.device)
+
+    return ids("answer", answer), None if wrong is None else ids("wrong", wrong)
 
 
 def _token_ids(model: LanguageModel, given, n: int, name: str) -> Tensor:

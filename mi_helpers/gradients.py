@@ -140,7 +140,7 @@ class _Line:
 
     def run_on(self, key: Key, x: Tensor) -> Tensor:
         """The final stream at the last token when the activation is x, (prompts, d_model)."""
-        _, layer = key
+        layer = key[1] or 0
         with self.model.hooks({key: lambda _: x}):
             final = self.model.run_from_layer(self.streams[layer], layer, self.model.n_layers)
         return final[:, -1]

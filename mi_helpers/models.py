@@ -70,7 +70,7 @@ class LanguageModel(HookedModel):
         bos, eos, *unused = (getattr(self.tokenizer, name, None) for name in names)
         for token in unused:
             if token not in (None, bos, eos) and token < self.d_vocab:
-                rows = self.lm_head.weight.detach()  # (d_vocab, d_model)
+                rows = self.W_U.T.detach()  # (d_vocab, d_model)
                 unseen = F.normalize(rows[token].float(), dim=0)
                 used = torch.cat(
                     [F.normalize(some.float()) @ unseen < UNSEEN for some in rows.split(AT_ONCE)]
