@@ -175,7 +175,7 @@ def answer_direction(
         them.
     """
     tensor("final", final, "n d_model", model)
-    answer, wrong = _ids_for(model, final, answer, wrong)
+    answer, wrong = _ids_for(model, final, answer, wrong)  # pyright: ignore[reportAssignmentType]
     u = exact(model.W_U.T[answer])
     u = u if wrong is None else u - exact(model.W_U.T[wrong])  # (n, d_model)
     constants = {}
@@ -257,7 +257,7 @@ def answer_logit(
         answer, wrong: token ids, (n,).
     """
     tensor("final", final, "n d_model", model)
-    answer, wrong = _ids_for(model, final, answer, wrong)
+    answer, wrong = _ids_for(model, final, answer, wrong)  # pyright: ignore[reportAssignmentType]
     size, parts = max(1, AT_ONCE // model.d_vocab), []
     for start in range(0, len(final), size):
         some = slice(start, start + size)

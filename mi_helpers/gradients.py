@@ -138,7 +138,7 @@ class _Line:
             by_pos[torch.tensor(positions)[:, None], torch.tensor(heads)] = True
         return (here + torch.where(mask, share * (there - here), 0.0)).requires_grad_()
 
-    def run_on(self, key: Key, x: Tensor) -> Tensor:
+    def run_on(self, key: tuple[str, int], x: Tensor) -> Tensor:
         """The final stream at the last token when the activation is x, (prompts, d_model)."""
         layer = key[1] or 0
         with self.model.hooks({key: lambda _: x}):
@@ -154,7 +154,8 @@ class _Line:
         if site in HEAD_SITES and site != "pattern":
             effect = effect.transpose(2, 3)  # (layers, prompts, heads, pos)
         effect = effect[..., positions]
-        effect = effect if heads is None else effect[:, :, heads]
+        if heads is not None:
+            effect = effect[:, :, heads]
         effect = effect if "positions" in over else effect.sum(-1)
         effect = effect if heads is None or "heads" in over else effect.sum(2)
         return effect.movedim(1, -1)

@@ -191,7 +191,8 @@ def test_a_right_padded_batch_is_no_longer_read_at_its_padding(gemma):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("site", ["resid_pre", "mlp_out", "z", "v", "pattern"])
 def test_integrated_gradients_of_a_layer_sum_to_its_patch(loaded, family, site):
-    """The midpoint rule's error falls with steps²: four times as many leave a tenth or less."""
+    """The midpoint rule's error falls with steps²: four times as many leave a sixteenth, or an
+    eighth where the first are too few to follow the line's bends."""
     model = loaded[family]
     args = model, CLEAN[:1], CORRUPTED[:1], site, METRIC_OF_ONE
     true = activation_patch(*args, over="layers")
@@ -199,7 +200,7 @@ def test_integrated_gradients_of_a_layer_sum_to_its_patch(loaded, family, site):
         (attribution_patch(*args, over="layers", steps=n) - true).abs().max() for n in (1, 16, 64)
     ]
     moved = (true - true.mean()).abs().max()
-    assert gaps[2] <= max(0.02 * moved, 20 * bound(model, true)), (gaps, moved)
+    assert gaps[2] <= max(0.05 * moved, 20 * bound(model, true)), (gaps, moved)
     assert gaps[2] <= max(gaps[1] / 8, 20 * bound(model, true))
 
 
