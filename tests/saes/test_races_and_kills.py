@@ -111,7 +111,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(place, tmp_path
         own = tmp_path / f"run-{runs}"
         while code != 0:
             process = started("run", folder, own, 4)
-            process.join(rng.uniform(0, 0.7) * length)
+            process.join(600 if killed >= KILLS else rng.uniform(0, 1.3) * length)
             process.kill()
             process.join()
             code = process.exitcode
