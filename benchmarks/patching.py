@@ -34,14 +34,9 @@ from mi_helpers import patching, prefix
 from mi_helpers.files import DATA, put_between
 from mi_helpers.loading import empty_gemma2_2b, load_model, materialize
 from mi_helpers.models import LanguageModel
-from mi_helpers.patching import (
-    HEAD_SITES,
-    STREAM_SITES,
-    LogitDiff,
-    activation_patch,
-    normalised_logit_diff,
-)
+from mi_helpers.patching import LogitDiff, activation_patch, normalised_logit_diff
 from mi_helpers.paths import path_patch_map
+from mi_helpers.sweeps import HEAD_SITES, STREAM_SITES
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
