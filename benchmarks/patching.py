@@ -337,7 +337,7 @@ def gemma_2_2b(quick: bool) -> list[dict]:
     model = materialize(empty_gemma2_2b(), torch.bfloat16)
     length, every = 16, 60 if quick else 20
     rng = torch.Generator().manual_seed(0)
-    clean = torch.randint(model.d_vocab - 1, (1, length), generator=rng)
+    clean = torch.randint(4, model.d_vocab - 1, (1, length), generator=rng)
     corrupted = clean.clone()
     corrupted[:, 1] += 1
     task = Task(model, clean, corrupted, LogitDiff(torch.tensor([5]), torch.tensor([6])))
