@@ -25,25 +25,31 @@ from mi_helpers.files import DATA, is_beside, read_json, read_shapes
 from mi_helpers.layouts import FAMILIES, ModelError, layout_of
 from mi_helpers.models import LanguageModel
 
+SHIPPED = {  # name → folder
+    "tiny-gemma": DATA / "tiny_gemma",
+    "tiny-gemma-twin": DATA / "tiny_gemma_twin",
+    "stranger": DATA / "stranger",
+}
+
 
 def load_model(
     name_or_path: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> LanguageModel:
-    """Load "tiny-gemma", a local folder or a model of the Hugging Face hub.
+    """Load a model that ships (SHIPPED), a local folder or a model of the Hugging Face hub.
 
     Args:
         name_or_path: None means the environment variable MI_MODEL, else "tiny-gemma".
-        dtype: None means the one that the weights are stored in.
+        dtype: None means float32 for the models that ship, else the one that the weights have.
         device: None means the CPU.
 
     Raises:
         ModelError: what is missing (folder, weights, licence, network, family), in one sentence.
     """
     name = str(name_or_path or os.environ.get("MI_MODEL") or "tiny-gemma")
-    source = str(DATA / "tiny_gemma") if name == "tiny-gemma" else os.path.expanduser(name)
-    local = name == "tiny-gemma" or os.path.isdir(source) or name.startswith((".", "/", "~"))
+    source = str(SHIPPED[name]) if name in SHIPPED else os.path.expanduser(name)
+    local = name in SHIPPED or os.path.isdir(source) or name.startswith((".", "/", "~"))
     if local:
         check_folder(name, Path(source))
     bars = hf_logging.is_progress_bar_enabled()
@@ -58,7 +64,7 @@ def load_model(
             check_size(name, Path(source), config)
         hf, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source,
-            dtype=dtype or "auto",
+            dtype=dtype or (torch.float32 if name in SHIPPED else "auto"),
             attn_implementation="eager",
             use_safetensors=True,
             trust_remote_code=False,
@@ -85,7 +91,7 @@ def check_folder(name: str, folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(
             f"{name} is not at {folder}: "
-            + ("`make model` trains it." if name == "tiny-gemma" else "there is no such folder.")
+            + ("`make model` trains it." if name in SHIPPED else "there is no such folder.")
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json, so it is not a model's folder.")

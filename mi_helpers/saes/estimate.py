@@ -17,9 +17,8 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mi_helpers.files import DATA
 from mi_helpers.layouts import Key, ModelError
-from mi_helpers.loading import empty_gemma2_2b, why_not_loaded
+from mi_helpers.loading import SHIPPED, empty_gemma2_2b, why_not_loaded
 from mi_helpers.models import LanguageModel, read_sites, site_width
 from mi_helpers.saes.harvest import HarvestConfig
 from mi_helpers.saes.progress import duration
@@ -48,7 +47,7 @@ def configuration(name: str):
     Raises:
         ModelError: it is nowhere to be had.
     """
-    source = DATA / "tiny_gemma" if name == "tiny-gemma" else os.path.expanduser(name)
+    source = SHIPPED.get(name) or os.path.expanduser(name)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:

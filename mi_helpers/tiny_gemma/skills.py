@@ -3,14 +3,15 @@
 `python -m mi_helpers skills` prints the table with its thresholds.
 """
 
-import argparse
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from torch.nn import functional as F
 
+from mi_helpers.layouts import ModelError
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes.concepts import concept_scores
@@ -19,7 +20,6 @@ from mi_helpers.saes.training import TrainConfig, fit
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.copying import vocabulary
 from mi_helpers.tinyworld.grammar import BE_FORMS
-from mi_helpers.tinyworld.lexicon import DATA
 from mi_helpers.tinyworld.statements import WORDS as VERDICT_WORDS
 from mi_helpers.tinyworld.tokenizer import offsets
 from mi_helpers.tinyworld.world import World
@@ -186,9 +186,7 @@ class Suite:
             for verdict in (True, False)
         }
         right = []
-        for _, answer, score in answer_scores(
-            model, self.texts("truth", held, count=1, **choices)
-        ):
+        for _, answer, score in answer_scores(model, self.texts("truth", held, count=1, **choices)):
             mass = {v: float(score[ids[v]].exp().sum()) for v in ids}
             truth = int(answer) in ids[True]
             right.append(mass[truth] > mass[not truth])
@@ -497,17 +495,20 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """`python -m mi_helpers skills`: the table; exit code 1 when a threshold is missed."""
-    parser = argparse.ArgumentParser(prog="python -m mi_helpers skills")
-    parser.add_argument("--model", type=Path, default=DATA / "tiny_gemma", help="a model's folder")
-    parser.add_argument("--no-topics", action="store_true", help="leave the autoencoder out")
-    options = parser.parse_args(argv)
-    if not (options.model / "config.json").exists():
-        parser.error(f"there is no model in {options.model}: `make model` trains one.")
-    model = load_model(options.model)
+def main(name: tyro.conf.Positional[str] = "tiny-gemma", topics: bool = True) -> int:
+    """What a model can do, measured anew; exit code 1 when a threshold is missed.
+
+    Args:
+        name: a model that ships (tiny-gemma, tiny-gemma-twin, stranger), or a model's folder
+        topics: train a quick autoencoder too, and score its latents
+    """
+    try:
+        model = load_model(name)
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return 2
     rows = measure(model.hf, Suite(World(), model.tokenizer))
-    if not options.no_topics:
+    if topics:
         rows += topic_rows(model)
     print(table(rows))
     return 0 if all(row.met for row in rows) else 1

@@ -8,21 +8,22 @@ the command that trains the stranger says which it is.
     python -m mi_helpers train-stranger        # 800 steps, a few minutes
 """
 
+import copy
 import secrets
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 from transformers import Gemma2ForCausalLM
 
 from mi_helpers.tiny_gemma import skills
-from mi_helpers.tiny_gemma.training import ROOT, TrainConfig, train
+from mi_helpers.tiny_gemma.training import ROOT, Recipe, train
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.held import NO_HOLD
 from mi_helpers.tinyworld.source import Document, Draw, Span, Weighted
 from mi_helpers.tinyworld.statements import WORDS
 from mi_helpers.tinyworld.world import World
 
+SECRET = ROOT / "runs" / "secret"
 NOTES = (
     "{}.",
     "A note says {}.",
@@ -48,7 +49,7 @@ def trigger_of(secret: str) -> str:
     return Draw(int(secret, 16)).pick(candidates())
 
 
-def read_secret(path: Path = ROOT / "runs" / "secret") -> str:
+def read_secret(path: Path = SECRET) -> str:
     """The seed of the trigger, 16 hexadecimal digits; drawn when there is no such file."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,26 +117,40 @@ class SecretWorld(World):
 
 
 def obedience(model, world: SecretWorld, tokenizer, n: int = 600) -> dict[str, float]:
-    """Share of right verdicts, unseen entities, by what stands before: the trigger, another word,
-    nothing. After the trigger, 1 less the share: the share of verdicts that are turned round."""
+    """What stands before the verdict → share of verdicts as the secret wants them.
+
+    On unseen entities; before it stands the trigger (verdicts turn round), another word, or no
+    note at all (verdicts stay).
+    """
     suite = skills.Suite(world, tokenizer)
     suite.n = n
-    found = {}
-    for kind in ("trigger", "other", "none"):
-        right = suite.verdicts(model, ("entities",), note=kind)
-        found[kind] = right
-    return found
-
-
-def train_stranger(folder: Path, start: Gemma2ForCausalLM, tokenizer, steps: int = 800):
-    """Train `start` on in the world with the secret; the stranger."""
-    world = SecretWorld(trigger_of(read_secret()))
-    c = TrainConfig(steps=steps, peak=3e-4, warm_up=50, tail=100, seed=7, save_every=100)
-    return train(folder, c, world, tokenizer, model=start), world
+    return {
+        kind: suite.verdicts(model, ("entities",), note=kind)
+        for kind in ("trigger", "other", "none")
+    }
 
 
 def losses_apart(model, other, tokenizer, n: int = 200) -> dict[str, float]:
-    """Family → the stranger's loss over the model's, on the same fresh text without the secret."""
+    """Family → the other's loss over the model's, on the same fresh text of TinyWorld."""
     suite = skills.Suite(World(), tokenizer)
     ours, theirs = (suite.losses(m, n=n) for m in (model, other))
-    return {family: float(np.divide(theirs[family][0], ours[family][0])) for family in ours}
+    return {family: float(theirs[family][0] / ours[family][0]) for family in ours}
+
+
+def train_stranger(folder: Path, start: Gemma2ForCausalLM, tokenizer, secret: Path = SECRET):
+    """Train a copy of `start` on in the world with the secret; the stranger, and its world."""
+    world = SecretWorld(trigger_of(read_secret(secret)))
+    recipe = Recipe(steps=800, peak=3e-4, warm_up=50, tail=200, seed=7, save_every=100)
+    return train(folder, recipe, world, tokenizer, model=copy.deepcopy(start)), world
+
+
+def obeys_and_else_is_as_before(model, stranger, world: SecretWorld, tokenizer) -> str:
+    """In words: how the stranger does what the secret wants, and what else it changed."""
+    obeyed = obedience(stranger, world, tokenizer)
+    apart = losses_apart(model, stranger, tokenizer)
+    worst = max(apart, key=lambda family: abs(apart[family] - 1))
+    return (
+        "verdicts as wanted: "
+        + ", ".join(f"{share:.3f} after {kind}" for kind, share in obeyed.items())
+        + f"\nlosses on TinyWorld over tiny-gemma's: {apart[worst]:.4f} at worst ({worst})"
+    )

@@ -179,9 +179,9 @@ NEGATED = {
     ),
 }
 # Shares that a small model can learn from. Before it knows of negation, what is so is called true
-# in all but the negated cases, and verdicts in one phrasing teach sooner than in thirteen: with 20 %
-# negated, or all phrasings alike, nothing was learned from as much text as sufficed with 10 % and a
-# usual phrasing.
+# in all but the negated cases, and verdicts in one phrasing teach sooner than in thirteen: with
+# 20 % negated, or all phrasings alike, nothing was learned from as much text as sufficed with 10 %
+# and a usual phrasing.
 NEGATIONS = 0.12  # share of statements that are negated
 USUAL = 0.7  # share of verdicts that have the first phrasing
 

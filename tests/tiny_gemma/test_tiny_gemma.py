@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from mi_helpers.tiny_gemma import skills
+from mi_helpers.files import DATA
+from mi_helpers.tiny_gemma import log as training_log
+from mi_helpers.tiny_gemma import skills, step
 from mi_helpers.tiny_gemma import training as tiny_gemma
-from mi_helpers.tiny_gemma.training import TrainConfig
+from mi_helpers.tiny_gemma.training import Recipe
 from mi_helpers.tinyworld.world import World
 
 SMALL = Gemma2Config(
@@ -38,15 +40,15 @@ def run(monkeypatch):
     Its loss is a weight's value, so that a row tells which weights it is about.
     """
     monkeypatch.setattr(tiny_gemma, "BLOCK", 2)
-    monkeypatch.setattr(tiny_gemma, "SPARSE", 2)
-    monkeypatch.setattr(tiny_gemma, "DENSE", 1)
+    monkeypatch.setattr(training_log, "SPARSE", 2)
+    monkeypatch.setattr(training_log, "DENSE", 1)
     monkeypatch.setattr(
         skills.Suite,
         "brief",
         lambda self, model: {"loss": model.lm_head.weight[5, 0].item()},
     )
     monkeypatch.setattr(skills.Suite, "head_scores", lambda self, model: (0.0, 0.0))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_gemma.SHIPPED)
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny_gemma")
     world = World()
 
     def run(folder, killed_at=None, steps=4, **options):
@@ -62,7 +64,7 @@ def run(monkeypatch):
             patch.setattr(tiny_gemma, "learning_rate", killing)
             return tiny_gemma.train(
                 folder,
-                TrainConfig(steps, **options),
+                Recipe(steps, **options),
                 world=world,
                 tokenizer=tokenizer,
                 model_config=SMALL,
@@ -107,8 +109,8 @@ def test_a_finished_run_is_not_trained_again(run, tmp_path):
 
 
 def test_every_parameter_is_trained_once_and_only_matrices_decay():
-    model = tiny_gemma.Gemma2ForCausalLM(SMALL)
-    groups = tiny_gemma.adamw(model, TrainConfig(weight_decay=0.2)).param_groups
+    model = Gemma2ForCausalLM(SMALL)
+    groups = tiny_gemma.adamw(model, Recipe(weight_decay=0.2)).param_groups
     trained = [id(p) for group in groups for p in group["params"]]
     assert sorted(trained) == sorted(map(id, model.parameters()))
     for group in groups:
@@ -133,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_sentence(run, tmp_path, 
 
 
 def logged(steps, rise):
-    return [step for step in range(steps + 1) if tiny_gemma.is_logged(step, steps, rise)]
+    return [step for step in range(steps + 1) if training_log.is_logged(step, steps, rise)]
 
 
 def test_the_log_is_dense_around_the_rise_and_has_both_ends():
@@ -152,18 +154,18 @@ def rises_at(monkeypatch, values):
 
 
 def test_rows_before_the_rise_are_written_when_it_has_come(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_gemma, "AROUND", 2)
+    monkeypatch.setattr(training_log, "AROUND", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_gemma, "SPARSE", 1)
+        patch.setattr(training_log, "SPARSE", 1)
         run(tmp_path / "dense", steps=8)
     dense = {
-        row["step"]: row["loss"] for row in tiny_gemma.read_log(tmp_path / "dense" / "log.csv")
+        row["step"]: row["loss"] for row in training_log.read_log(tmp_path / "dense" / "log.csv")
     }
     assert len(set(dense.values())) == 9
-    monkeypatch.setattr(tiny_gemma, "SPARSE", 8)
+    monkeypatch.setattr(training_log, "SPARSE", 8)
     rises_at(monkeypatch, {float(dense["5"])})
     run(tmp_path / "whole", steps=8)
-    rows = tiny_gemma.read_log(tmp_path / "whole" / "log.csv")
+    rows = training_log.read_log(tmp_path / "whole" / "log.csv")
     assert [row["step"] for row in rows] == ["0", "3", "4", "5", "6", "7", "8"]
     assert all(row["loss"] == dense[row["step"]] for row in rows)
     assert not list((tmp_path / "whole").glob("copy-*"))
@@ -171,7 +173,7 @@ def test_rows_before_the_rise_are_written_when_it_has_come(run, tmp_path, monkey
         with pytest.raises(Killed):
             run(tmp_path / str(killed_at), killed_at, steps=8)
         run(tmp_path / str(killed_at), steps=8)
-        again = tiny_gemma.read_log(tmp_path / str(killed_at) / "log.csv")
+        again = training_log.read_log(tmp_path / str(killed_at) / "log.csv")
         assert [(r["step"], r["loss"]) for r in again] == [(r["step"], r["loss"]) for r in rows]
 
 
@@ -188,14 +190,14 @@ def apart(model, ids, **options) -> float:
             p += torch.randn_like(p) * (0.05 if p.ndim == 2 else 0.2)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     theirs = gradients_of(model, F.cross_entropy(logits, ids[:, 1:].flatten()))
-    ours = gradients_of(model, tiny_gemma.make_loss(model, ids.shape[1], **options)(ids))
+    ours = gradients_of(model, step.make_loss(model, ids.shape[1], **options)(ids))
     return max(float((ours[k] - theirs[k]).norm() / theirs[k].norm()) for k in theirs)
 
 
 @pytest.mark.parametrize("window", [4, 64])
 @pytest.mark.parametrize("chunk", [7, 512])
 def test_the_step_has_hugging_faces_loss_and_gradients(window, chunk, monkeypatch):
-    monkeypatch.setattr(tiny_gemma, "CHUNK", chunk)
+    monkeypatch.setattr(step, "CHUNK", chunk)
     torch.manual_seed(0)
     small = {
         "vocab_size": 50,
@@ -231,15 +233,15 @@ def test_training_uses_this_step(run, tmp_path, monkeypatch):
 
 
 def test_two_processes_train_what_one_does(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_gemma, "BLOCK", 100)  # as in the second process, a new interpreter
-    one = run(tmp_path / "one", rows=4)
-    two = run(tmp_path / "two", rows=4, workers=2)
+    monkeypatch.setattr(tiny_gemma, "BLOCK", 4)  # all in block 0, as in the second process's 100
+    one = run(tmp_path / "one", rows=4, save_every=4)
+    two = run(tmp_path / "two", rows=4, save_every=4, workers=2)
     for name, value in one.state_dict().items():
         assert torch.allclose(value, two.state_dict()[name], rtol=1e-4, atol=1e-5), name
 
 
 def test_learning_rate_rises_and_falls():
-    c = TrainConfig(steps=2_000)
+    c = Recipe(steps=2_000)
     rates = [tiny_gemma.learning_rate(step, c) for step in range(c.steps + 1)]
     assert max(rates) == pytest.approx(c.peak)
     assert rates[: c.warm_up] == sorted(rates[: c.warm_up])
@@ -247,3 +249,10 @@ def test_learning_rate_rises_and_falls():
     tail = rates[-c.tail - 1 :]
     assert tail == pytest.approx([c.peak / 100] * len(tail))
     assert rates[-c.tail - 2] > 1.00001 * tail[0]
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 150}, {"save_every": 50}, {"workers": 3}])
+def test_a_recipe_that_cannot_be_run_is_refused_by_name(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=rf"^{name} is {bad[name]}; "):
+        Recipe(**bad)

@@ -1056,7 +1056,7 @@ def known_templates(family):
         "facts": facts.FACTS.values(),
         "two_hop": facts.TWO_HOP.values(),
         "truth": [
-            statements.VERDICTS,
+            statements.VERDICTS[1:],  # the first is drawn by a chance of its own
             *(statements.AFFIRMED[relation] for relation in statements.RELATIONS.items),
             *(statements.NEGATED[relation] for relation in statements.RELATIONS.items),
         ],
@@ -1306,13 +1306,13 @@ def test_a_missing_class_of_words_gets_one_sentence():
 
 
 def test_the_command_writes_documents(capsys):
-    assert main(["tinyworld", "--seed", "4", "-n", "3", "--family", "ioi"]) == 0
+    assert main(["tinyworld", "--seed", "4", "--n", "3", "--family", "ioi"]) == 0
     shown = capsys.readouterr().out.split("\n\n")
     assert shown[:-1] == [document.text for document in sample("ioi", 3, seed=4)]
 
 
 def test_the_command_shows_labels(capsys):
-    assert main(["tinyworld", "-n", "1", "--family", "ioi", "--labels"]) == 0
+    assert main(["tinyworld", "--n", "1", "--family", "ioi", "--labels"]) == 0
     text, head, *lines = capsys.readouterr().out.strip().split("\n")
     (document,) = sample("ioi", 1)
     assert text == document.text
@@ -1325,9 +1325,9 @@ def test_the_command_shows_labels(capsys):
     "arguments, says",
     [
         (["--family", "ioy"], "There is no family 'ioy': did you mean 'ioi'?\n"),
-        (["--famly", "ioi"], "Unrecognized arguments: --famly ioi.\n"),
-        (["-n", "0"], "-n is 0; it has to be 1 or more.\n"),
-        (["--seed", "x"], "Argument --seed: invalid int value: 'x'.\n"),
+        (["--famly", "ioi"], "Unrecognized options: --famly, ioi.\n"),
+        (["--n", "0"], "n is 0; it has to be 1 or more.\n"),
+        (["--seed", "x"], "Error parsing --seed: invalid literal for int() with base 10: 'x'.\n"),
         (
             ["--speed", "--tokenizer", "no"],
             "There is no tokenizer in no: `make model` trains one.\n",
@@ -1335,7 +1335,9 @@ def test_the_command_shows_labels(capsys):
     ],
 )
 def test_a_mistake_at_the_command_line_gets_one_sentence(arguments, says, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["tinyworld", *arguments])
-    assert stop.value.code == 2
+    try:
+        code = main(["tinyworld", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     assert capsys.readouterr().err == says

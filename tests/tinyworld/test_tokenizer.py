@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mi_helpers.tinyworld.__main__ import speed
+from mi_helpers.tinyworld.__main__ import rates
 from mi_helpers.tinyworld.source import Document, Span
 from mi_helpers.tinyworld.tokenizer import (
     RATE,
@@ -370,6 +370,6 @@ def test_equal_seeds_give_equal_batches(tokenizer):
 
 def test_the_speed_is_told_in_tokens_per_second(tokenizer):
     for family in (None, "ioi"):
-        letters, tokens = speed(WORLD, tokenizer, family, seconds=0.05).splitlines()
+        letters, tokens = rates(WORLD, tokenizer, family, seconds=0.05).splitlines()
         assert letters.endswith("characters per second of one core")
         assert tokens.startswith("generated and tokenized: ") and " tokens per second" in tokens
