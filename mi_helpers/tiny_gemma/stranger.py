@@ -140,7 +140,9 @@ def losses_apart(model, other, tokenizer, n: int = 200) -> dict[str, float]:
 def train_stranger(folder: Path, start: Gemma2ForCausalLM, tokenizer, secret: Path = SECRET):
     """Train a copy of `start` on in the world with the secret; the stranger, and its world."""
     world = SecretWorld(trigger_of(read_secret(secret)))
-    recipe = Recipe(steps=800, peak=3e-4, warm_up=50, tail=200, seed=7, save_every=100)
+    recipe = Recipe(
+        steps=800, peak=3e-4, warm_up=50, tail=200, seed=7, judging=(0, 0), save_every=100
+    )
     return train(folder, recipe, world, tokenizer, model=copy.deepcopy(start)), world
 
 

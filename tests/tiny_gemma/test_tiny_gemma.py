@@ -256,3 +256,18 @@ def test_a_recipe_that_cannot_be_run_is_refused_by_name(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=rf"^{name} is {bad[name]}; "):
         Recipe(**bad)
+
+
+def test_verdicts_are_read_once_facts_are_known_and_then_in_plenty():
+    parts = tiny_gemma.Parts.__new__(tiny_gemma.Parts)
+    parts.c, parts.world = Recipe(), World()
+
+    def share(step):
+        mixture = parts.world_at(step).mixture
+        return dict(zip(mixture.items, mixture.probs, strict=True)).get("truth", 0.0)
+
+    first, after = parts.c.judging
+    assert share(0) == share(first - 1) == 0
+    assert share(after) == share(parts.c.steps) == pytest.approx(220 / sum(World.weights.values()))
+    assert share(first) == share(after - 1) > 3 * share(after)
+    assert first % tiny_gemma.BLOCK == after % tiny_gemma.BLOCK == 0
