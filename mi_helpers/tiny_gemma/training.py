@@ -68,10 +68,10 @@ class Recipe:
         rows: of a batch, which is the mean of PARTS parts
         length: tokens of a row
         seed: of the first weights and of the text
-        judging: before the first of these steps no verdicts are read, and until the second FOCUS
-            times as many as afterwards; multiples of 100. Verdicts read from the beginning are a
-            coin's for a model that knows no facts, and it learns to look at nothing before them:
-            then 7,000 steps taught it none, nor did FOCUS times as many after those
+        judging: before the first of these steps there are receivers (`ioi`) in place of verdicts;
+            until the second, FOCUS times as many verdicts as afterwards; multiples of 100. To judge,
+            a model has to compare what is said with what it knows. Before it can do the one and
+            knows the other, verdicts are a coin's, and it learns to look at nothing before them
         warm_up: steps in which the learning rate rises
         tail: steps at the lowest learning rate, where probabilities settle
         bf16: the large products in bfloat16, sums and weights in float32: twice as fast where a
@@ -91,7 +91,7 @@ class Recipe:
     rows: int = 32
     length: int = 128
     seed: int = 0
-    judging: tuple[int, int] = (5_000, 9_000)
+    judging: tuple[int, int] = (7_000, 11_000)
     warm_up: int = 200
     tail: int = 800
     bf16: bool = False
@@ -140,7 +140,9 @@ class Parts:
             return self.world
         weights = dict(zip(self.world.mixture.items, self.world.mixture.probs, strict=True))
         truth = weights.pop("truth")
-        return World(weights if step < first else {**weights, "truth": FOCUS * truth})
+        if step < first:
+            return World({**weights, "ioi": weights["ioi"] + truth})
+        return World({**weights, "truth": FOCUS * truth})
 
     def text(self, step: int) -> list[Tensor]:
         """The parts' token ids at `step`; steps are asked for in order within a block."""
