@@ -44,7 +44,11 @@ COMMANDS = {
     },
     "What ships in data/": {
         "tinyworld": ("mi_helpers.tinyworld.__main__:main", "write text of TinyWorld"),
-        "train-model": ("mi_helpers.tiny_gemma.training:main_train", "train tiny-gemma again"),
+        "train-model": ("mi_helpers.tiny_gemma.ship:main_train", "train tiny-gemma, or its twin"),
+        "train-stranger": (
+            "mi_helpers.tiny_gemma.ship:main_stranger",
+            "train it on with a secret",
+        ),
         "skills": ("mi_helpers.tiny_gemma.skills:main", "what tiny-gemma can do, per family"),
         "make-sae": ("mi_helpers.lessons.lesson_06.grid:main", "make the autoencoder"),
         "make-transcoders": ("mi_helpers.saes.transcoders:main", "make the transcoders"),

@@ -4,15 +4,15 @@ import pytest
 from test_tiny_gemma import SMALL
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 
+from mi_helpers.files import DATA
 from mi_helpers.tiny_gemma import skills
-from mi_helpers.tiny_gemma import training as tiny_gemma
 from mi_helpers.tinyworld.world import World
 
 
 @pytest.fixture(scope="module")
 def asked():
     """{skill measured: [(family, held)] of the texts that it was measured on}, and the rows."""
-    suite = skills.Suite(World(), AutoTokenizer.from_pretrained(tiny_gemma.SHIPPED), small=True)
+    suite = skills.Suite(World(), AutoTokenizer.from_pretrained(DATA / "tiny_gemma"), small=True)
     suite.n, texts, seen = 12, skills.Suite.texts, []
 
     def recorded(family, held=(), n=None, **choices):
