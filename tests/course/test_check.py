@@ -443,6 +443,16 @@ def test_what_does_not_hold_is_raised_with_its_sentence():
             confirm("all is well", ok)
 
 
+# -- wrong answers that are edits ------------------------------------------------------------
+
+
+def test_an_edit_is_a_wrong_answer_in_one_line():
+    half = mechanism.edited(busy, "* 2", "* 4", "k > 2", "k > 0")
+    assert half([3.0], 1, "abc") == -12 and busy([0, 0, 3.0], 3, "abc") == -6
+    with pytest.raises(ValueError, match="busy has no 'k > 3' in its text"):
+        mechanism.edited(busy, "k > 3", "k > 4")
+
+
 # -- mutants ---------------------------------------------------------------------------------
 
 

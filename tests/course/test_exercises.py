@@ -131,6 +131,18 @@ def test_the_small_exercise_is_itself_proved():
     assert prove.problems(DOUBLE, 77) == []
 
 
+def test_the_stub_is_the_references_first_lines():
+    assert cards.stub_of(double) == STUB
+    declare = cards.exercise(
+        "77.1", title="Doubling", difficulty=1, importance=1, minutes=1,
+        reference=double, hints=["Add."], wrong=DOUBLE.wrong,
+    )  # fmt: skip
+    made = declare(lambda answer: check_double(answer)).exercise
+    assert made.stub == STUB and prove.problems(made, 77) == []
+    with pytest.raises(ValueError, match="check_double has no docstring"):
+        cards.stub_of(check_double)
+
+
 def test_a_right_answer_is_right():
     assert evaluate(DOUBLE, lambda x: x + x) == Verdict(RIGHT)
 
