@@ -22,6 +22,7 @@ from mi_helpers.files import RunError, read_json, sweep, write_atomically, write
 from mi_helpers.tiny_gemma.log import Log
 from mi_helpers.tiny_gemma.skills import Suite
 from mi_helpers.tiny_gemma.step import make_loss
+from mi_helpers.tinyworld import statements
 from mi_helpers.tinyworld.tokenizer import train_tokenizer
 from mi_helpers.tinyworld.world import World, batches
 
@@ -31,6 +32,7 @@ STATE = "state.json"
 BLOCK = 100  # steps whose text is one stream; a run goes on from a multiple of it
 PARTS = 2  # of a batch, each with a text of its own; the gradient is their mean
 FOCUS = 6  # then 45 % of the text is verdicts
+TOLD = 0.5  # and before this share of them stands what is so
 
 
 def config(vocab_size: int = 3_840) -> Gemma2Config:
@@ -69,9 +71,11 @@ class Recipe:
         length: tokens of a row
         seed: of the first weights and of the text
         judging: before the first of these steps there are receivers (`ioi`) in place of verdicts,
-            then, until the second, FOCUS times as many verdicts as afterwards; multiples of 100.
-            To judge, a model compares what is said with what it knows. Before it can do the one
-            and knows the other, verdicts are a coin's, and it learns to look at nothing before them
+            then, until the second, FOCUS times as many verdicts as afterwards, of which TOLD come
+            after what is so (`statements.told`); multiples of 100. To judge, a model compares what
+            is said with what it knows. Before it can do the one and knows the other, verdicts are a
+            coin's, and it learns to look at nothing before them. Nor does it learn to judge at
+            learning rates of 2e-3
         warm_up: steps in which the learning rate rises
         tail: steps at the lowest learning rate, where probabilities settle
         bf16: the large products in bfloat16, sums and weights in float32: twice as fast where a
@@ -91,7 +95,7 @@ class Recipe:
     rows: int = 32
     length: int = 128
     seed: int = 0
-    judging: tuple[int, int] = (7_000, 11_000)
+    judging: tuple[int, int] = (9_000, 13_000)
     warm_up: int = 200
     tail: int = 800
     bf16: bool = False
@@ -142,7 +146,10 @@ class Parts:
         truth = weights.pop("truth")
         if step < first:
             return World({**weights, "ioi": weights["ioi"] + truth})
-        return World({**weights, "truth": FOCUS * truth})
+        told = {"truth": FOCUS * (1 - TOLD) * truth, "told": FOCUS * TOLD * truth}
+        world = World({**weights, **told})
+        world.families = {**world.families, "told": statements.told}
+        return world
 
     def text(self, step: int) -> list[Tensor]:
         """The parts' token ids at `step`; steps are asked for in order within a block."""

@@ -294,11 +294,11 @@ def others(relation: str, own: str) -> Weighted:
 
 
 def draw_statement(
-    draw: Draw, held: frozenset = NO_HOLD, relation=None, negated=None, truth=None
+    draw: Draw, held: frozenset = NO_HOLD, relation=None, negated=None, truth=None, subject=None
 ) -> Statement:
     """A statement. A choice that is given (not None) is not drawn, and adds nothing to the nats."""
     relation = relation or draw.weighted(HELD_RELATIONS if "relations" in held else RELATIONS)
-    subject = draw.pick(trained_or_held(relation, "entities" in held))
+    subject = subject or draw.pick(trained_or_held(relation, "entities" in held))
     negated = draw.chance(NEGATIONS) if negated is None else negated
     parts = draw.pick(phrasings((NEGATED if negated else AFFIRMED)[relation], held))
     truth = draw.chance(0.5) if truth is None else truth
@@ -355,6 +355,25 @@ def judged(
         write_statement(page, frame, said)
     names = ("relation", "subject", "value", "negated", "truth") if n == 1 else ()
     return finish(page, draw, "truth", **{name: getattr(said, name) for name in names})
+
+
+def told(
+    draw: Draw, held: frozenset = NO_HOLD, relation=None, negated=None, truth=None
+) -> Document:
+    """What is so, and then a statement on it with its verdict: who compares the two can tell.
+
+    "The Colosseum stands in Rome. The Colosseum is in Paris. That is false." It is in no mixture,
+    is where a model learns to judge (`Recipe.judging`). A third are negated.
+    """
+    page = Page()
+    relation = relation or draw.weighted(HELD_RELATIONS if "relations" in held else RELATIONS)
+    subject = draw.pick(trained_or_held(relation, "entities" in held))
+    negated = draw.chance(1 / 3) if negated is None else negated
+    write_statement(page, PLAIN, draw_statement(draw, held, relation, False, True, subject))
+    page.write(" ")
+    frame = verdict_frame(draw, held)
+    write_statement(page, frame, draw_statement(draw, held, relation, negated, truth, subject))
+    return finish(page, draw, "truth")
 
 
 def reported(draw: Draw, page: Page, held: frozenset = NO_HOLD) -> None:

@@ -264,10 +264,14 @@ def test_verdicts_are_read_once_facts_are_known_and_then_in_plenty():
 
     def share(step):
         mixture = parts.world_at(step).mixture
-        return dict(zip(mixture.items, mixture.probs, strict=True)).get("truth", 0.0)
+        shares = dict(zip(mixture.items, mixture.probs, strict=True))
+        return shares.get("truth", 0.0) + shares.get("told", 0.0)
 
     first, after = parts.c.judging
     assert share(0) == share(first - 1) == 0
     assert share(after) == share(parts.c.steps) == pytest.approx(220 / sum(World.weights.values()))
     assert share(first) == share(after - 1) > 3 * share(after)
+    for step in (first, after):
+        world = parts.world_at(step)
+        assert all(world.document(seed).text for seed in range(30))  # each family can be written
     assert first % tiny_gemma.BLOCK == after % tiny_gemma.BLOCK == 0

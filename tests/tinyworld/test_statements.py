@@ -102,6 +102,20 @@ def test_nats_of_one_statement_are_exact_by_brute_force(small_world, outcomes, h
 
 
 @pytest.mark.parametrize("held", HELDS, ids="-".join)
+def test_nats_of_what_is_so_and_a_statement_on_it_are_exact_by_brute_force(
+    small_world, outcomes, held
+):
+    found = outcomes(lambda draw: statements.told(draw, frozenset(held)))
+    assert len(found) > 20
+    agree(found, lambda document: document.nats)
+    assert len(by_text(found)) == len(found)
+    for _, document in found:
+        (fact, said), (verdict,) = document.find("truth"), document.find("verdict")
+        assert fact.value is True and said.value == verdict.value
+        assert len({span.value for span in document.find("statement")}) == 1
+
+
+@pytest.mark.parametrize("held", HELDS, ids="-".join)
 @pytest.mark.parametrize("count", [1, 2])
 def test_nats_of_documents_are_exact_by_brute_force(small_tables, outcomes, count, held):
     found = outcomes(lambda draw: statements.judged(draw, frozenset(held), count=count))
