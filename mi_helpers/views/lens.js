@@ -10,7 +10,9 @@ export function draw(data, choose) {
   const field = (name, label, text) => {
     const input = make("input", { type: "text", "aria-label": label, "data-key": name, class: `mi-${name}`, spellcheck: "false" });
     input.value = text;
-    input.addEventListener("change", () => ask(name, input.value));
+    const changed = () => input.value !== chosen[name] && ask(name, input.value);
+    input.addEventListener("change", changed);
+    input.addEventListener("keydown", (event) => { if (event.key === "Enter") changed(); });
     return make("label", {}, [make("span", {}, label), input]);
   };
   const message = make("p", { class: "mi-message", role: "alert" }, data.message);

@@ -24,10 +24,11 @@ def lens_against_model(series: Mapping[str, tuple], title: str = "") -> Figure:
         x, y = (np.maximum(as_array(each), 1e-5) for each in (lens, model))
         look = {"color": OKABE_ITO[index], "marker": MARKERS[index], "linestyle": ""}
         drawn += axes.plot(x, y, **look, markersize=8)
-    ends = [min(1e-4, *axes.get_xlim(), *axes.get_ylim()), max(axes.get_xlim()[1], 1)]
-    ends[0] = max(ends[0], 1e-5)
+    every = np.concatenate([as_array(each) for pair in series.values() for each in pair])
+    ends = [max(every.min(), 1e-5) / 2, every.max()]
     axes.plot(ends, ends, color="black", linestyle="--", marker="", linewidth=1.2)
-    axes.annotate("as much", ends[1:] * 2, (-6, -16), textcoords="offset points", ha="right")
+    place = {"textcoords": "offset points", "ha": "right"}
+    axes.annotate("as much", (ends[1], ends[1]), (-14, -4), **place)
     axes.set(xscale="log", yscale="log", title=title)
     axes.set(xlabel="cost to the lens (nats)", ylabel="cost to the model (nats)")
     name_series(axes, drawn, series)
