@@ -30,6 +30,7 @@ COMMANDS = {
         "train": ("mi_helpers.saes.pipeline:main_train", "a sparse coder, from a harvest"),
         "report": ("mi_helpers.saes.pipeline:main_report", "a coder measured, in the model too"),
         "features": ("mi_helpers.saes.pipeline:main_features", "what each latent of a coder is"),
+        "lens": ("mi_helpers.saes.tuned:main", "a tuned lens of any model, from your own text"),
     },
     "The course": {
         "doctor": ("mi_helpers.course.doctor:main", "what works on this machine"),

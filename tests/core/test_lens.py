@@ -359,3 +359,12 @@ def test_a_stream_of_texts(gemma):
     assert all((own - x).norm(dim=-1).min() < 1e-5 for x in stream[0])
     with pytest.raises(ModelError, match="9 tokens after their first: give at least 20"):
         lenses.sample_stream(gemma, [TEXT], 20)
+
+
+def test_a_text_longer_than_the_context_is_read_as_far_as_it_fits(model):
+    long = " ".join([TEXT] * 30)
+    assert len(model.encode(long)) > model.n_ctx
+    stream = lenses.sample_stream(model, [long] * 2, model.n_ctx)
+    assert stream.shape[1] == model.n_ctx
+    row = lenses.beginning(model, long, 5)
+    assert row.tolist() == model.tokens(TEXT)[0, :5].tolist()

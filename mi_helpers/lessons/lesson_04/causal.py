@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mi_helpers.layouts import norm_gain
-from mi_helpers.lens import TunedLens, depth_keys
+from mi_helpers.lens import TunedLens, beginning, depth_keys
 from mi_helpers.lessons.shared import on_one_core
 from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld.world import World
@@ -44,8 +44,9 @@ class Sentences:
 
 def sentences(model: LanguageModel, n: int = 24, length: int = 24, seed: int = 0) -> Sentences:
     """The first tokens of n documents of TinyWorld's own mixture that have so many."""
-    every = (model.tokens(document.text)[0] for document in World().documents(30_000 + seed))
-    long = (row[:length] for row in every if len(row) >= length)
+    documents = World().documents(30_000 + seed)
+    every = (beginning(model, document.text, length) for document in documents)
+    long = (row for row in every if len(row) == length)
     ids = torch.stack(list(itertools.islice(long, n)))
     _, cache = model.run_with_cache(ids, depth_keys(model), stop_at_layer=model.n_layers)
     return Sentences(ids, torch.stack([cache[key] for key in depth_keys(model)]))
