@@ -61,8 +61,9 @@ def beginning(model: LanguageModel, text: str, longest: int = LONGEST) -> Tensor
     """A text's first tokens, (pos,), BOS included: at most `longest`, and what the context holds.
 
     Raises:
-        ModelError: an empty text.
+        ModelError: an empty text, or a length below 1.
     """
+    whole("longest", longest, 1)
     row, bos = model.encode(text), model.tokenizer.bos_token_id
     row = row if bos is None or row[0] == bos else [bos, *row]
     return model.ids(row[: min(longest, model.n_ctx)])[0]

@@ -346,6 +346,13 @@ def rows(model):  # noqa: PLR0915
         size=BAD_COUNTS,
     )
     add(
+        "beginning",
+        le.beginning,
+        {"model": m, "text": TEXT},
+        text=[None, 3, "", [TEXT]],
+        longest=BAD_COUNTS,
+    )
+    add(
         "sample_stream",
         le.sample_stream,
         {"model": m, "texts": [TEXT], "n": 3},

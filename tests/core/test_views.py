@@ -148,7 +148,10 @@ def test_the_lens_answers_what_is_typed_into_it():
     assert len(view.data["tokens"]) == len(views.lens_json(tiny_model(), PROMPT)["tokens"])
     assert set(view.data["followed"]) == {"dog"} and view.data["ranks"] is True
     before = view.data["cells"]
-    for change, said in (({"prompt": ""}, "empty"), ({"prompt": "the cat" + " sat" * 25}, "at most 24")):
+    for change, said in (
+        ({"prompt": ""}, "empty"),
+        ({"prompt": "the cat" + " sat" * 25}, "at most 24"),
+    ):
         view.chosen = asked | change
         assert said in view.data["message"] and view.data["cells"] == before
         assert view.data["prompt"] == change["prompt"]  # nothing typed is lost
