@@ -285,13 +285,14 @@ def cost_in_numpy(final, early):
     return (p * np.log(p / q)).sum(-1)
 
 
+cross_entropy = edited(stopping_cost, "(p - q)", "-q")
 MISTAKES_44 = [
     (
         lambda final, early: stopping_cost(early, final),
         "Lens and final are swapped: the weights are the final p.",
     ),
     (
-        edited(stopping_cost, "(p - q)", "-q"),
+        cross_entropy,
         "This is the cross-entropy, which is not 0 for a perfect lens: subtract the final "
         "distribution's own entropy.",
     ),
@@ -387,6 +388,10 @@ MISTAKES_45 = [
             "(lens(model, h + h @ A.T + b), final_logits)",
         ),
         "Lens and final are swapped in the loss: the weights are the final p.",
+    ),
+    (
+        edited(tuning_step, "stopping_cost(final_logits, lens", "cross_entropy(final_logits, lens"),
+        "This is the cross-entropy: it moves A and b alike, but the loss is not the stopping cost.",
     ),
     (edited(tuning_step, ".mean()", ".sum()"), "This is the sum over the tokens: take the mean."),
     (
@@ -520,6 +525,10 @@ MISTAKES_46 = [
     (
         edited(influence, "read(h - along)", "read(h - 2 * along)"),
         "This goes twice as far: each token should end level with the mean.",
+    ),
+    (
+        edited(influence, "(read(h), read(h - along))", "(read(h), read(h))"),
+        "Nothing is lost: did you change h itself, before the intact stream was read?",
     ),
 ]
 
@@ -685,6 +694,10 @@ MISTAKES_48 = [
     (
         edited(head_terms, "/ rms", ""),
         "The gain is there, the division by the root mean square is missing.",
+    ),
+    (
+        edited(head_terms, ".pow(2).mean().sqrt()", ".norm()"),
+        "This divides by the length: the root *mean* square is smaller by √d_model.",
     ),
     (edited(head_terms, "1 + w_post) @", "w_post) @"), "The gain is 1 + w_post, not w_post."),
     (
