@@ -17,14 +17,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mi_helpers.heads import Head, head_name
+from mi_helpers.heads import Head, effective_embedding, head_name, writing
+from mi_helpers.layouts import norm_gain
 from mi_helpers.lessons.lesson_05.ioi import METRICS, NAMED, ROLES, Node, Task, to_nodes
+from mi_helpers.models import LanguageModel
 from mi_helpers.paths import path_patch, path_patch_map, receivers_of
 
 # --------------------------------------------------------------------------------------- the search
 
 
-def find_circuit(task: Task, within: float = 0.12) -> set[Node]:
+LEAST = 0.01  # a node whose loss is less than this is none of the circuit's
+
+
+def find_circuit(task: Task, within: float = 0.1) -> set[Node]:
     """A small circuit that does what the model does: `task.error` stays within `within`.
 
     The error is of single texts, so that a circuit cannot be right on average alone.
@@ -32,7 +37,7 @@ def find_circuit(task: Task, within: float = 0.12) -> set[Node]:
     1. Sort the nodes by a first-order estimate of their effects, and drop as many of the smallest
        as the bound allows; estimate again in what is left, and repeat until none can go.
     2. Drop the nodes that are left one by one, the least important first, as long as the bound
-       holds; repeat until no single node can be dropped.
+       holds, or the error grows by less than `LEAST`; repeat until no single node can be dropped.
 
     Source: the estimate is attribution patching (Nanda 2023; Syed et al. 2023), the loop that of
     ACDC (Conmy et al. 2023).
@@ -66,15 +71,18 @@ def estimates(task: Task, keep: Tensor) -> Tensor:
 
 def prune(task: Task, keep: Tensor, within: float) -> Tensor:
     """Step 2 of `find_circuit`: afterwards no single node can be dropped."""
-    while True:
+    while keep.any():
+        now = task.error(keep)
         places = keep.flatten().nonzero()[:, 0]
         order = sorted(places, key=lambda at: task.error(_without(keep, at)))
         before = keep
         for at in order:
             trial = _without(keep, at)
-            keep = trial if task.error(trial) <= within else keep
+            if (then := task.error(trial)) <= max(within, now + LEAST):
+                keep, now = trial, then
         if torch.equal(before, keep):
-            return keep
+            break
+    return keep
 
 
 def _without(mask: Tensor, places: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ def _without(mask: Tensor, places: Tensor) -> Tensor:
 
 
 def random_circuits(task: Task, circuit: Iterable[Node], count: int, seed: int = 0) -> list:
-    """`count` random sets of nodes, with as many at each role as the circuit has there: the control.
+    """`count` random sets of nodes, with as many at each role as the circuit has: the control.
 
     It is a harder one than sets of equal size from anywhere, most of which touch no name at all.
     """
@@ -114,17 +122,18 @@ def removals(
 
 def completeness(
     task: Task, circuit: set[Node], sets: Mapping[str, set[Node]]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name of K: (F(model without K), F(circuit without K))}, (2,) each, as shares of F(model).
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """{metric: {name of K: (F(model without K), F(circuit without K))}}, as shares of F(model).
 
     A complete circuit has all that the model can fall back on, so the two are equal for every K.
     Source: Wang et al. 2022, section 4.2.
     """
-    every = task.nodes()
-    return {
-        name: (task.faithfulness(every - K), task.faithfulness(circuit - K))
-        for name, K in sets.items()
-    }
+    every, found = task.nodes(), {metric: {} for metric in METRICS}
+    for name, K in sets.items():
+        both = task.faithfulness(every - K), task.faithfulness(circuit - K)
+        for metric, *pair in zip(METRICS, *(each.tolist() for each in both), strict=True):
+            found[metric][name] = tuple(pair)
+    return found
 
 
 def minimality(task: Task, circuit: set[Node]) -> dict[Node, Tensor]:
@@ -188,8 +197,8 @@ def jobs(
 
     Args:
         looks: `attention_by_role`.
-        own: (n_layers, n_heads), the "own" score of `heads.copying` for the names' tokens: above 0 a
-            head copies the name that it looks at.
+        own: (n_layers, n_heads), the "own" score of `heads.copying` for the names' tokens: above 0
+            a head copies the name that it looks at.
     """
 
     def job(layer: int, head: int, role: str) -> str:
@@ -214,6 +223,16 @@ def by_job(given: Mapping[Node, str]) -> dict[str, set[Node]]:
     """{job: its nodes}, in the order of `JOBS`."""
     groups = {job: {node for node, each in given.items() if each == job} for job in JOBS}
     return {job: nodes for job, nodes in groups.items() if nodes}
+
+
+def name_circuit(model: LanguageModel, head: Head, ids: Tensor) -> tuple[Tensor, ...]:
+    """What decides whether a head copies names: E (names, d_model), what it reads at each; W_V, W_O
+    with the gain of the norm after attention; U (d_model, names), with the final norm's gain."""
+    layer, h = head
+    E = model.part("ln1", layer)(effective_embedding(model, ids, min(layer, 1))).float()
+    W_V = model.weight("W_V", layer)[h * model.n_kv_heads // model.n_heads].float()
+    U = norm_gain(model.ln_final).float()[:, None] * model.W_U[:, ids].float()
+    return E, W_V, writing(model, layer)[h], U
 
 
 # ------------------------------------------------------------------------------------ path patches

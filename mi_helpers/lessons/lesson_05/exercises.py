@@ -159,7 +159,7 @@ def scores_by_loops(model, ids, targets):
 
 
 def texts_with_targets(draw) -> tuple:
-    """A few texts of random tokens, and random targets: several for some tokens, none for others."""
+    """Texts of random tokens, and random targets: several for some tokens, none for others."""
     model, n, length = shipped_model(), draw.size("n", 2, 5), draw.size("pos", 6, 12)
     found = draw.booleans(n, length, length, share=0.3).tril(-1)
     found[:, ::3] = False
@@ -432,7 +432,8 @@ MISTAKES_54 = [
         edited(
             path_into_keys,
             '{("k", i): receive(i) for i, _ in readers}',
-            '{at: lambda x, at=at: frozen[at] for at in frozen} | {("k", i): receive(i) for i, _ in readers}',
+            "{at: lambda x, at=at: frozen[at] for at in frozen} | "
+            '{("k", i): receive(i) for i, _ in readers}',
         ),
         "In run 3 everything is still frozen: only the readers' keys are held there.",
     ),
@@ -489,7 +490,7 @@ MISTAKES_54 = [
     survivors=ONE_MODEL,
     right=[path_by_library],
     hints=[
-        "Run 1 is two calls of `run_with_cache`: z and mlp_out of clean, the sender's z of corrupted.",
+        "Run 1 is two calls of `run_with_cache`: z and mlp_out of clean, the corrupted sender's z.",
         "A hook that ignores what it gets and returns a kept tensor freezes a site.",
         "`lambda z, i=i: frozen[i]` keeps each layer's own number.",
         "In run 3 only the readers' keys are hooked; what was frozen in run 2 is free again.",
@@ -522,7 +523,7 @@ def half_way(steps, values):
 
 
 def rising_curve(draw) -> tuple:
-    """Uneven steps; values that fall first, pass each level in a step of its own, and fall again."""
+    """Uneven steps; values that fall first, pass one level in each step, and fall again."""
     n, first, top = draw.size("checkpoints", 10, 15), draw.number(0.2, 0.3), draw.number(0.9, 1.1)
     steps = (torch.cumsum(draw.integers(1, 9, n), 0) * 50).tolist()
     levels = [top / 2, (first - 0.15 + top) / 2, (first + top) / 2]  # of mistakes; the right one
@@ -699,8 +700,8 @@ def check_56(answer) -> None:
 
 
 def copying(E, W_V, W_O, U):
-    """Whether a head copies the name that it looks at: by how many standard deviations of its row it
-    raises that name's own logit above the row's mean; a mean over names.
+    """Whether a head copies the name that it looks at: by how many standard deviations of its row
+    it raises that name's own logit above the row's mean; a mean over names.
 
     A head that looks at name a adds row a of E W_V W_O U to the names' logits. Below 0: it lowers
     the very name that it looks at.
@@ -998,15 +999,12 @@ def check_59(answer) -> None:
         mistakes=MISTAKES_59,
         otherwise="abs(F(circuit) - F(circuit - {node})), for each node.",
     )
-    for draw in draws(1):
-        F, circuit = toy_circuit(draw)
-        calls, given = [], set(circuit)
-        answer(lambda nodes: calls.append(1) or F(nodes), given)
-        expect(given == circuit, "The circuit that was given has lost nodes: make a new set.")
-        expect(
-            len(calls) <= len(circuit) + 1,
-            f"F is called {len(calls)} times for {len(circuit)} nodes: {len(circuit) + 1} are enough.",
-        )
+    F, circuit = toy_circuit(next(draws(1)))
+    calls, given = [], set(circuit)
+    answer(lambda nodes: calls.append(1) or F(nodes), given)
+    expect(given == circuit, "The circuit that was given has lost nodes: make a new set.")
+    most = len(circuit) + 1
+    expect(len(calls) <= most, f"F is called {len(calls)} times, where {most} are enough.")
 
 
 # -- 5.10, going further ---------------------------------------------------------------------
@@ -1016,8 +1014,8 @@ def head_change(z, other, head, W_O, post_norm):
     """How what attention adds to the stream changes when one head's z is taken from another run.
 
     z, other   (pos, n_heads, d_head), in the two runs; W_O (n_heads, d_head, d_model)
-    post_norm  a function of (pos, d_model), which the summed output of all heads passes before it is
-               added. Returns (pos, d_model).
+    post_norm  a function of (pos, d_model), which the sum of all heads' outputs passes before it
+               is added. Returns (pos, d_model).
     """
 
     def out(x):
@@ -1097,11 +1095,13 @@ def check_510(answer) -> None:
 
 # -- predictions -----------------------------------------------------------------------------
 
-START = "There was Roger. Then Rebecca laughed. Roger left early. The clerk gave a ring to"
+START = (
+    "There was Roger. Then Rebecca laughed. After a while Roger sat down. The clerk gave a ring to"
+)
 
 
 def looking_back(model, text: str = START, name: str = "Roger"):
-    """How much each head looks from the last mention of a name to its first, (n_layers, n_heads)."""
+    """Each head's attention from the last mention of a name to its first, (n_layers, n_heads)."""
     ids = model.tokens(text)
     first, *_, last = (ids[0] == model.to_single_token(f" {name}")).nonzero()[:, 0].tolist()
     return model.run_with_cache(ids, "pattern")[1]["pattern"][:, 0, :, last, first]
@@ -1144,7 +1144,7 @@ def which_forms_first() -> str:
 
 @prediction(
     "5.14",
-    question="Without the heads that look at S2, in how many texts does the model name the receiver?",
+    question="Without the heads that look at S2, in how many texts is the receiver named?",
     options=["under a third", "about half", "over two thirds"],
 )
 def named_without_s_inhibition() -> str:
@@ -1177,7 +1177,7 @@ def judges() -> list[ioi.Task]:
 def search() -> frozenset:
     """The smallest circuit of a few searches that passes on the judges' texts."""
     model, found = shipped_model(), []
-    for seed, within in ((20, 0.12), (21, 0.15), (22, 0.12)):
+    for seed, within in ((20, 0.1), (21, 0.12), (22, 0.15)):
         task = ioi.Task(model, ioi.make_prompts(model, 24, seed=seed))
         found.append(frozenset(circuits.find_circuit(task, within)))
     return max(found, key=lambda circuit: score_circuit(circuit))
@@ -1189,8 +1189,8 @@ def all_nodes() -> list:
 
 
 def good_circuit() -> list:
-    """Those heads of the best known circuit that act at END: no cue of who came twice."""
-    return [node for node in search() if node[2] == "END"]
+    """The best known circuit with the heads of one more layer at END, which are not needed."""
+    return [*search(), *(node for node in all_nodes() if node[0] == 0 and node[2] == "END")]
 
 
 @investigation(

@@ -2,11 +2,11 @@
 
     prompts = make_prompts(model, n=24, seed=0)      # pairs of names that were never trained on
     task = Task(model, prompts)
-    task.faithfulness(nodes)                         # (IO - S, IO - others): 1 is what the model does
+    task.faithfulness(nodes)                         # (IO - S, IO - others): 1 is the model's
 
 A *node* is a head at one role of the sentence, (layer, head, role). A circuit is a set of nodes.
-Every node outside it is ablated, by default to its mean over the same sentence in which each mention
-has another name, so that nobody comes twice. MLPs always stay in, and read what the circuit writes.
+Every node outside it is ablated, by default to its mean over the same text in which each mention
+has another name, so that nobody comes twice. MLPs stay in, and read what the circuit writes.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def make_prompts(model: LanguageModel, n: int = 24, seed: int = 0, others: int =
         others: k, the number of copies of each text with other names.
 
     Raises:
-        ModelError: too few names are single tokens for this tokenizer, or too few texts of a length.
+        ModelError: too few names are single tokens here, or too few texts have one length.
     """
     single, each = single_names(model), -(-n // len(ORDERS))
     rows = {order: [] for order in ORDERS}
@@ -408,7 +408,7 @@ def keeping(keep: Tensor, role: Tensor, instead: Mapping[int, Tensor]) -> dict:
     return {("z", layer): at(layer) for layer, some in enumerate(cut.tolist()) if some}
 
 
-# ------------------------------------------------------------------------------------ one's own text
+# ----------------------------------------------------------------------------------- one's own text
 
 
 def own_prompt(model: LanguageModel, text: str, others: int = 8) -> Prompts:
