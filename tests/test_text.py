@@ -23,7 +23,8 @@ from mi_helpers.course.check import Note, code
 from mi_helpers.files import literal
 from mi_helpers.lessons.lesson_03.figures import PatchingExplorer, effect_maps, single_map
 from mi_helpers.lessons.lesson_04.figures import two_written
-from mi_helpers.lessons.lesson_05.figures import HeadViewer
+from mi_helpers.lessons.lesson_05.figures import CircuitBuilder
+from mi_helpers.lessons.lesson_05.ioi import Task, make_prompts
 from mi_helpers.loading import load_model
 from mi_helpers.saes.features import Context
 from mi_helpers.saes.figures import centred, printable
@@ -98,10 +99,11 @@ def test_a_legend_names_every_series():
 @pytest.fixture(scope="module")
 def explorers():
     model = load_model("tiny-gemma")
-    heads, patching = HeadViewer(model), PatchingExplorer(model)
+    patching, task = PatchingExplorer(model), Task(model, make_prompts(model, 3))
+    builder = CircuitBuilder(task, {"END": {(0, 0, "END")}})
     return {
         "lens": lambda text: views.lens(model, text),
-        "heads": lambda text: heads.figure(0, 0, text),
+        "circuit": lambda text: builder.figure(f"There was Roger. {text} left. A clerk gave it to"),
         "patching": lambda text: patching(
             f"The keys {text}", f"The key {text}", "are / is", "resid_pre", "noise"
         ),
@@ -109,7 +111,7 @@ def explorers():
 
 
 @lacking_glyphs
-@pytest.mark.parametrize("name", ["lens", "heads", "patching"])
+@pytest.mark.parametrize("name", ["lens", "circuit", "patching"])
 @any_texts
 @given(ANY)
 @example("The $$ of \\$ and $x_1$")

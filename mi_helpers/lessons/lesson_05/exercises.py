@@ -207,7 +207,7 @@ MISTAKES_52 = [
     importance=4,
     minutes=4,
     reference=score_heads,
-    survivors=ONE_MODEL,
+    survivors=ONE_MODEL | {"1 → 2": "queries or keys first: all is summed in the next line"},
     right=[scores_by_loops],
     hints=[
         "Multiply the patterns by the targets: what is left is the attention on targets.",
@@ -408,10 +408,10 @@ def paths_to_patch(draw) -> tuple:
     """Induction prompts; a sender with a layer or more between it and the first reader."""
     model, n, length = shipped_model(), draw.size("n", 2, 3), draw.size("length", 4, 7)
     clean, corrupted, _ = induction_pair(model, n, length, draw.integer(0, 9999))
-    first = draw.integer(2, model.n_layers - 2)
-    sender = draw.integer(0, first - 2), draw.integer(0, model.n_heads - 1)
+    layer, freeze = draw.choice([(0, True), (0, False), (1, True), (1, False)])
+    first = draw.integer(layer + 2, model.n_layers - 2)
     readers = [(first, draw.integer(0, model.n_kv_heads - 1)), (first + 1, 0)]
-    return model, clean, corrupted, sender, readers, bool(draw.integer(0, 1))
+    return model, clean, corrupted, (layer, draw.integer(0, model.n_heads - 1)), readers, freeze
 
 
 MISTAKES_54 = [
@@ -487,7 +487,11 @@ MISTAKES_54 = [
     importance=5,
     minutes=10,
     reference=path_into_keys,
-    survivors=ONE_MODEL,
+    survivors=ONE_MODEL
+    | {
+        "range(model.n_layers) → range(model.n_layers - 1)": "the last layer writes after all "
+        "readers have read"
+    },
     right=[path_by_library],
     hints=[
         "Run 1 is two calls of `run_with_cache`: z and mlp_out of clean, the corrupted sender's z.",
@@ -1026,9 +1030,9 @@ def head_change(z, other, head, W_O, post_norm):
     return out(patched) - out(z)
 
 
-def unit_norm(x):
-    """2 x / rms(x)."""
-    return 2 * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+def norm_with(gain: float):
+    """A function: gain · x / rms(x)."""
+    return lambda x: gain * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 MISTAKES_510 = [
@@ -1085,7 +1089,7 @@ def check_510(answer) -> None:
             draw.normal("pos", "heads", "d_head", scale=2),
             draw.integer(0, draw.size("heads") - 1),
             draw.normal("heads", "d_head", "d_model"),
-            unit_norm,
+            norm_with(draw.number(0.5, 3)),
         ),
         mistakes=MISTAKES_510,
         otherwise="post_norm(all heads, one patched) - post_norm(all heads).",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mi_helpers.ablation import Mean, ablate, record
 from mi_helpers.files import DATA
-from mi_helpers.heads import Head, targets
+from mi_helpers.heads import Head, by_distance, head_name, targets
 from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.shared import repeated_tokens
 from mi_helpers.models import LanguageModel
@@ -101,6 +101,17 @@ def induction_paths(
     return composition_effect(model, readers, induction_pair(model, n, seed=seed), site)
 
 
+@torch.no_grad()
+def how_far_back(model: LanguageModel, ids: Tensor, some: Sequence[Head]) -> str:
+    """A line for each head: the distance back at which it looks most, on average over a text."""
+    _, cache = model.run_with_cache(ids, "pattern", model.n_layers)
+    distance, lines = by_distance(cache["pattern"]), []  # (n_layers, n_heads, distance)
+    for head in some:
+        far, share = int(distance[head].argmax()), float(distance[head].max())
+        lines.append(f"{head_name(head)} looks {far} back, with {share:.2f} of its attention")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------- when heads form
 
 
@@ -137,11 +148,3 @@ def steepest(steps: np.ndarray, values: np.ndarray, width: float) -> tuple[float
     gains = np.interp(starts + width, steps, values) - np.interp(starts, steps, values)
     best = int(gains.argmax())
     return float(starts[best]), float(starts[best] + width), float(gains[best] / rise)
-
-
-def rise_between(steps, values) -> tuple:
-    """The two neighbouring checkpoints between which a curve first comes half way from its first
-    value to its highest: what a log can say of when, and no more."""
-    half = (values[0] + max(values)) / 2
-    first = next(i for i, value in enumerate(values) if value >= half)
-    return steps[first - 1], steps[first]

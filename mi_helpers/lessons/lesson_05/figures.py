@@ -119,7 +119,7 @@ def formation(
     for row, (title, series) in enumerate(panels.items()):
         one = axes[row, 0]
         for label, values in series.items():
-            one.plot(as_array(steps), as_array(values), label=label)
+            one.plot(as_array(steps), as_array(values), label=label.replace("_", " "))
         if window is not None:
             one.axvspan(*window, color=OKABE_ITO[1], alpha=0.2, linewidth=0)
         one.set(title=title, ylabel=[*ylabels, *[""] * len(panels)][row], xlim=(0, last))
@@ -293,11 +293,12 @@ def two_bars(left: Mapping[str, float], right: Mapping[str, float]) -> Figure:
         drawn = one.barh(
             range(len(values)), np.clip(list(values.values()), *limits), color=OKABE_ITO[0]
         )
-        one.bar_label(drawn, [f"{x:.2f}" for x in values.values()], padding=3)
+        plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        one.bar_label(drawn, [f"{x:.2f}" for x in values.values()], padding=3, bbox=plain)
         one.set_yticks(range(len(values)), list(values))
         one.invert_yaxis()
         one.set(xlabel=label, xlim=limits)
-    axes[0].axvline(1, color="black", linestyle="--", marker="", linewidth=1.2)
+    axes[0].axvline(1, color="black", linestyle="--", marker="", linewidth=1.2, zorder=0)
     axes[0].axvline(0, color="black", linestyle="-", marker="", linewidth=0.8)
     return picture
 
