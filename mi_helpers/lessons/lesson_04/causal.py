@@ -4,7 +4,7 @@ texts = sentences(model)
 basis = lens_basis(model, some_tokens(texts, depth), depth, lens)       # (k, d_model)
 on_lens, on_model = influences(model, texts, depth, basis, lens_reader(model, lens, depth))
 
-Source: Belrose et al. 2023, Tuned Lens: causal basis extraction, and causal fidelity.
+Source: Belrose et al. 2023, Tuned Lens: causal basis extraction.
 """
 
 from __future__ import annotations

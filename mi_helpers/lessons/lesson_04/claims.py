@@ -38,7 +38,7 @@ def tuned_lens_gain(seed: int) -> float:
 @claim(
     "lens-directions",
     "Losing what the tuned lens leans on, half way: cost to the model, over random directions'",
-    source="Belrose et al. 2023, Tuned Lens, causal fidelity; measured in the lesson",
+    source="Belrose et al. 2023, Tuned Lens, causal basis; measured in the lesson",
     tolerance=">= 5",
     seeds=3,
     fast=False,
@@ -46,7 +46,7 @@ def tuned_lens_gain(seed: int) -> float:
 def directions_over_random(seed: int) -> float:
     """Eight directions of the lens's causal basis, and eight random ones; the ratio of the costs.
 
-    Source: Belrose et al. 2023: what matters to the tuned lens matters to the model.
+    Source: Belrose et al. 2023: the tuned lens uses similar features to the model itself.
     """
     on_model, by_chance, _ = _half_way(seed)
     return float(on_model.mean() / by_chance.mean())

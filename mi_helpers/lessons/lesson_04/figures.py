@@ -16,7 +16,7 @@ def lens_against_model(series: Mapping[str, tuple], title: str = "") -> Figure:
     Args:
         series: {label: (cost to the lens (k,), cost to the model (k,))}, nats.
 
-    Source: Belrose et al. 2023, Tuned Lens, the figure on causal fidelity.
+    Source: Belrose et al. 2023, Tuned Lens, causal basis extraction.
     """
     picture, axes = figure(8, 5)
     drawn = []
