@@ -43,6 +43,15 @@ def on_model(answer, reference, make, mistakes, otherwise: str, cases: int = 3) 
     )
 
 
+def slips(reference, *rows) -> list:
+    """Wrong answers with what is said of them: pieces of the reference's text, old, new, …, or a
+    function; then the sentence."""
+    return [
+        (changes[0] if callable(changes[0]) else edited(reference, *changes), sentence)
+        for *changes, sentence in rows
+    ]
+
+
 # -- 5.1 -------------------------------------------------------------------------------------
 
 
@@ -61,45 +70,37 @@ def targets_in_torch(tokens):
     return same.tril(-1)
 
 
-MISTAKES_51 = [
+MISTAKES_51 = slips(
+    induction_targets,
     (
-        edited(induction_targets, "0 < j < i and tokens[j - 1]", "j < i and tokens[j]"),
+        "0 < j < i and tokens[j - 1]",
+        "j < i and tokens[j]",
         "This is where a *duplicate-token* head looks, at the earlier copy itself. An "
         "induction head looks at the token after it.",
     ),
+    ("0 < j < i", "0 < j", "This looks ahead: attention is causal, so j has to come before i."),
+    ("0 < j < i", "0 < j <= i", "A token that repeats the one before it would look at itself."),
     (
-        edited(induction_targets, "0 < j < i", "0 < j"),
-        "This looks ahead: attention is causal, so j has to come before i.",
-    ),
-    (
-        edited(induction_targets, "0 < j < i", "0 < j <= i"),
-        "A token that repeats the one before it would look at itself.",
-    ),
-    (
-        edited(induction_targets, "0 < j < i and tokens[j - 1]", "j < i and tokens[j + 1]"),
+        "0 < j < i and tokens[j - 1]",
+        "j < i and tokens[j + 1]",
         "This looks one place too early: at the token *before* the earlier copy.",
     ),
     (
-        edited(
-            induction_targets,
-            "0 < j < i and tokens[j - 1] == tokens[i]",
-            "0 < i < j and tokens[i - 1] == tokens[j]",
-        ),
+        "0 < j < i and tokens[j - 1] == tokens[i]",
+        "0 < i < j and tokens[i - 1] == tokens[j]",
         "Rows and columns are swapped: a row is the token that looks.",
     ),
     (
-        edited(induction_targets, "0 < j < i", "j < i"),
+        "0 < j < i",
+        "j < i",
         "Nothing stands before position 0: there `tokens[-1]` is the last token.",
     ),
     (
-        edited(
-            induction_targets,
-            "tokens[j - 1] == tokens[i]",
-            "tokens[j - 1] == tokens[i] not in tokens[j : i - 1]",
-        ),
+        "tokens[j - 1] == tokens[i]",
+        "tokens[j - 1] == tokens[i] not in tokens[j : i - 1]",
         "Only the latest copy is marked: every earlier copy counts.",
     ),
-]
+)
 
 
 @exercise(
@@ -119,9 +120,7 @@ MISTAKES_51 = [
 def check_51(answer) -> None:
     def tokens(draw) -> tuple:
         row = draw.integers(0, 2, draw.size("pos", 8, 14)).tolist()
-        return (
-            [*row, row[-1], row[0]],
-        )  # a token that repeats itself; a last one that comes early
+        return ([*row, row[-1], row[0]],)  # one that repeats itself, and a last one that came early
 
     agree(
         answer,
@@ -168,36 +167,39 @@ def texts_with_targets(draw) -> tuple:
     return model, repeated_tokens(model, n, length, draw.integer(0, 9999), 1)[:, :length], found
 
 
-MISTAKES_52 = [
+MISTAKES_52 = slips(
+    score_heads,
     (
-        edited(score_heads, "hit.sum((1, 3)) / targets.any(-1).sum()", "hit.mean((1, 3))"),
+        "hit.sum((1, 3)) / targets.any(-1).sum()",
+        "hit.mean((1, 3))",
         "Tokens that have no target are in the mean: leave them out.",
     ),
     (
-        edited(score_heads, "targets.any(-1).sum()", "targets.sum()"),
+        "targets.any(-1).sum()",
+        "targets.sum()",
         "You divide by the number of targets: divide by the tokens that have any.",
     ),
     (
-        edited(score_heads, 'cache["pattern"] *', 'cache["pattern"].mT *'),
+        'cache["pattern"] *',
+        'cache["pattern"].mT *',
         "The pattern is used the wrong way round: rows (q_pos) look at columns.",
     ),
     (
-        edited(score_heads, ".sum(-1)  #", ".amax(-1)  #"),
+        ".sum(-1)  #",
+        ".amax(-1)  #",
         "Only the strongest target of each token counts here: add them all up.",
     ),
     (
-        edited(score_heads, " / targets.any(-1).sum()", ""),
+        " / targets.any(-1).sum()",
+        "",
         "This is the sum: divide by the number of tokens that have a target.",
     ),
     (
-        edited(
-            score_heads,
-            "hit.sum((1, 3)) / targets.any(-1).sum()",
-            "(hit.sum(3) / targets.any(-1).sum(-1)[:, None]).mean(1)",
-        ),
+        "hit.sum((1, 3)) / targets.any(-1).sum()",
+        "(hit.sum(3) / targets.any(-1).sum(-1)[:, None]).mean(1)",
         "Here each text counts once: let each token that has a target count once.",
     ),
-]
+)
 
 
 @exercise(
@@ -268,60 +270,49 @@ def heads_to_silence(draw) -> tuple:
     return model, ids, heads, others
 
 
-MISTAKES_53 = [
+MISTAKES_53 = slips(
+    loss_without,
     (
-        edited(
-            loss_without,
-            "        return model.loss(ids)",
-            "        pass\n    return model.loss(ids)",
-        ),
+        "        return model.loss(ids)",
+        "        pass\n    return model.loss(ids)",
         "Nothing changed: does the hook return z, and the loss stand inside?",
     ),
     (
-        edited(loss_without, "means[layer][:, mine]", "0"),
+        "means[layer][:, mine]",
+        "0",
         "This is zero ablation: put the mean over the other texts there.",
     ),
     (
-        edited(loss_without, ".mean(1)", ".mean((1, 2), keepdim=True)[:, 0]"),
+        ".mean(1)",
+        ".mean((1, 2), keepdim=True)[:, 0]",
         "The mean runs over the positions, too: keep one for each position.",
     ),
+    ("cache(others", "cache(ids", "This is the mean of these texts themselves: use the others."),
+    (".mean(1)", "[:, 0]", "This is one text of the others, not their mean."),
     (
-        edited(loss_without, "cache(others", "cache(ids"),
-        "This is the mean of these texts themselves: use the others.",
-    ),
-    (edited(loss_without, ".mean(1)", "[:, 0]"), "This is one text of the others, not their mean."),
-    (
-        edited(
-            loss_without,
-            "[head for at, head in heads if at == layer]",
-            "list(range(model.n_heads))",
-        ),
+        "[head for at, head in heads if at == layer]",
+        "list(range(model.n_heads))",
         "The whole layer is silenced: only some heads should be.",
     ),
     (
-        edited(
-            loss_without,
-            "[head for at, head in heads if at == layer]",
-            "[h for h in range(model.n_heads) if (layer, h) not in heads]",
-        ),
+        "[head for at, head in heads if at == layer]",
+        "[h for h in range(model.n_heads) if (layer, h) not in heads]",
         "You silenced the other heads of the layer.",
     ),
     (
-        edited(
-            loss_without,
-            "for layer, _ in heads",
-            "for layer, _ in heads[:1]",
-            "if at == layer",
-            "if (at, head) == heads[0]",
-        ),
+        "for layer, _ in heads",
+        "for layer, _ in heads[:1]",
+        "if at == layer",
+        "if (at, head) == heads[0]",
         "Only the first head is silenced: take all of them.",
     ),
     (
-        edited(loss_without, "silence(layer) for", "silence(heads[-1][0]) for"),
+        "silence(layer) for",
+        "silence(heads[-1][0]) for",
         "Every hook uses the last layer's heads and mean: a loop's variable has its last "
         "value when the hook runs. Make each hook in a function of its own.",
     ),
-]
+)
 
 
 @exercise(
@@ -408,76 +399,67 @@ def paths_to_patch(draw) -> tuple:
     """Induction prompts; a sender with a layer or more between it and the first reader."""
     model, n, length = shipped_model(), draw.size("n", 2, 3), draw.size("length", 4, 7)
     clean, corrupted, _ = induction_pair(model, n, length, draw.integer(0, 9999))
-    layer, freeze = draw.choice([(0, True), (0, False), (1, True), (1, False)])
+    layer, freeze = draw.choice([(0, True), (1, False)])
     first = draw.integer(layer + 2, model.n_layers - 2)
     readers = [(first, draw.integer(0, model.n_kv_heads - 1)), (first + 1, 0)]
     return model, clean, corrupted, (layer, draw.integer(0, model.n_heads - 1)), readers, freeze
 
 
-MISTAKES_54 = [
+MISTAKES_54 = slips(
+    path_into_keys,
     (
-        edited(path_into_keys, '({("k", i): receive(i) for i, _ in readers})', "({})"),
+        '({("k", i): receive(i) for i, _ in readers})',
+        "({})",
         "These are the clean logits: nothing is patched in the last run.",
     ),
     (
-        edited(
-            path_into_keys,
-            '({("k", i): receive(i) for i, _ in readers})',
-            '({("z", layer): lambda _: frozen["z", layer]})',
-        ),
-        "This is activation patching: whatever the sender writes reaches every part. Let it "
-        "reach the readers' keys alone.",
+        '({("k", i): receive(i) for i, _ in readers})',
+        '({("z", layer): lambda _: frozen["z", layer]})',
+        "This is activation patching: whatever the sender writes reaches every part. Let "
+        "it reach the readers' keys alone.",
     ),
     (
-        edited(
-            path_into_keys,
-            '{("k", i): receive(i) for i, _ in readers}',
-            "{at: lambda x, at=at: frozen[at] for at in frozen} | "
-            '{("k", i): receive(i) for i, _ in readers}',
-        ),
+        '{("k", i): receive(i) for i, _ in readers}',
+        '{at: lambda x, at=at: frozen[at] for at in frozen} | {("k", i): receive(i) for i, '
+        "_ in readers}",
         "In run 3 everything is still frozen: only the readers' keys are held there.",
     ),
     (
-        edited(
-            path_into_keys,
-            '("z", i): base["z", i].clone() for i in range(model.n_layers)',
-            '("z", layer): base["z", layer].clone()',
-        ),
+        '("z", i): base["z", i].clone() for i in range(model.n_layers)',
+        '("z", layer): base["z", layer].clone()',
         "The other heads are not frozen in run 2: longer paths count as well.",
     ),
     (
-        edited(path_into_keys, "if freeze_mlps:", "if False:"),
+        "if freeze_mlps:",
+        "if False:",
         "`freeze_mlps` changes nothing: here the MLPs are always recomputed.",
     ),
     (
-        edited(path_into_keys, "if freeze_mlps:", "if True:"),
+        "if freeze_mlps:",
+        "if True:",
         "`freeze_mlps` changes nothing: here the MLPs are always frozen.",
     ),
     (
-        edited(
-            path_into_keys, "[kv for i, kv in readers if i == at]", "list(range(model.n_kv_heads))"
-        ),
+        "[kv for i, kv in readers if i == at]",
+        "list(range(model.n_kv_heads))",
         "The keys of all key-value heads are patched: take the readers' alone.",
     ),
+    ("[:, :, head]", "[:, :, :]", "Here all heads of the sender's layer are corrupted: take one."),
     (
-        edited(path_into_keys, "[:, :, head]", "[:, :, :]"),
-        "Here all heads of the sender's layer are corrupted: take one.",
-    ),
-    (
-        edited(
-            path_into_keys,
-            "({site: lambda x, site=site: frozen[site] for site in frozen})",
-            "({})",
-            "seen = model.run_with_cache(clean",
-            "seen = model.run_with_cache(corrupted",
-        ),
+        "({site: lambda x, site=site: frozen[site] for site in frozen})",
+        "({})",
+        "seen = model.run_with_cache(clean",
+        "seen = model.run_with_cache(corrupted",
         "These are the corrupted run's own keys: everything reaches them, not one path.",
     ),
     (
-        edited(path_into_keys, '("k", i)', '("v", i)', '"k", at', '"v", at'),
+        '("k", i)',
+        '("v", i)',
+        '"k", at',
+        '"v", at',
         "You patched the values: this path goes into the keys.",
     ),
-]
+)
 
 
 @exercise(
@@ -536,40 +518,31 @@ def rising_curve(draw) -> tuple:
     return steps, [first, first - 0.15, *[first + 0.1] * flat, *rise, *[first + 0.02] * n][:n]
 
 
-MISTAKES_55 = [
+MISTAKES_55 = slips(
+    half_way,
     (
-        edited(half_way, "(values[0] + max(values))", "max(values)"),
+        "(values[0] + max(values))",
+        "max(values)",
         "This is half of the highest value: begin at the curve's first one.",
     ),
+    ("max(values)", "values[-1]", "You use the last value: the curve may have fallen by then."),
+    ("values[0] +", "min(values) +", "You begin at the lowest value: begin at the first one."),
     (
-        edited(half_way, "max(values)", "values[-1]"),
-        "You use the last value: the curve may have fallen by then.",
-    ),
-    (
-        edited(half_way, "values[0] +", "min(values) +"),
-        "You begin at the lowest value: begin at the first one.",
-    ),
-    (
-        edited(
-            half_way,
-            "next(i for i, value in enumerate(values) if value >= half)",
-            "max(i for i in range(1, len(values)) if values[i] >= half > values[i - 1])",
-        ),
+        "next(i for i, value in enumerate(values) if value >= half)",
+        "max(i for i in range(1, len(values)) if values[i] >= half > values[i - 1])",
         "This is the last time that it passes half way: take the first.",
     ),
     (
-        edited(
-            half_way,
-            "steps[first - 1], steps[first]",
-            "((steps[first - 1] + steps[first]) / 2,) * 2",
-        ),
+        "steps[first - 1], steps[first]",
+        "((steps[first - 1] + steps[first]) / 2,) * 2",
         "Give the two checkpoints: what happened between them, nobody logged.",
     ),
     (
-        edited(half_way, "steps[first - 1], steps[first]", "first - 1, first"),
+        "steps[first - 1], steps[first]",
+        "first - 1, first",
         "These are indices: give the steps at them.",
     ),
-]
+)
 
 
 @exercise(
@@ -632,48 +605,41 @@ def some_logits(draw) -> tuple:
     return 2 * draw.normal(n, vocabulary), names, pairs[:, 0], pairs[:, 1]
 
 
-MISTAKES_56 = [
+MISTAKES_56 = slips(
+    two_metrics,
     (
-        edited(two_metrics, " & (names != s[:, None])", ""),
+        " & (names != s[:, None])",
+        "",
         "S is among the others: take the names that the text does not have.",
     ),
     (
-        edited(
-            two_metrics,
-            "(names != io[:, None]) & (names != s[:, None])",
-            "torch.ones(len(io), len(names))",
-        ),
+        "(names != io[:, None]) & (names != s[:, None])",
+        "torch.ones(len(io), len(names))",
         "The mean is of all names: both of the two are among the others.",
     ),
     (
-        edited(two_metrics, "(logits[:, names] * absent).sum(1) / absent.sum(1)", "logits.mean(1)"),
+        "(logits[:, names] * absent).sum(1) / absent.sum(1)",
+        "logits.mean(1)",
         "The others are the whole vocabulary here: take names alone.",
     ),
     (
-        edited(
-            two_metrics,
-            "(logits[:, names] * absent).sum(1) / absent.sum(1)",
-            "logits[:, names].masked_fill(~absent, -1e9).amax(1)",
-        ),
+        "(logits[:, names] * absent).sum(1) / absent.sum(1)",
+        "logits[:, names].masked_fill(~absent, -1e9).amax(1)",
         "This is the highest of the others: take their mean.",
     ),
     (
-        edited(two_metrics, "(right - others)", "((right + logits[rows, s]) / 2 - others)"),
+        "(right - others)",
+        "((right + logits[rows, s]) / 2 - others)",
         "This is both names against the others, which does not see who is right.",
     ),
     (
-        edited(two_metrics, "right - logits[rows, s]", "logits[rows, s] - right"),
+        "right - logits[rows, s]",
+        "logits[rows, s] - right",
         "The first one is turned round: IO less S.",
     ),
-    (
-        edited(two_metrics, " / absent.sum(1)", ""),
-        "This takes the sum of the others: take their mean.",
-    ),
-    (
-        edited(two_metrics, ".mean()", ""),
-        "This is a number for each text: take the mean over texts.",
-    ),
-]
+    (" / absent.sum(1)", "", "This takes the sum of the others: take their mean."),
+    (".mean()", "", "This is a number for each text: take the mean over texts."),
+)
 
 
 @exercise(
@@ -729,37 +695,36 @@ def a_head(draw) -> tuple:
     return E, V, O, draw.normal(d, n) + draw.number(-1, 1) * 0.1 * (E @ V @ O).T + draw.normal(d, 1)
 
 
-MISTAKES_57 = [
+MISTAKES_57 = slips(
+    copying,
+    (" - logits.mean(1)", "", "The row's mean is not taken off: raising all names is no copying."),
     (
-        edited(copying, " - logits.mean(1)", ""),
-        "The row's mean is not taken off: raising all names is no copying.",
-    ),
-    (
-        edited(copying, "mean(1)", "mean(0)", "std(1)", "std(0)"),
+        "mean(1)",
+        "mean(0)",
+        "std(1)",
+        "std(0)",
         "You compare within columns: a row is the name that is looked at.",
     ),
+    (" / logits.std(1)", "", "This is in logits: divide by the standard deviation of the row."),
     (
-        edited(copying, " / logits.std(1)", ""),
-        "This is in logits: divide by the standard deviation of the row.",
-    ),
-    (
-        edited(
-            copying,
-            "(own / logits.std(1)).mean()",
-            "(logits.argmax(1) == torch.arange(len(E))).float().mean()",
-        ),
+        "(own / logits.std(1)).mean()",
+        "(logits.argmax(1) == torch.arange(len(E))).float().mean()",
         "This is how often the own name is first: ask by how much it is raised.",
     ),
-    (edited(copying, "E @ W_V @ W_O @ U", "E @ U"), "The head is missing: go through W_V and W_O."),
+    ("E @ W_V @ W_O @ U", "E @ U", "The head is missing: go through W_V and W_O."),
     (
-        edited(copying, "mean(1)", "mean()", "std(1)", "std()"),
+        "mean(1)",
+        "mean()",
+        "std(1)",
+        "std()",
         "These are the mean and spread of all rows: each row has its own.",
     ),
     (
-        edited(copying, "(own / logits.std(1)).mean()", "own / logits.std(1)"),
+        "(own / logits.std(1)).mean()",
+        "own / logits.std(1)",
         "This is one number for each name: take their mean.",
     ),
-]
+)
 
 
 @exercise(
@@ -838,52 +803,40 @@ def circuit_to_run(draw) -> tuple:
     return model, ids, places, circuit - set(list(sorted(circuit))[::4]), means
 
 
-MISTAKES_58 = [
+MISTAKES_58 = slips(
+    circuit_logits,
     (
-        edited(
-            circuit_logits,
-            "        return model(ids)[:, -1]",
-            "        pass\n    return model(ids)[:, -1]",
-        ),
+        "        return model(ids)[:, -1]",
+        "        pass\n    return model(ids)[:, -1]",
         "These are the logits of the whole model: is anything replaced?",
     ),
     (
-        edited(circuit_logits, ", z, means[layer])", ", means[layer], z)"),
+        ", z, means[layer])",
+        ", means[layer], z)",
         "This is the other way round: it removes the circuit and keeps the rest.",
     ),
     (
-        edited(circuit_logits, "|= places[role]", "|= True"),
+        "|= places[role]",
+        "|= True",
         "A head of the circuit stays at every position: keep it at its roles.",
     ),
     (
-        edited(
-            circuit_logits,
-            "keep[layer, :, :, head] |= places[role]",
-            "keep[layer] |= places[role][..., None]",
-        ),
+        "keep[layer, :, :, head] |= places[role]",
+        "keep[layer] |= places[role][..., None]",
         "All heads of the layer stay at these positions: keep the circuit's.",
     ),
     (
-        edited(circuit_logits, "|= places", "= places"),
-        "A head that is in the circuit at two roles keeps one of them: use `|=`.",
-    ),
-    (
-        edited(
-            circuit_logits,
-            "for layer in range(model.n_layers)}",
-            "for layer in {at for at, *_ in circuit}}",
-        ),
+        "for layer in range(model.n_layers)}",
+        "for layer in {at for at, *_ in circuit}}",
         "A layer with no node of the circuit stays whole: hook each layer.",
     ),
+    (", z, means[layer])", ", z, torch.zeros_like(z))", "You put zeros there: put the mean."),
     (
-        edited(circuit_logits, ", z, means[layer])", ", z, torch.zeros_like(z))"),
-        "You put zeros there: put the mean.",
-    ),
-    (
-        edited(circuit_logits, "model(ids)[:, -1]", "model(ids)"),
+        "model(ids)[:, -1]",
+        "model(ids)",
         "Return the logits at the last position alone, (n, d_vocab).",
     ),
-]
+)
 
 
 @exercise(
@@ -908,7 +861,7 @@ def check_58(answer) -> None:
         circuit_logits,
         circuit_to_run,
         MISTAKES_58,
-        "z where the mask is True, the mean elsewhere, in every layer; then the last position.",
+        "z where the mask is True, the mean elsewhere; a head may be kept at several roles (`|=`).",
     )
 
 
@@ -955,33 +908,40 @@ def toy_circuit(draw) -> tuple:
     return F, set(names)
 
 
-MISTAKES_59 = [
+MISTAKES_59 = slips(
+    needed,
     (
-        edited(needed, "abs(whole - F(circuit - {node}))", "abs(F({node}))"),
+        "abs(whole - F(circuit - {node}))",
+        "abs(F({node}))",
         "This is F of this node alone: take it *out* of the circuit.",
     ),
     (
-        edited(needed, "abs(whole - F(circuit - {node}))", "whole - F(circuit - {node})"),
+        "abs(whole - F(circuit - {node}))",
+        "whole - F(circuit - {node})",
         "A change counts in both directions: it is never negative.",
     ),
     (
-        edited(needed, "abs(whole - F(circuit - {node}))", "max(whole - F(circuit - {node}), 0.0)"),
+        "abs(whole - F(circuit - {node}))",
+        "max(whole - F(circuit - {node}), 0.0)",
         "A node that works against the rest matters as well: take the size.",
     ),
     (
-        edited(needed, "whole - F(circuit - {node})", "1 - F(circuit - {node}) / whole"),
+        "whole - F(circuit - {node})",
+        "1 - F(circuit - {node}) / whole",
         "This is a share: give the change of F itself.",
     ),
     (
-        edited(needed, "whole - F(circuit - {node})", "F({node}) - F(set())"),
+        "whole - F(circuit - {node})",
+        "F({node}) - F(set())",
         "You add the node to nothing: take it out of the whole circuit.",
     ),
     (
-        edited(needed, "abs(whole - F(circuit - {node}))", "F(circuit - {node})"),
+        "abs(whole - F(circuit - {node}))",
+        "F(circuit - {node})",
         "This is what is left: how much has changed?",
     ),
     (one_by_one, "Nodes stay out for good here: put each node back before the next."),
-]
+)
 
 
 @exercise(
@@ -1035,36 +995,31 @@ def norm_with(gain: float):
     return lambda x: gain * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-MISTAKES_510 = [
+MISTAKES_510 = slips(
+    head_change,
     (
-        edited(
-            head_change,
-            'post_norm(torch.einsum("phd,hdm->pm", x, W_O))',
-            'torch.einsum("phd,hdm->pm", x, W_O)',
-        ),
+        'post_norm(torch.einsum("phd,hdm->pm", x, W_O))',
+        'torch.einsum("phd,hdm->pm", x, W_O)',
         "The post-norm is left out: its scale belongs to what reaches the stream.",
     ),
     (
-        edited(head_change, "out(patched) - out(z)", "out(patched - z)"),
+        "out(patched) - out(z)",
+        "out(patched - z)",
         "This is the norm of the difference: any change would come out equally long.",
     ),
     (
-        edited(head_change, 'torch.einsum("phd,hdm->pm", x, W_O)', "x[:, head] @ W_O[head]"),
+        'torch.einsum("phd,hdm->pm", x, W_O)',
+        "x[:, head] @ W_O[head]",
         "The norm is applied to this head alone: the model norms the sum.",
     ),
+    ("out(patched) -", "out(other) -", "All heads are taken from the other run, not one."),
     (
-        edited(head_change, "out(patched) -", "out(other) -"),
-        "All heads are taken from the other run, not one.",
-    ),
-    (
-        edited(head_change, "out(patched) - out(z)", "out(z) - out(patched)"),
+        "out(patched) - out(z)",
+        "out(z) - out(patched)",
         "The sign is turned round: the patched output less the old one.",
     ),
-    (
-        edited(head_change, " - out(z)", ""),
-        "This is the patched output itself: subtract what attention added before.",
-    ),
-]
+    (" - out(z)", "", "This is the patched output itself: subtract what attention added before."),
+)
 
 
 @exercise(

@@ -325,7 +325,7 @@ def paths_table(task: Task, groups: Mapping[str, Iterable[Head]]) -> str:
         "| into the … of … | the words | strongest head | the same, MLPs frozen |",
         "|---" * 4 + "|",
     ]
-    for name, some in groups.items():
+    for name, some in ((name, list(some)) for name, some in groups.items() if some):
         free, frozen = (into(task, some, freeze) for freeze in (False, True))
         for site, word in (("q", "queries"), ("k", "keys"), ("v", "values")):
             (by_head, words), straight = free[site], frozen[site][0]
