@@ -323,6 +323,9 @@ def test_curves_by_hand():
     low, high, share = lab.steepest(steps, values, 10)
     assert (low, high) == (10, 20) and share == 1
     assert lab.steepest(steps, values, 5)[2] == pytest.approx(0.5)
+    log = {"step": steps, "previous_token_head": values / 2, "repetition": values + 0.1}
+    said = lab.when_it_begins(log, (15, 20, 0.5))
+    assert "5 of 40 steps, 50%" in said and "previous token head 0.25, repetition 0.60" in said
 
 
 def test_the_shipped_log_has_a_phase_change():

@@ -337,8 +337,10 @@ def test_the_accounts_of_a_repair_balance(task, metric):
 def test_paths_of_all_kinds(task):
     by_head, words = circuits.senders(task, "logits")
     assert by_head.shape == (task.model.n_layers, task.model.n_heads) and words == words
-    found = circuits.into(task, [(2, 0)], freeze_mlps=True)
-    assert list(found) == ["q", "k", "v"] and found["v"][0].shape == by_head.shape
+    table = heads_figures.paths_table(task, {"a": [(1, 0)], "b": [(1, 1)], "c": []}).splitlines()
+    shared = task.model.n_kv_heads < task.model.n_heads  # then a and b have the same keys
+    assert len(table) == 2 + 9 + 1 and ("| – |" in table[6]) == shared and "| – |" in table[9]
+    assert not any("| – |" in row for row in table[:6])
 
 
 @pytest.mark.parametrize(
@@ -370,7 +372,7 @@ def test_it_knows_who_receives_on_unseen_pairs(shipped):
 def test_its_circuit_is_small_faithful_and_better_than_chance():
     circuit, task = claims.found_circuit(), claims.fresh_task(0)
     assert 0 < len(circuit) < 0.15 * len(task.nodes())
-    assert task.closeness(circuit) > 0.85 and task.first_choice(circuit) > 0.9
+    assert task.closeness(circuit) > 0.88 and task.first_choice(circuit) > 0.9
     drawn = circuits.random_circuits(task, circuit, 4)
     assert max(map(task.closeness, drawn)) < task.closeness(circuit) - 0.2
 

@@ -21,7 +21,7 @@ from mi_helpers.heads import Head, effective_embedding, head_name, writing
 from mi_helpers.layouts import norm_gain
 from mi_helpers.lessons.lesson_05.ioi import METRICS, NAMED, ROLES, Node, Task, to_nodes
 from mi_helpers.models import LanguageModel
-from mi_helpers.paths import path_patch, path_patch_map, receivers_of
+from mi_helpers.paths import path_patch, path_patch_map
 
 # --------------------------------------------------------------------------------------- the search
 
@@ -29,7 +29,7 @@ from mi_helpers.paths import path_patch, path_patch_map, receivers_of
 LEAST = 0.01  # a node whose loss is less than this is none of the circuit's
 
 
-def find_circuit(task: Task, within: float = 0.1) -> set[Node]:
+def find_circuit(task: Task, within: float = 0.07) -> set[Node]:
     """A small circuit that does what the model does: `task.error` stays within `within`.
 
     The error is of single texts, so that a circuit cannot be right on average alone.
@@ -273,14 +273,6 @@ def senders(
     by_head = path_patch_map(*given, receivers, task.metric, "noise", through)
     straight = path_patch(*given, ["embed"], receivers, task.metric, "noise", through)
     return path_share(task, by_head), float(path_share(task, straight))
-
-
-def into(task: Task, heads: Iterable[Head], freeze_mlps: bool = False) -> dict[str, tuple]:
-    """`senders` into the queries, keys and values of some heads, {"q": …, "k": …, "v": …}."""
-    heads = list(heads)
-    return {
-        site: senders(task, receivers_of(task.model, heads, site), freeze_mlps) for site in "qkv"
-    }
 
 
 # -------------------------------------------------------------------------------------- self-repair

@@ -156,7 +156,7 @@ def circuit_faithfulness(seed: int) -> float:
     "ioi-closeness",
     "1 less the distance of F(circuit) / F(model) from 1, on the worse of IO - S and IO - others",
     source="measured in the lesson",
-    tolerance=">= 0.85",
+    tolerance=">= 0.9",
     seeds=3,
 )
 def circuit_closeness(seed: int) -> float:

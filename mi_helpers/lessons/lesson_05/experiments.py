@@ -10,7 +10,7 @@ The task of who receives is in `ioi`, its circuit in `circuit`.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +148,14 @@ def steepest(steps: np.ndarray, values: np.ndarray, width: float) -> tuple[float
     gains = np.interp(starts + width, steps, values) - np.interp(starts, steps, values)
     best = int(gains.argmax())
     return float(starts[best]), float(starts[best] + width), float(gains[best] / rise)
+
+
+def when_it_begins(log: Mapping[str, np.ndarray], window: tuple[float, float, float]) -> str:
+    """Two lines on `steepest`'s window: its share of the rise, and what was there as it began."""
+    begin, end, share = window
+    there = [
+        f"{name.replace('_', ' ')} {np.interp(begin, log['step'], log[name]):.2f}"
+        for name in ("previous_token_head", "repetition")
+    ]
+    steps = f"{end - begin:.0f} of {log['step'][-1]:.0f} steps"
+    return f"shaded: {steps}, {share:.0%} of the rise\nwhen it begins: {', '.join(there)}"

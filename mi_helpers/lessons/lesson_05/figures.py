@@ -12,8 +12,9 @@ from matplotlib.patches import FancyArrowPatch
 from torch import Tensor
 
 from mi_helpers.heads import Head, head_name
-from mi_helpers.lessons.lesson_05.circuit import JOBS, LOOKS, attention_by_role, into
+from mi_helpers.lessons.lesson_05.circuit import JOBS, LOOKS, attention_by_role, senders
 from mi_helpers.lessons.lesson_05.ioi import METRICS, ROLES, Node, Task, node_name, own_prompt
+from mi_helpers.paths import receivers_of
 from mi_helpers.picture import HIGHEST
 from mi_helpers.plots import (
     AMOUNT,
@@ -319,22 +320,32 @@ def jobs_table(task: Task, given: Mapping[Node, str], copies: Tensor) -> str:
 
 
 def paths_table(task: Task, groups: Mapping[str, Iterable[Head]]) -> str:
-    """A Markdown table: who tells the queries, keys and values of some heads who comes twice, with
-    the MLPs between recomputed, and frozen."""
-    rows = [
-        "| into the … of … | the words | strongest head | the same, MLPs frozen |",
-        "|---" * 4 + "|",
-    ]
-    for name, some in ((name, list(some)) for name, some in groups.items() if some):
-        free, frozen = (into(task, some, freeze) for freeze in (False, True))
-        for site, word in (("q", "queries"), ("k", "keys"), ("v", "values")):
-            (by_head, words), straight = free[site], frozen[site][0]
-            best = divmod(int(by_head.argmax()), by_head.shape[1])
+    """A Markdown table: who tells the queries, keys and values of some heads, and the answer, who
+    comes twice, with the MLPs between recomputed, and frozen.
+
+    Of keys and values, those shared with a head of an earlier group are left out: what goes into one
+    of the two goes into the other.
+    """
+    model, wires = task.model, {"q": "queries", "k": "keys", "v": "values"}
+    rows = ["| into the | the words | strongest head | it, MLPs frozen |", "|---" * 4 + "|"]
+    taken: set[tuple] = set()
+    for name, some in groups.items():
+        for site, wire in wires.items():
+            left = set(receivers_of(model, some, site)) - taken
+            label = f"{wire} of the {name} heads"
             rows.append(
-                f"| {word} of the {name} heads | {words:.2f} | {head_name(best)} "
-                f"{by_head[best]:.2f} | {straight[best]:.2f} |"
+                _path_row(task, label, sorted(left)) if left else f"| {label} | – | – | – |"
             )
-    return "\n".join(rows)
+            taken |= left
+    return "\n".join([*rows, _path_row(task, "answer itself", "logits")])
+
+
+def _path_row(task: Task, label: str, receivers: Sequence | str) -> str:
+    """A row of `paths_table`: what the words and the strongest sender carry into some receivers."""
+    (by_head, words), (frozen, _) = (senders(task, receivers, each) for each in (False, True))
+    best = divmod(int(by_head.argmax()), by_head.shape[1])
+    shares = f"{head_name(best)} {by_head[best]:.2f} | {frozen[best]:.2f}"
+    return f"| {label} | {words:.2f} | {shares} |"
 
 
 def faithfulness_table(kinds: Mapping[str, Sequence[Tensor]]) -> str:
