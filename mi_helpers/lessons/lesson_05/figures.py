@@ -323,8 +323,8 @@ def paths_table(task: Task, groups: Mapping[str, Iterable[Head]]) -> str:
     """A Markdown table: who tells the queries, keys and values of some heads, and the answer, who
     comes twice, with the MLPs between recomputed, and frozen.
 
-    Of keys and values, those shared with a head of an earlier group are left out: what goes into one
-    of the two goes into the other.
+    Of keys and values, those shared with a head of an earlier group are left out: what goes into
+    one of the two goes into the other.
     """
     model, wires = task.model, {"q": "queries", "k": "keys", "v": "values"}
     rows = ["| into the | the words | strongest head | it, MLPs frozen |", "|---" * 4 + "|"]
