@@ -14,6 +14,7 @@ from mi_helpers.course.check import (
     as_numbers,
     describe,
     draws,
+    edited,
     exercise,
     expect,
     expect_shape,
@@ -29,7 +30,7 @@ from mi_helpers.lessons.lesson_02.using import (
     verdicts,
 )
 from mi_helpers.lessons.shared import documents, shipped_model
-from mi_helpers.probes import mean_difference, midpoint
+from mi_helpers.probes import mean_difference
 
 ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
 PROBE_TEXT = "The keys near the cabinet"
@@ -88,33 +89,18 @@ def read_by_counting(model, text, end, site):
     return cache[site][0, at].tolist()
 
 
-def rows(model, text, site):
-    """The stream of a text at a site, (pos, d_model)."""
-    return model.run_with_cache(text, [site])[1][site][0]
-
-
 MISTAKES_21 = [
     (
-        lambda model, text, end, site: rows(model, text, site)[-1],
-        "This is read at the end of the whole text, where the answer has been said: a probe there "
-        "tells nothing about what the model knew before.",
+        edited(read_at, "text[:end]", "text"),
+        "This is read at the end, where the answer has been said.",
     ),
     (
-        lambda model, text, end, site: rows(model, text[:end], site)[0],
+        edited(read_at, "[0, -1]", "[0, 0]"),
         "This is the first token, `<bos>`, which has seen nothing.",
     ),
-    (
-        lambda model, text, end, site: rows(model, text[:end], site)[-2],
-        "This is one token too early.",
-    ),
-    (
-        lambda model, text, end, site: rows(model, text[:end], site).mean(0),
-        "This is the mean over all tokens: read at one.",
-    ),
-    (
-        lambda model, text, end, site: rows(model, text[:end], site),
-        "These are all tokens, (pos, d_model): give one of them.",
-    ),
+    (edited(read_at, "[0, -1]", "[0, -2]"), "This is one token too early."),
+    (edited(read_at, "[0, -1]", "[0].mean(0)"), "This is the mean over all tokens: read at one."),
+    (edited(read_at, "[0, -1]", "[0]"), "These are all tokens, (pos, d_model): give one of them."),
 ]
 
 
@@ -167,32 +153,35 @@ def by_torch(x, k):
 
 MISTAKES_22 = [
     (
-        lambda x, k: np.linalg.svd(x, full_matrices=False)[2][:k],
-        "The first of these points at the mean of the points: subtract it before you begin.",
+        edited(principal_directions, " - x.mean(0)", ""),
+        "These go through 0: subtract the mean first.",
     ),
     (
-        lambda x, k: principal_directions(x, len(x[0]))[::-1][:k],
+        edited(principal_directions, "[:k]", "[::-1][:k]"),
         "These are the directions along which x varies least: turn the order round.",
     ),
     (
-        lambda x, k: principal_directions(x / x.std(0), k),
+        edited(principal_directions, "x - x.mean(0)", "(x - x.mean(0)) / x.std(0)"),
         "You gave every column the same spread: only subtract the mean.",
     ),
     (
-        lambda x, k: (x - x.mean(0))[np.argsort(-((x - x.mean(0)) ** 2).sum(1))[:k]],
-        "These are points themselves, the farthest ones, not directions of the cloud.",
+        edited(principal_directions, "np.linalg.svd(centred, full_matrices=False)[2]", "centred"),
+        "These are points themselves, not directions of the cloud.",
     ),
 ]
 SHAPES_22 = [
     (
-        lambda x, k: principal_directions(x, k).T,
+        edited(principal_directions, "[:k]", "[:k].T"),
         "The directions are in columns: give rows, (k, d).",
     ),
     (
-        lambda x, k: (x - x.mean(0)) @ principal_directions(x, k).T,
+        edited(principal_directions, "return ", "return centred @ ", "[:k]", "[:k].T"),
         "These are the coordinates of the points, (n, k): give the directions.",
     ),
-    (lambda x, k: 2 * principal_directions(x, k), "Each direction should have length 1."),
+    (
+        edited(principal_directions, "return ", "return 2 * "),
+        "Each direction should have length 1.",
+    ),
 ]
 
 
@@ -256,34 +245,25 @@ def by_distance(x, y, fresh):
     return to_true < (fresh - x[~y].mean(0)).square().sum(1)
 
 
-def beyond(cut):
-    """mean_difference_probe with the cut elsewhere: cut(x, fresh)."""
-    return lambda x, y, fresh: (fresh - cut(x, fresh)) @ (x[y].mean(0) - x[~y].mean(0)) > 0
-
-
 MISTAKES_23 = [
     (
-        beyond(lambda x, fresh: 0),
-        "The cut is at zero, and the data's centre is elsewhere: subtract the point half way "
-        "between the means.",
+        edited(mean_difference_probe, " - (true + false) / 2", ""),
+        "The cut is at zero, and the data's centre is elsewhere: subtract the half-way point.",
     ),
     (
-        beyond(lambda x, fresh: x.mean(0)),
-        "The cut is at the mean of all examples, which leans towards the larger class: take the "
-        "point half way between the two means.",
+        edited(mean_difference_probe, "(true + false) / 2", "x.mean(0)"),
+        "The cut is at the mean of all examples, which leans towards the larger class.",
     ),
     (
-        beyond(lambda x, fresh: fresh.mean(0)),
+        edited(mean_difference_probe, "(true + false) / 2", "fresh.mean(0)"),
         "The cut depends on the fresh rows: find it in x and y alone.",
     ),
     (
-        lambda x, y, fresh: ~mean_difference_probe(x, y, fresh),
+        edited(mean_difference_probe, "> 0", "< 0"),
         "True and false are swapped: take the mean of the true minus that of the false.",
     ),
     (
-        lambda x, y, fresh: (
-            (fresh - (x[y].mean(0) + x[~y].mean(0)) / 2) @ (x[y].mean(0) - x[~y].mean(0))
-        ),
+        edited(mean_difference_probe, " > 0", ""),
         "Return one boolean for each fresh row: is this above zero?",
     ),
 ]
@@ -339,30 +319,6 @@ def train_probe(x, y, steps, rate, penalty):
     return w, b
 
 
-def trained(sign=1, by_sum=False, bias=True, penal=1.0, square=False, in_turn=False):
-    """train_probe with a mistake."""
-
-    def probe(x, y, steps, rate, penalty):
-        w, b = np.zeros(x.shape[1]), 0.0
-        for _ in range(steps):
-            z = x @ w + b
-            error = (z if square else 1 / (1 + np.exp(-z))) - y
-            n = 1 if by_sum else len(x)
-            w = w - sign * rate * (x.T @ error / n + penal * penalty * w)
-            if in_turn:
-                error = 1 / (1 + np.exp(-(x @ w + b))) - y
-            b = b - bias * sign * rate * error.sum() / n
-        return w, b
-
-    return probe
-
-
-def bias_shrunk(x, y, steps, rate, penalty):
-    ones = np.concatenate([x, np.ones((len(x), 1))], 1)
-    w, _ = trained(bias=False)(ones, y, steps, rate, penalty)
-    return w[:-1], w[-1]
-
-
 def by_autograd(x, y, steps, rate, penalty):
     x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
     w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
@@ -377,17 +333,35 @@ def by_autograd(x, y, steps, rate, penalty):
 
 
 MISTAKES_24 = [
-    (trained(sign=-1), "The steps go uphill: subtract the gradient."),
-    (trained(by_sum=True), "The loss is the mean over the examples, not the sum."),
-    (trained(bias=False), "The bias has not moved: it has a gradient, too."),
-    (trained(penal=0.0), "The penalty is missing: its gradient is penalty · w."),
+    (edited(train_probe, "- rate", "+ rate"), "The steps go uphill: subtract the gradient."),
     (
-        trained(penal=2.0),
+        edited(train_probe, " / len(x)", "", ".mean()", ".sum()"),
+        "The loss is the mean over the examples, not the sum.",
+    ),
+    (
+        edited(train_probe, "b = b - rate", "b = b - 0"),
+        "The bias has not moved: it has a gradient, too.",
+    ),
+    (
+        edited(train_probe, " + penalty * w", ""),
+        "The penalty is missing: its gradient is penalty · w.",
+    ),
+    (
+        edited(train_probe, "+ penalty * w", "+ 2 * penalty * w"),
         "The gradient of penalty / 2 · |w|² is penalty · w, half of what you have.",
     ),
-    (trained(square=True), "This is least squares: put a sigmoid around x @ w + b."),
-    (bias_shrunk, "You penalise the bias, too: the penalty is on w alone."),
-    (trained(in_turn=True), "Weights and bias move in turn: take both gradients at one place."),
+    (
+        edited(train_probe, "1 / (1 + np.exp(-(x @ w + b)))", "x @ w + b"),
+        "This is least squares: put a sigmoid around x @ w + b.",
+    ),
+    (
+        edited(train_probe, "error.mean()", "(error.mean() + penalty * b)"),
+        "You penalise the bias, too: the penalty is on w alone.",
+    ),
+    (
+        edited(train_probe, "error.mean()", "(1 / (1 + np.exp(-(x @ w + b))) - y).mean()"),
+        "Weights and bias move in turn: take both gradients at one place.",
+    ),
 ]
 
 
@@ -665,15 +639,21 @@ MISTAKES_27 = [
         lambda q, p: excess(np.maximum(p, 1e-12), q),
         "Probe and ideal reader are swapped: the ideal reader's p are the weights.",
     ),
-    (lambda q, p: excess(q, p) / np.log(2), "This is in bits: use the natural logarithm."),
     (
-        lambda q, p: -(p * np.log(q)).sum(1),
+        edited(excess, ".sum(1)", ".sum(1) / np.log(2)"),
+        "This is in bits: use the natural logarithm.",
+    ),
+    (
+        edited(excess, "np.log(possible) ", ""),
         "This is all that the probe pays: subtract the ideal reader's own entropy.",
     ),
-    (lambda q, p: -excess(q, p), "The sign is turned round: the probe pays more, never less."),
-    (lambda q, p: excess(q, p) / p.shape[1], "Sum over the classes, do not average."),
     (
-        lambda q, p: excess(q, p).mean(),
+        edited(excess, "return (", "return -("),
+        "The sign is turned round: the probe pays more, never less.",
+    ),
+    (edited(excess, ".sum(1)", ".mean(1)"), "Sum over the classes, do not average."),
+    (
+        edited(excess, ".sum(1)", ".sum(1).mean()"),
         "Give one number for each example; the lesson takes the mean.",
     ),
     (likeliest, "Only the likeliest class is counted: weigh every class with p."),
@@ -730,27 +710,6 @@ def push(model, tokens, site, position, vector):
         return model(tokens)[0, -1]
 
 
-def with_stream(change, logits=lambda x, position: x[-1]):
-    """push with another change of the stream, (stream, position, vector), or other logits."""
-
-    def pushed(model, tokens, site, position, vector):
-        with model.hooks({site: lambda x: change(x.clone(), position, vector)}):
-            return logits(model(tokens)[0], position)
-
-    return pushed
-
-
-def added(x, at, vector):
-    """A stream with a vector added at some positions."""
-    x[:, at] += vector
-    return x
-
-
-def replaced(x, at, vector):
-    x[:, at] = vector
-    return x
-
-
 def push_by_adding_zeros(model, tokens, site, position, vector):
     more = torch.zeros(tokens.shape[1], len(vector))
     more[position] = torch.as_tensor(np.asarray(vector), dtype=torch.float32)
@@ -760,27 +719,21 @@ def push_by_adding_zeros(model, tokens, site, position, vector):
 
 MISTAKES_28 = [
     (
-        with_stream(lambda x, at, v: added(x, slice(None), v)),
+        edited(push, "[:, position]", "[:]"),
         "The vector was added at every position: add it at one.",
     ),
     (
-        with_stream(lambda x, at, v: added(x, -1, v)),
-        "The vector was added at the last position: add it at `position`.",
+        edited(push, "[:, position]", "[:, -1]"),
+        "It was added at the last position: use `position`.",
     ),
-    (with_stream(replaced), "The stream was replaced by the vector: add it."),
+    (edited(push, "+= vector", "= vector"), "The stream was replaced by the vector: add it."),
+    (edited(push, "{site: hook}", "{}"), "These are the logits of the model as it is."),
+    (edited(push, "+= vector", "-= vector"), "The vector was taken away: add it."),
     (
-        with_stream(lambda x, at, v: x),
-        "These are the logits of the model as it is: nothing was added.",
-    ),
-    (with_stream(lambda x, at, v: added(x, at, -v)), "The vector was taken away: add it."),
-    (
-        with_stream(added, lambda x, at: x[at]),
+        edited(push, "[0, -1]", "[0, position]"),
         "These are the logits of the pushed token: give the last token's.",
     ),
-    (
-        with_stream(added, lambda x, at: x),
-        "These are the logits of every token: give the last token's.",
-    ),
+    (edited(push, "[0, -1]", "[0]"), "These are the logits of every token: give the last token's."),
 ]
 
 
@@ -836,32 +789,26 @@ def project_in_place(x, v, centre):
 
 
 MISTAKES_29 = [
+    (edited(project_out, "v / v.norm()", "v"), "v's length is not 1: divide it by its length."),
     (
-        lambda x, v, centre: x - ((x - centre) @ v)[:, None] * v,
-        "v is used as it comes, and its length is not 1: divide it by its length.",
+        edited(project_out, "x - centre", "x"),
+        "Every row lands at 0 along v: it should be at the centre.",
     ),
     (
-        lambda x, v, centre: project_out(x, v, 0 * centre),
-        "Every row lands at 0 along v: it should land where the centre is.",
+        edited(project_out, "x - ((", "(("),
+        "This is the part along v, and nothing else: take it away.",
     ),
+    (lambda x, v, centre: x - v, "v itself is taken away: take away each row's own part along v."),
     (
-        lambda x, v, centre: x - project_out(x, v, centre),
-        "This is the part along v, and nothing else: it is what to take away.",
-    ),
-    (
-        lambda x, v, centre: x - v,
-        "v is taken away from each row: take away only each row's own part along v.",
-    ),
-    (
-        lambda x, v, centre: x - ((x - centre) @ v / v.norm())[:, None] * v,
+        edited(project_out, "[:, None] * u", "[:, None] * v"),
         "The part along v is measured with a unit vector, but not taken away so.",
     ),
     (
-        lambda x, v, centre: project_out(x, v, centre) - centre,
+        edited(project_out, "* u\n", "* u - centre\n"),
         "The centre has been subtracted from the result: only the part along v moves.",
     ),
     (
-        lambda x, v, centre: 2 * project_out(x, v, centre) - x,
+        edited(project_out, "x - ((", "x - 2 * (("),
         "Each row ends up on the other side of the centre: go half as far.",
     ),
     (
@@ -917,45 +864,41 @@ def lost_by_hand(train, test, site, place, noun):
     return (before - torch.tensor(test.margins(hooks))).sum() / before.sum()
 
 
-def lost_with(centre=midpoint, own=False, fit_on_test=False, other=False, value=None):
-    """share_lost with a mistake; value(before, after) is what it gives in the end."""
-
-    def lost(train, test, site, place, noun):
-        data, y = (test if fit_on_test else train), place if own else noun
-        x, y = data.stream[place][site], data.plural[y]
-        at = {"head": "last", "last": "head"}[place] if other else place
-        hooks = test.remove(site, at, mean_difference(x, y), centre(x, y))
-        before, after = test.margins(), test.margins(hooks)
-        return 1 - after.mean() / before.mean() if value is None else value(before, after)
-
-    return lost
-
-
 MISTAKES_210 = [
     (
-        lost_with(centre=lambda x, y: 0 * x[0]),
-        "Rows are moved to 0 along the direction: move them to the point half way between the two "
-        "means.",
-    ),
-    (lost_with(own=True), "This is the number of the noun at `place`: take that of `noun`."),
-    (
-        lost_with(fit_on_test=True),
-        "The direction was found in `test`: find it in `train`, so that it cannot be fitted to the "
-        "sentences that it is removed from.",
-    ),
-    (lost_with(other=True), "The direction was removed at the other noun: remove it at `place`."),
-    (
-        lost_with(value=lambda before, after: after.mean() / before.mean()),
-        "This is what is left: give the share that is lost.",
+        edited(share_lost, "(true + false) / 2", "0 * true"),
+        "Rows are moved to 0 along the direction: move them to the half-way point.",
     ),
     (
-        lost_with(value=lambda before, after: before.mean() - after.mean()),
+        edited(share_lost, "train.plural[noun]", "train.plural[place]"),
+        "This is the number of the noun at `place`: take that of `noun`.",
+    ),
+    (
+        edited(share_lost, "train.stream", "test.stream", "train.plural", "test.plural"),
+        "The direction was found in `test`, where it is fitted to what it is removed from.",
+    ),
+    (
+        edited(
+            share_lost, "remove(site, place", "remove(site, {'head': 'last'}.get(place, 'head')"
+        ),
+        "The direction was removed at the other noun: remove it at `place`.",
+    ),
+    (edited(share_lost, "1 - test", "test"), "This is what is left: give the share that is lost."),
+    (
+        edited(
+            share_lost,
+            "1 - test.margins(hooks).mean() / test.margins().mean()",
+            "(test.margins() - test.margins(hooks)).mean()",
+        ),
         "This is the loss in nats: divide it by the mean margin before.",
     ),
     (
-        lost_with(value=lambda before, after: (1 - after / before).mean()),
-        "This is the mean of ratios, which a sentence with a tiny margin can ruin: take the ratio "
-        "of the means.",
+        edited(
+            share_lost,
+            "1 - test.margins(hooks).mean() / test.margins().mean()",
+            "(1 - test.margins(hooks) / test.margins()).mean()",
+        ),
+        "A mean of ratios is ruined by one tiny margin: take the ratio of the means.",
     ),
 ]
 
