@@ -1051,8 +1051,11 @@ def pushes(task: CountryTask):
     """(place, layer, direction) for each place and layer: the mean difference, and the gradient."""
     for place in ("name", "last"):
         for layer, site in lab.sites_of(shipped_model()).items():
-            yield place, layer, mean_difference(task.stream[place][site], task.first)
-            yield place, layer, task.gradient(site, place)
+            found = (
+                mean_difference(task.stream[place][site], task.first),
+                task.gradient(site, place),
+            )
+            yield from ((place, layer, v) for v in found if v.any())  # 0 where nobody reads it
 
 
 @functools.cache
