@@ -20,7 +20,7 @@ def verb_reading(reader, text: str) -> Figure:
     by_layer, verb = reader.read(text)
     rows = {"embedding" if n == "embed" else f"layer {n}": p for n, p in by_layer.items()}
     title = f"…{text[-40:]} …" if len(text) > 40 else f"{text} …"
-    look = {"reference": 0.5, "limits": (0, 1.15), "xlabel": "p(the subject is plural)"}
+    look = {"limits": (0, 1.15), "xlabel": "p(the subject is plural)"}
     drawn = bars(rows | {"the model's verb": verb}, title, **look)
     return drawn.reads(f"The model's own verb is plural with a probability of {verb:.2f}.")
 
