@@ -21,7 +21,7 @@ from mi_helpers.circuits.graphs import EMBEDDING, FEATURE, LOGIT, Graph, Node
 from mi_helpers.course import ledger
 from mi_helpers.course.check import Note, code
 from mi_helpers.files import literal
-from mi_helpers.lessons.lesson_03.figures import PatchingExplorer, effect_maps, single_map
+from mi_helpers.lessons.lesson_03.figures import PatchingExplorer, single_map
 from mi_helpers.lessons.lesson_04.figures import two_written
 from mi_helpers.lessons.lesson_05.figures import CircuitBuilder
 from mi_helpers.lessons.lesson_05.ioi import Task, make_prompts
@@ -58,7 +58,9 @@ FIGURES = {
     "before and after": lambda a, b: plots.before_after({a: 1.0}, {a: 2.0}, b, labels=(a, b)),
     "panels": lambda a, b: plots.layer_panels([a, b], {a: {a: [1, 2], b + "2": [2, 1]}}, ylabel=b),
     "map": lambda a, b: single_map(np.eye(2), [a, b], [b, a], a, b, a, "denoise"),
-    "maps": lambda a, b: effect_maps({a: np.eye(2), b + "2": np.eye(2)}, [a, b], [b, a], b, unit=a),
+    "maps": lambda a, b: plots.effect_maps(
+        {a: np.eye(2), b + "2": np.eye(2)}, [a, b], [b, a], b, unit=a
+    ),
     "written": lambda a, b: two_written([a, b], [1, 2], [3, 5], (a, b), b),
     "graph": lambda a, b: graph_figure(by_hand(a, b), a),
     "supernodes": lambda a, b: supernode_figure(by_hand(a, b, supernodes={b: ("0_1_1",)}), a),
@@ -105,7 +107,7 @@ def explorers():
         "lens": lambda text: views.lens(model, text),
         "circuit": lambda text: builder.figure(f"There was Roger. {text} left. A clerk gave it to"),
         "patching": lambda text: patching(
-            f"The keys {text}", f"The key {text}", "are / is", "resid_pre", "noise"
+            "city", f"The keys {text}", f"The key {text}", "are / is", "resid_pre", "noise"
         ),
     }
 
