@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mi_helpers.course.check import Wrong, agree, exercise, expect
+from mi_helpers.course.check import Wrong, agree, edited, exercise, expect
 from mi_helpers.lessons.lesson_03.pairs import (
     JOBS,
     fact_pairs,
@@ -16,6 +16,7 @@ from mi_helpers.lessons.lesson_03.predictions import (  # noqa: F401, the course
     better_estimated,
     between,
     costs_more,
+    directions_under_noise,
     part_of_the_last_word,
     score_country,
     strongest_head,
@@ -66,6 +67,15 @@ def some_pairs(draw, count: int = 3):
     return make(shipped_model(), draw.integer(2, count), draw.integer(0, 100_000))
 
 
+def slips(reference, *rows) -> list:
+    """Wrong answers with what is said of them: pieces of the reference's text, old, new, …, or a
+    function; then the sentence."""
+    return [
+        (changes[0] if callable(changes[0]) else edited(reference, *changes), sentence)
+        for *changes, sentence in rows
+    ]
+
+
 def told_apart(draw, make, run):
     """Arguments that `make` draws, drawn again until the patch that `run` makes changes logits."""
     for _ in range(30):
@@ -78,60 +88,44 @@ def told_apart(draw, make, run):
 
 # -- 3.1 -------------------------------------------------------------------------------------
 
-STUB_31 = '''\
-def scale(last, answer, wrong, at_clean, at_corrupted):
-    """The prompts' mean logit difference, moved so that at_corrupted is 0 and at_clean is 1.
-
-    last  logits at the last token, (batch, d_vocab); answer, wrong  token ids, (batch,)
-    at_clean, at_corrupted  the mean logit differences of the two unpatched runs
-    """
-    ...
-'''
-
-
-def moved(ends):
-    """scale with other ends: ends(difference, at_clean, at_corrupted)."""
-
-    def run(last, answer, wrong, at_clean, at_corrupted):
-        return ends(scale(last, answer, wrong, 1, 0), at_clean, at_corrupted)
-
-    return run
-
-
-def unpaired(last, answer, wrong, at_clean, at_corrupted):
-    difference = (last[:, answer] - last[:, wrong]).mean()
-    return (difference - at_corrupted) / (at_clean - at_corrupted)
-
-
-def in_probabilities(last, answer, wrong, at_clean, at_corrupted):
-    return scale(last.softmax(-1), answer, wrong, at_clean, at_corrupted)
-
-
-def answer_alone(last, answer, wrong, at_clean, at_corrupted):
-    picked = last[torch.arange(len(last)), answer].mean()
-    return (picked - at_corrupted) / (at_clean - at_corrupted)
-
-
-def each_prompt(last, answer, wrong, at_clean, at_corrupted):
-    rows = torch.arange(len(last))
-    return (last[rows, answer] - last[rows, wrong] - at_corrupted) / (at_clean - at_corrupted)
-
-
-MISTAKES_31 = [
-    (moved(lambda d, c, k: (d - c) / (k - c)), "The ends are swapped: the clean run should be 1."),
-    (moved(lambda d, c, k: d / c), "Shift first, so that the corrupted run becomes 0."),
-    (moved(lambda d, c, k: (d - k) / c), "Divide by the gap between the two runs."),
-    (moved(lambda d, c, k: d - k), "The corrupted run is 0, but the clean run is not 1 yet."),
+ON_SCALE = "(difference - at_corrupted) / (at_clean - at_corrupted)"
+MISTAKES_31 = slips(
+    scale,
     (
-        moved(lambda d, c, k: torch.clamp((d - k) / (c - k), 0, 1)),
+        ON_SCALE,
+        "(difference - at_clean) / (at_corrupted - at_clean)",
+        "The ends are swapped: the clean run should be 1.",
+    ),
+    (ON_SCALE, "difference / at_clean", "Shift first, so that the corrupted run becomes 0."),
+    (
+        ON_SCALE,
+        "(difference - at_corrupted) / at_clean",
+        "Divide by the gap between the two runs.",
+    ),
+    (ON_SCALE, "difference - at_corrupted", "The corrupted run is 0, but the clean one not yet 1."),
+    (
+        ON_SCALE,
+        f"torch.clamp({ON_SCALE}, 0, 1)",
         "Nothing is cut off: a patch may lead beyond 1 or below 0, and that is a finding.",
     ),
-    (moved(lambda d, c, k: (-d - k) / (c - k)), "The difference is turned round: answer − wrong."),
-    (unpaired, "`last[:, answer]` takes every answer from every prompt: pair rows with ids."),
-    (in_probabilities, "These are probabilities: take the logits as they are."),
-    (answer_alone, "Subtract the wrong answer's logit: a patch may make all words likelier."),
-    (each_prompt, "Give one number: the mean over the prompts."),
-]
+    (
+        "return (difference",
+        "return (-difference",
+        "The difference is turned round: answer − wrong.",
+    ),
+    (
+        "last[rows, ",
+        "last[:, ",
+        "`last[:, answer]` takes every answer from every prompt: pair rows with ids.",
+    ),
+    ("rows = ", "last = last.softmax(-1); rows = ", "These are probabilities: take the logits."),
+    (
+        " - last[rows, wrong]",
+        "",
+        "Subtract the wrong answer's logit: a patch may make all words likelier.",
+    ),
+    (".mean()", "", "Give one number: the mean over the prompts."),
+)
 
 
 def scale_by_gather(last, answer, wrong, at_clean, at_corrupted):
@@ -145,7 +139,6 @@ def scale_by_gather(last, answer, wrong, at_clean, at_corrupted):
     difficulty=2,
     importance=5,
     minutes=5,
-    stub=STUB_31,
     reference=scale,
     right=[scale_by_gather],
     hints=[
@@ -167,70 +160,26 @@ def check_31(answer) -> None:
 
 # -- 3.2 -------------------------------------------------------------------------------------
 
-STUB_32 = '''\
-def patch_vector(model, base, other, layer, position):
-    """Logits at the last token, (batch, d_vocab), of base with one vector of each prompt replaced.
-
-    base, other  token ids (batch, pos). The vector at `position` of the stream that enters `layer`,
-    ("resid_pre", layer), comes from the run on other. Afterwards the model is intact.
-    """
-    ...
-'''
-
-
-def putting(change, site="resid_pre", shift=0):
-    """patch_vector with another change(stream, other stream, position) in place."""
-
-    def run(model, base, other, layer, position):
-        key = (site, min(max(layer + shift, 0), model.n_layers - 1))
-        kept = model.run_with_cache(other, key)[1][key]
-        with model.hooks({key: lambda x: change(x, kept, position)}):
-            return model(base)[:, -1]
-
-    return run
-
-
-def put(x, kept, position):
-    x[:, position] = kept[:, position]
-    return x
-
-
-def put_first_only(x, kept, position):
-    x[0, position] = kept[0, position]
-    return x
-
-
-def put_sum(x, kept, position):
-    x[:, position] += kept[:, position]
-    return x
-
-
-def swapped_runs(model, base, other, layer, position):
-    return patch_vector(model, other, base, layer, position)
-
-
-def all_logits(model, base, other, layer, position):
-    key = ("resid_pre", layer)
-    kept = model.run_with_cache(other, key)[1][key]
-    with model.hooks({key: lambda x: put(x, kept, position)}):
-        return model(base)
-
-
-def never_patched(model, base, other, layer, position):
-    return model(base)[:, -1]
-
-
-MISTAKES_32 = [
-    (swapped_runs, "The runs are swapped: base is run, and other gives the vector."),
-    (putting(lambda x, kept, position: kept), "Every position is replaced, not one."),
-    (putting(put, "resid_post"), "This is the stream that leaves the layer: use resid_pre."),
-    (putting(put, "attn_out"), "This is what attention adds: the stream is at resid_pre."),
-    (putting(put, shift=-1), "This is another layer."),
-    (putting(put_first_only), "Only the first prompt of the batch is patched."),
-    (putting(put_sum), "The vector is added: it should replace the one that was there."),
-    (all_logits, "Give the logits at the last token alone, (batch, d_vocab)."),
-    (never_patched, "Nothing changed: does the hook return the stream, inside the `with`?"),
-]
+PUT = "stream[:, position] = kept[key][:, position]"
+MISTAKES_32 = slips(
+    patch_vector,
+    (
+        lambda model, base, other, *at: patch_vector(model, other, base, *at),
+        "The runs are swapped: base is run, and other gives the vector.",
+    ),
+    (PUT, "stream[:] = kept[key]", "Every position is replaced, not one."),
+    ("resid_pre", "resid_post", "This is the stream that leaves the layer: use resid_pre."),
+    ("resid_pre", "attn_out", "This is what attention adds: the stream is at resid_pre."),
+    ("layer)\n    _", "layer - 1)\n    _", "This is another layer."),
+    (
+        PUT,
+        "stream[0, position] = kept[key][0, position]",
+        "Only the first prompt of the batch is patched.",
+    ),
+    (PUT, PUT.replace(" = ", " += "), "The vector is added: replace the one that was there."),
+    ("model(base)[:, -1]", "model(base)", "Give the logits at the last token, (batch, d_vocab)."),
+    (PUT, "pass", "Nothing changed: does the hook change and return the stream, in the `with`?"),
+)
 
 
 def patch_one_by_one(model, base, other, layer, position):
@@ -244,7 +193,6 @@ def patch_one_by_one(model, base, other, layer, position):
     difficulty=2,
     importance=5,
     minutes=6,
-    stub=STUB_32,
     reference=patch_vector,
     right=[patch_one_by_one],
     survivors=ONE_MODEL,
@@ -274,42 +222,27 @@ def check_32(answer) -> None:
 
 # -- 3.3 -------------------------------------------------------------------------------------
 
-STUB_33 = '''\
-def sweep(model, clean, corrupted, answer, wrong):
-    """The scale's value for each patch of a clean vector into the corrupted run, (layers, pos).
-
-    clean, corrupted  token ids (batch, pos); answer, wrong  token ids (batch,)
-    """
-    ...
-'''
-
 
 def sweep_by_library(model, clean, corrupted, answer, wrong):
     metric = normalised_logit_diff(model, clean, corrupted, answer.tolist(), wrong.tolist())
     return activation_patch(model, clean, corrupted, "resid_pre", metric)
 
 
-def swept(change, site="resid_pre", mode="denoise"):
-    """A wrong sweep: change(map, clean end, corrupted end)."""
-
-    def run(model, clean, corrupted, answer, wrong):
-        metric = normalised_logit_diff(model, clean, corrupted, answer.tolist(), wrong.tolist())
-        found = activation_patch(model, clean, corrupted, site, metric, mode)
-        return change(found, metric.clean, metric.corrupted)
-
-    return run
-
-
-MISTAKES_33 = [
-    (swept(lambda m, c, k: m, mode="noise"), "These are corrupted vectors in the clean run."),
-    (swept(lambda m, c, k: 1 - m, mode="noise"), "This is what is lost in the clean run."),
-    (swept(lambda m, c, k: m.T), "The layers come first: (layers, positions)."),
-    (swept(lambda m, c, k: k + m * (c - k)), "These are logit differences: put them on the scale."),
-    (swept(lambda m, c, k: m * (c - k)), "These are changes in logits: divide by the gap."),
-    (swept(lambda m, c, k: m, "resid_post"), "This is the stream that leaves each layer."),
-    (swept(lambda m, c, k: m, "attn_out"), "These are patches of what attention adds."),
-    (swept(lambda m, c, k: 1 - m), "The ends are swapped: with no effect the value is 0."),
-]
+EACH = "scale(last, answer, wrong, *ends)"
+MISTAKES_33 = slips(
+    sweep,
+    (
+        "corrupted, clean, layer",
+        "clean, corrupted, layer",
+        "These are corrupted vectors, put into the clean run.",
+    ),
+    (EACH, f"1 - {EACH}", "The ends are swapped: where a patch does nothing the value is 0."),
+    ("return effect", "return effect.T", "The layers come first: (layers, positions)."),
+    (EACH, "scale(last, answer, wrong, 1, 0)", "These are logit differences: use the scale."),
+    (EACH, "scale(last, answer, wrong, 1, 0) - ends[1]", "These are changes: divide by the gap."),
+    ("clean, layer, position)", "clean, max(layer - 1, 0), position)", "The layers are shifted."),
+    ("clean, layer, position)", "clean, layer, -1)", "Every patch is at the last token."),
+)
 
 
 @exercise(
@@ -318,10 +251,10 @@ MISTAKES_33 = [
     difficulty=2,
     importance=5,
     minutes=6,
-    stub=STUB_33,
     reference=sweep,
     right=[sweep_by_library],
-    survivors=ONE_MODEL,
+    survivors=ONE_MODEL
+    | {"range(clean.shape[1]) → range(1, clean.shape[1])": "at 0 both have <bos>: no effect"},
     hints=[
         "First the two unpatched runs: `scale(model(ids)[:, -1], answer, wrong, 1, 0)` is a bare "
         "logit difference.",
@@ -331,11 +264,10 @@ MISTAKES_33 = [
 )
 def check_33(answer) -> None:
     def make(draw):
-        pairs = draw.choice((fact_pairs, number_pairs))(
-            shipped_model(), draw.integer(1, 3), draw.integer(0, 100_000)
-        )
-        ids = (torch.tensor(each) for each in (pairs.answer, pairs.wrong))
-        return shipped_model(), pairs.clean, pairs.corrupted, *ids
+        pairs = number_pairs(shipped_model(), draw.integer(1, 3), draw.integer(0, 100_000))
+        sides = [(pairs.clean, pairs.answer), (pairs.corrupted, pairs.wrong)]
+        (clean, said), (corrupted, other) = draw.choice([sides, sides[::-1]])  # are or is
+        return shipped_model(), clean, corrupted, torch.tensor(said), torch.tensor(other)
 
     on_model(
         answer, sweep, make, MISTAKES_33, "One patch for each layer and position, on the scale.", 2
@@ -343,325 +275,6 @@ def check_33(answer) -> None:
 
 
 # -- 3.4 -------------------------------------------------------------------------------------
-
-STUB_34 = '''\
-def patch_heads(model, base, other, heads):
-    """Logits at the last token, (batch, d_vocab), of base with some heads taken from other.
-
-    heads  [(layer, head), …]; two may be of one layer
-    Only at the last token: z, ("z", layer), is (batch, pos, n_heads, d_head).
-    """
-    ...
-'''
-
-
-def heads_with(at=lambda z, heads: (slice(None), -1, heads), which=lambda heads, layer: heads):
-    """patch_heads with other indices: at(z, heads of the layer), or other heads of each layer."""
-
-    def run(model, base, other, heads):
-        kept, hooks = model.run_with_cache(other, "z")[1], {}
-        for layer in {layer for layer, _ in heads}:
-            chosen = which([head for each, head in heads if each == layer], layer)
-
-            def hook(z, layer=layer, chosen=chosen):
-                z[at(z, chosen)] = kept["z", layer][at(z, chosen)]
-                return z
-
-            hooks["z", layer] = hook
-        with model.hooks(hooks):
-            return model(base)[:, -1]
-
-    return run
-
-
-def heads_swapped(model, base, other, heads):
-    return patch_heads(model, other, base, heads)
-
-
-def first_head_only(model, base, other, heads):
-    return patch_heads(model, base, other, heads[:1])
-
-
-MISTAKES_34 = [
-    (
-        heads_with(which=lambda heads, layer: heads[-1:]),
-        "Only the last head of each layer is replaced: a dictionary holds one hook for a key, so "
-        "one hook has to replace all heads of its layer.",
-    ),
-    (heads_with(lambda z, heads: (slice(None), slice(None), heads)), "Every token is patched."),
-    (heads_with(lambda z, heads: (slice(None), -1)), "All heads of the layer are replaced."),
-    (heads_with(lambda z, heads: (slice(None), 0, heads)), "The first token is patched."),
-    (heads_with(lambda z, heads: (0, -1, heads)), "Only the first prompt is patched."),
-    (heads_swapped, "The runs are swapped: base is run, and other gives the heads."),
-    (first_head_only, "Only the first head of the list is replaced."),
-]
-
-
-def heads_in_one_loop(model, base, other, heads):
-    values = {layer: model.run_with_cache(other, ("z", layer))[1]["z", layer] for layer, _ in heads}
-
-    def hook_of(layer):
-        def hook(z):
-            new = z.clone()
-            for head in [h for each, h in heads if each == layer]:
-                new[:, -1, head] = values[layer][:, -1, head]
-            return new
-
-        return hook
-
-    with model.hooks({("z", layer): hook_of(layer) for layer in values}):
-        return model(base)[:, -1]
-
-
-@exercise(
-    "3.4",
-    title="Several heads at once",
-    difficulty=3,
-    importance=5,
-    minutes=7,
-    stub=STUB_34,
-    reference=patch_heads,
-    right=[heads_in_one_loop],
-    survivors=ONE_MODEL,
-    hints=[
-        'As in 3.2, with the site "z". `model.run_with_cache(other, "z")` keeps all layers.',
-        "Group the heads by layer: one hook for a layer replaces all of its heads.",
-        "A function made in a loop sees the loop's last value; `def put_in(z, layer=layer):` keeps "
-        "the one it was made with.",
-    ],
-    wrong=MISTAKES_34,
-)
-def check_34(answer) -> None:
-    def make(draw):
-        pairs, model = some_pairs(draw), shipped_model()
-        late = draw.integer(model.n_layers // 2, model.n_layers - 2)
-        early = draw.integer(1, model.n_layers // 2 - 1)
-        first = draw.integer(0, model.n_heads - 1)
-        second = (first + draw.integer(1, model.n_heads - 1)) % model.n_heads
-        heads = [(late, first), (early, draw.integer(0, model.n_heads - 1)), (late, second)]
-        return model, pairs.corrupted, pairs.clean, heads
-
-    on_model(
-        answer,
-        patch_heads,
-        make,
-        MISTAKES_34,
-        "z[:, -1, head] of each head in the list should come from the other run, and no other.",
-    )
-
-
-# -- 3.5 -------------------------------------------------------------------------------------
-
-STUB_35 = '''\
-def both_ways(run, clean, corrupted):
-    """How far each wire of a small network is enough, and how far it is needed: two (n,) tensors.
-
-    run(wires)        one number, for wires (n,); clean and corrupted are the wires of the two runs
-    enough[i]         where run(corrupted with wire i clean) lies: 0 is run(corrupted), 1 run(clean)
-    needed[i]         how much of 1 is lost by run(clean with wire i corrupted)
-    """
-    ...
-'''
-
-
-def without_putting_back(run, clean, corrupted):
-    low, gap = run(corrupted), run(clean) - run(corrupted)
-    enough, needed = torch.zeros(len(clean)), torch.zeros(len(clean))
-    one, rest = corrupted.clone(), clean.clone()
-    for i in range(len(clean)):
-        one[i], rest[i] = clean[i], corrupted[i]
-        enough[i], needed[i] = (run(one) - low) / gap, 1 - (run(rest) - low) / gap
-    return enough, needed
-
-
-def raw_both_ways(run, clean, corrupted):
-    gap = run(clean) - run(corrupted)
-    return tuple(gap * each for each in both_ways(run, clean, corrupted))
-
-
-def with_zeros(run, clean, corrupted):
-    return both_ways(run, clean, torch.zeros_like(corrupted))
-
-
-MISTAKES_35 = [
-    (lambda *a: both_ways(*a)[::-1], "The two are swapped: enough puts a clean wire in."),
-    (
-        lambda *a: (both_ways(*a)[0], 1 - both_ways(*a)[1]),
-        "The second is what is left of the clean run: needed is what is lost, 1 minus it.",
-    ),
-    (without_putting_back, "Put each wire back before the next: start from a `clone()`."),
-    (raw_both_ways, "Put both on the scale: divide by run(clean) − run(corrupted)."),
-    (with_zeros, "The corrupted wires are not zero: take their values from `corrupted`."),
-    (lambda *a: (both_ways(*a)[0],) * 2, "Both are the same direction."),
-]
-
-
-def both_ways_by_masks(run, clean, corrupted):
-    ends, found = [float(run(x)) for x in (corrupted, clean)], ([], [])
-    for row in torch.eye(len(clean)).bool():
-        for kept, wires in zip(found, (row, ~row), strict=True):
-            value = float(run(torch.where(wires, clean, corrupted)))
-            kept.append((value - ends[0]) / (ends[1] - ends[0]))
-    return found[0], [1 - value for value in found[1]]
-
-
-@exercise(
-    "3.5",
-    title="Enough and needed",
-    difficulty=2,
-    importance=5,
-    minutes=5,
-    stub=STUB_35,
-    reference=both_ways,
-    right=[both_ways_by_masks],
-    copies=False,
-    hints=[
-        "For wire i: a copy of corrupted with the clean value at i, and the reverse.",
-        "Both are put on the scale; needed is 1 minus what the scale says.",
-    ],
-    wrong=MISTAKES_35,
-)
-def check_35(answer) -> None:
-    def make(draw):
-        W, v = draw.normal("n", "hidden"), draw.normal("hidden")
-        while True:
-            clean, corrupted = draw.normal("n", scale=1.5), draw.normal("n", scale=1.5)
-
-            def run(wires):
-                return torch.relu(torch.as_tensor(wires) @ W) @ v
-
-            if (run(clean) - run(corrupted)).abs() > 1:
-                return run, clean, corrupted
-
-    def watched(run, clean, corrupted):
-        kept = clean.clone(), corrupted.clone()
-        found = answer(run, clean, corrupted)
-        same = torch.equal(clean, kept[0]) and torch.equal(corrupted, kept[1])
-        expect(same, "Your function changes clean or corrupted itself: work on a `clone()`.")
-        return found
-
-    agree(watched, both_ways, make, MISTAKES_35, "One wire at a time, the others as they were.")
-
-
-# -- 3.6 -------------------------------------------------------------------------------------
-
-STUB_36 = '''\
-def restored(model, ids, noise, layer, position):
-    """Logits at the last token, (batch, d_vocab), with noise on the embedding, one vector clean.
-
-    ids    token ids (batch, pos)
-    noise  (batch, pos, d_model), added at the site "embed"; 0 outside the subject
-    The vector at `position` of ("resid_pre", layer) is that of the run without noise.
-    """
-    ...
-'''
-
-
-def noised(clean_under_noise=False, restore=True, add=True, site="resid_pre", everywhere=False):
-    """restored with a mistake."""
-
-    def run(model, ids, noise, layer, position):
-        key = (site, layer)
-        disturb = {"embed": (lambda x: x + noise) if add else (lambda x: noise + 0 * x)}
-        with model.hooks(disturb if clean_under_noise else {}):
-            clean = model.run_with_cache(ids, key)[1][key]
-        at = slice(None) if everywhere else position
-
-        def hook(x):
-            x[:, at] = clean[:, at]
-            return x
-
-        with model.hooks(disturb | ({key: hook} if restore else {})):
-            return model(ids)[:, -1]
-
-    return run
-
-
-def no_noise(model, ids, noise, layer, position):
-    return model(ids)[:, -1]
-
-
-MISTAKES_36 = [
-    (noised(restore=False), "Nothing is restored: one vector should be the clean run's."),
-    (no_noise, "There is no noise in this run: is the hook returning the embedding plus noise?"),
-    (noised(clean_under_noise=True), "The vector comes from a run with noise: keep the clean one."),
-    (noised(add=False), "The noise replaces the embedding: add it."),
-    (noised(everywhere=True), "Every position is restored, not one."),
-    (noised(site="attn_out"), "This restores what attention adds: the stream is at resid_pre."),
-]
-
-
-def restored_in_two_blocks(model, ids, noise, layer, position):
-    clean = model.run_with_cache(ids, ("resid_pre", layer))[1]["resid_pre", layer]
-
-    def mixed(x):
-        return torch.stack(
-            [clean[:, i] if i == position else x[:, i] for i in range(x.shape[1])], 1
-        )
-
-    with model.hooks({"embed": lambda x: x + noise}), model.hooks({("resid_pre", layer): mixed}):
-        return model(ids)[:, -1]
-
-
-@exercise(
-    "3.6",
-    title="Noise, and one vector restored",
-    difficulty=3,
-    importance=4,
-    minutes=5,
-    stub=STUB_36,
-    reference=restored,
-    right=[restored_in_two_blocks],
-    survivors=ONE_MODEL,
-    hints=[
-        "Run once without noise, and keep the stream that enters the layer.",
-        'Then one run with two hooks: {"embed": …, ("resid_pre", layer): …}.',
-    ],
-    wrong=MISTAKES_36,
-)
-def check_36(answer) -> None:
-    def make(draw):
-        model, pairs = shipped_model(), some_pairs(draw)
-        ids, noise = pairs.clean, torch.zeros(*pairs.clean.shape, model.d_model)
-        size = float(model.run_with_cache(ids, "embed")[1]["embed"].std())
-        at = draw.choice(pairs.subject)
-        noise[:, at:-1] = draw.normal(
-            len(ids), ids.shape[1] - at - 1, model.d_model, scale=3 * size
-        )
-        return model, ids, noise, draw.integer(1, model.n_layers - 2), at
-
-    on_model(
-        answer,
-        restored,
-        make,
-        MISTAKES_36,
-        "Noise on the embedding of every position where it is not 0, and one clean vector.",
-    )
-
-
-# -- 3.7 -------------------------------------------------------------------------------------
-
-STUB_37 = '''\
-def patch_each(model, base, other, layer, at, taken):
-    """As patch_vector, for prompts of any lengths: each one's last logits, (prompts, d_vocab).
-
-    base, other  lists of texts. at, taken  a position for each prompt: where the vector is put in
-    its base text, and where it is taken from in its other text; -1 is that text's last token.
-    """
-    ...
-'''
-
-
-def placed(of_at=lambda to, of, n, m: to, of_taken=lambda to, of, n, m: of):
-    """patch_each with other places, from those given and the two texts' lengths."""
-
-    def run(model, base, other, layer, at, taken):
-        sizes = [[model.tokens(text).shape[1] for text in each] for each in (base, other)]
-        rows = list(zip(at, taken, *sizes, strict=True))
-        to, of = ([f(*row) for row in rows] for f in (of_at, of_taken))
-        return patch_each(model, base, other, layer, to, of)
-
-    return run
 
 
 def at_the_padding(model, base, other, layer, at, taken):
@@ -677,19 +290,23 @@ def at_the_padding(model, base, other, layer, at, taken):
         return model(ids)[:, -1]
 
 
-MISTAKES_37 = [
+MISTAKES_34 = slips(
+    patch_each,
     (
         at_the_padding,
         "Shorter texts are padded on the right, so position -1 is padding: count from each text's "
         "own end.",
     ),
-    (placed(of_taken=lambda to, of, n, m: to), "Both texts use `at`: the vector is at `taken`."),
-    (placed(lambda to, of, n, m: of), "Both texts use `taken`: the vector is put in at `at`."),
-    (placed(lambda to, of, n, m: of, lambda to, of, n, m: to), "`at` and `taken` are swapped."),
-    (placed(lambda to, of, n, m: -1, lambda to, of, n, m: -1), "The last tokens are patched."),
-    (lambda m, b, o, layer, at, of: patch_each(m, o, b, layer, of, at), "The runs are swapped."),
-    (lambda m, b, *_: torch.stack([m(text)[0, -1] for text in b]), "Nothing is patched."),
-]
+    ("[0, of]", "[0, to]", "Both texts use `at`: the vector is at `taken`."),
+    ("to=to", "to=of", "Both texts use `taken`: the vector is put in at `at`."),
+    ("to=to", "to=of", "[0, of]", "[0, to]", "`at` and `taken` are swapped."),
+    ("to=to", "to=-1", "[0, of]", "[0, -1]", "The last tokens are patched."),
+    (
+        lambda model, base, other, layer, at, of: patch_each(model, other, base, layer, of, at),
+        "The runs are swapped: base is run, and other gives the vectors.",
+    ),
+    ("stream[0, to] = vector", "pass", "Nothing is patched."),
+)
 
 
 def padded_with_care(model, base, other, layer, at, taken):
@@ -724,22 +341,21 @@ def keep(found: list, logits):
 
 
 @exercise(
-    "3.7",
+    "3.4",
     title="Prompts of unequal length",
     difficulty=3,
     importance=4,
     minutes=6,
-    stub=STUB_37,
     reference=patch_each,
     right=[padded_with_care, patch_each_by_library],
-    survivors=ONE_MODEL,
+    survivors=ONE_MODEL | {"True → False": "the four lists are always equally long"},
     hints=[
         "One prompt at a time needs no padding: `zip(base, other, at, taken)`.",
         '`model.run_with_cache(other_text, ("resid_pre", layer))` takes a text as well as ids.',
     ],
-    wrong=MISTAKES_37,
+    wrong=MISTAKES_34,
 )
-def check_37(answer) -> None:
+def check_34(answer) -> None:
     def make(draw):
         model = shipped_model()
         clean, corrupted, *_ = unequal_pairs(model, draw.integer(3, 4), draw.integer(0, 100_000))
@@ -748,64 +364,263 @@ def check_37(answer) -> None:
         return model, corrupted, clean, draw.integer(1, model.n_layers - 2), at, taken
 
     on_model(
-        answer, patch_each, make, MISTAKES_37, "Each prompt has its own two positions.", cases=4
+        answer, patch_each, make, MISTAKES_34, "Each prompt has its own two positions.", cases=4
     )
+
+
+# -- 3.5 -------------------------------------------------------------------------------------
+
+MISTAKES_35 = slips(
+    restored,
+    (
+        ", key: put_in}",
+        "}",
+        "Nothing is restored: put in the vector that the run *without* noise has there.",
+    ),
+    (
+        '"embed": lambda x: x + noise, ',
+        "",
+        "This is the clean run: the noise is missing, or every position is restored.",
+    ),
+    ("x + noise", "noise + 0 * x", "The noise replaces the embedding: add it."),
+    ("resid_pre", "attn_out", "This restores what attention adds: the stream is at resid_pre."),
+    ("[:, position]", "[:, position + 1]", "Another position is restored."),
+    ("[:, position]", "[0, position]", "Only the first prompt is restored."),
+)
+
+
+def restored_in_two_blocks(model, ids, noise, layer, position):
+    clean = model.run_with_cache(ids, ("resid_pre", layer))[1]["resid_pre", layer]
+
+    def mixed(x):
+        return torch.stack(
+            [clean[:, i] if i == position else x[:, i] for i in range(x.shape[1])], 1
+        )
+
+    with model.hooks({"embed": lambda x: x + noise}), model.hooks({("resid_pre", layer): mixed}):
+        return model(ids)[:, -1]
+
+
+@exercise(
+    "3.5",
+    title="Noise, and one vector restored",
+    difficulty=3,
+    importance=4,
+    minutes=5,
+    reference=restored,
+    right=[restored_in_two_blocks],
+    survivors=ONE_MODEL,
+    hints=[
+        "Run once without noise, and keep the stream that enters the layer.",
+        'Then one run with two hooks: {"embed": …, ("resid_pre", layer): …}.',
+    ],
+    wrong=MISTAKES_35,
+)
+def check_35(answer) -> None:
+    def make(draw):
+        model, pairs = shipped_model(), some_pairs(draw)
+        ids, noise = pairs.clean, torch.zeros(*pairs.clean.shape, model.d_model)
+        size = float(model.run_with_cache(ids, "embed")[1]["embed"].std())
+        at = draw.choice(pairs.subject)
+        noise[:, at:-1] = draw.normal(
+            len(ids), ids.shape[1] - at - 1, model.d_model, scale=3 * size
+        )
+        return model, ids, noise, draw.integer(1, model.n_layers - 2), at
+
+    on_model(
+        answer,
+        restored,
+        make,
+        MISTAKES_35,
+        "Noise on the embedding of every position where it is not 0, and one clean vector.",
+    )
+
+
+# -- 3.6 -------------------------------------------------------------------------------------
+
+MISTAKES_36 = slips(
+    patch_heads,
+    (
+        "if each == layer]",
+        "if each == layer][-1:]",
+        "Only the last head of each layer is replaced: a dictionary holds one hook for a key, so "
+        "one hook has to replace all heads of its layer.",
+    ),
+    ("[:, -1, chosen]", "[:, :, chosen]", "Every token is patched, not the last alone."),
+    ("[:, -1, chosen]", "[:, -1]", "All heads of the layer are replaced."),
+    ("[:, -1, chosen]", "[:, 0, chosen]", "The first token is patched."),
+    ("[:, -1, chosen]", "[0, -1, chosen]", "Only the first prompt is patched."),
+    (
+        lambda model, base, other, heads: patch_heads(model, other, base, heads),
+        "The runs are swapped: base is run, and other gives the heads.",
+    ),
+    (
+        lambda model, base, other, heads: patch_heads(model, base, other, heads[:1]),
+        "Only the first head of the list is replaced.",
+    ),
+)
+
+
+def heads_in_one_loop(model, base, other, heads):
+    values = {layer: model.run_with_cache(other, ("z", layer))[1]["z", layer] for layer, _ in heads}
+
+    def hook_of(layer):
+        def hook(z):
+            new = z.clone()
+            for head in [h for each, h in heads if each == layer]:
+                new[:, -1, head] = values[layer][:, -1, head]
+            return new
+
+        return hook
+
+    with model.hooks({("z", layer): hook_of(layer) for layer in values}):
+        return model(base)[:, -1]
+
+
+@exercise(
+    "3.6",
+    title="Several heads at once",
+    difficulty=3,
+    importance=5,
+    minutes=7,
+    reference=patch_heads,
+    right=[heads_in_one_loop],
+    survivors=ONE_MODEL,
+    hints=[
+        'As in 3.2, with the site "z". `model.run_with_cache(other, "z")` keeps all layers.',
+        "Group the heads by layer: one hook for a layer replaces all of its heads.",
+        "A function made in a loop sees the loop's last value; `def put_in(z, layer=layer):` keeps "
+        "the one it was made with.",
+    ],
+    wrong=MISTAKES_36,
+)
+def check_36(answer) -> None:
+    def make(draw):
+        pairs, model = some_pairs(draw), shipped_model()
+        late = draw.integer(model.n_layers // 2, model.n_layers - 2)
+        early = draw.integer(1, model.n_layers // 2 - 1)
+        first = draw.integer(0, model.n_heads - 1)
+        second = (first + draw.integer(1, model.n_heads - 1)) % model.n_heads
+        heads = [(late, first), (early, draw.integer(0, model.n_heads - 1)), (late, second)]
+        return model, pairs.corrupted, pairs.clean, heads
+
+    on_model(
+        answer,
+        patch_heads,
+        make,
+        MISTAKES_36,
+        "z[:, -1, head] of each head in the list should come from the other run, and no other.",
+    )
+
+
+# -- 3.7 -------------------------------------------------------------------------------------
+
+COPIES = "one, rest = corrupted.clone(), clean.clone()"
+MISTAKES_37 = slips(
+    both_ways,
+    (
+        "return enough, needed",
+        "return needed, enough",
+        "The two are swapped: enough puts a clean wire in.",
+    ),
+    (
+        "1 - (run(rest)",
+        "(run(rest)",
+        "The second is what is left of the clean run: needed is what is lost, 1 minus it.",
+    ),
+    (
+        f"        {COPIES}\n",
+        "",
+        "    enough, needed",
+        f"    {COPIES}\n    enough, needed",
+        "Put each wire back before the next: start from a `clone()`.",
+    ),
+    (" / gap", "", "Put both on the scale: divide by run(clean) − run(corrupted)."),
+    (
+        lambda run, clean, corrupted: both_ways(run, clean, torch.zeros_like(corrupted)),
+        "The corrupted wires are not zero: take their values from `corrupted`.",
+    ),
+    ("return enough, needed", "return enough, enough", "Both are the same direction."),
+)
+
+
+def both_ways_by_masks(run, clean, corrupted):
+    ends, found = [float(run(x)) for x in (corrupted, clean)], ([], [])
+    for row in torch.eye(len(clean)).bool():
+        for kept, wires in zip(found, (row, ~row), strict=True):
+            value = float(run(torch.where(wires, clean, corrupted)))
+            kept.append((value - ends[0]) / (ends[1] - ends[0]))
+    return found[0], [1 - value for value in found[1]]
+
+
+@exercise(
+    "3.7",
+    title="Enough and needed",
+    difficulty=2,
+    importance=5,
+    minutes=5,
+    reference=both_ways,
+    right=[both_ways_by_masks],
+    copies=False,
+    hints=[
+        "For wire i: a copy of corrupted with the clean value at i, and the reverse.",
+        "Both are put on the scale; needed is 1 minus what the scale says.",
+    ],
+    wrong=MISTAKES_37,
+)
+def check_37(answer) -> None:
+    def make(draw):
+        W, v = draw.normal("n", "hidden"), draw.normal("hidden")
+        while True:
+            clean, corrupted = draw.normal("n", scale=1.5), draw.normal("n", scale=1.5)
+
+            def run(wires):
+                return torch.relu(torch.as_tensor(wires) @ W) @ v
+
+            if (run(clean) - run(corrupted)).abs() > 1:
+                return run, clean, corrupted
+
+    def watched(run, clean, corrupted):
+        kept = clean.clone(), corrupted.clone()
+        found = answer(run, clean, corrupted)
+        same = torch.equal(clean, kept[0]) and torch.equal(corrupted, kept[1])
+        expect(same, "Your function changes clean or corrupted itself: work on a `clone()`.")
+        return found
+
+    agree(watched, both_ways, make, MISTAKES_37, "One wire at a time, the others as they were.")
 
 
 # -- 3.8 -------------------------------------------------------------------------------------
 
-STUB_38 = '''\
-def attribution(model, base, other, layer, answer, wrong):
-    """The estimated change of the mean logit difference by a patch at each position, (pos,).
-
-    base, other  token ids (batch, pos); the patches are of ("resid_pre", layer), from other.
-    answer, wrong  token ids (batch,). One backward pass, by torch.autograd.grad.
-    """
-    ...
-'''
-
-
-def estimated(rule, at="base", site="resid_pre", difference=True):
-    """A wrong estimate: rule(here, there, gradient), each (batch, pos, d_model)."""
-
-    def run(model, base, other, layer, answer, wrong):
-        key, held = (site, layer), {}
-        first, second = (base, other) if at == "base" else (other, base)
-        there = model.run_with_cache(second, key)[1][key]
-        with model.hooks({key: lambda x: held.setdefault("x", x.requires_grad_())}):
-            last, rows = model(first)[:, -1], torch.arange(len(base))
-            value = last[rows, answer] - (last[rows, wrong] if difference else 0)
-        (gradient,) = torch.autograd.grad(value.mean(), held["x"])
-        here, there = (held["x"].detach(), there) if at == "base" else (there, held["x"].detach())
-        return rule(here, there, gradient)
-
-    return run
-
-
-def dotted(here, there, gradient):
-    return ((there - here) * gradient).sum((0, 2))
-
-
-MISTAKES_38 = [
-    (estimated(lambda h, t, g: -dotted(h, t, g)), "The sign is turned round: from base to other."),
+CHANGE = '(there[key] - held["here"])'
+PRODUCT = f"({CHANGE} * gradient).sum((0, 2))"
+MISTAKES_38 = slips(
+    attribution,
+    (CHANGE, f"-{CHANGE}", "The sign is turned round: the patch goes from base to other."),
+    (CHANGE, "there[key]", "The change is other − base: the patch removes base, too."),
     (
-        estimated(lambda h, t, g: (t * g).sum((0, 2))),
-        "The change is other − base: base is removed.",
+        lambda model, base, other, *rest: -attribution(model, other, base, *rest),
+        "The gradient is of the other run: take it in the base run.",
     ),
-    (estimated(dotted, at="other"), "The gradient is of the other run: take it in the base run."),
-    (estimated(lambda h, t, g: ((t - h) * g).sum(2)), "Sum over the prompts, too: (pos,)."),
-    (estimated(lambda h, t, g: ((t - h) * g).sum()), "One number for each position."),
-    (estimated(lambda h, t, g: ((t - h) * g).mean((0, 2))), "Sum the products, don't average."),
+    ("sum((0, 2))", "sum(2)", "Sum over the prompts, too: (pos,)."),
+    ("sum((0, 2))", "sum()", "One number for each position."),
+    ("sum((0, 2))", "mean((0, 2))", "Sum the products, don't average them."),
     (
-        estimated(lambda h, t, g: ((t - h).norm(dim=2) * g.norm(dim=2)).sum(0)),
+        PRODUCT,
+        f"({CHANGE}.norm(dim=2) * gradient.norm(dim=2)).sum(0)",
         "Lengths alone forget the angle: take the dot product.",
     ),
-    (estimated(dotted, difference=False), "This is of the answer's logit alone: subtract wrong's."),
     (
-        estimated(lambda h, t, g: len(h) * dotted(h, t, g)),
+        "scale(model(base)[:, -1], answer, wrong, 1, 0)",
+        "model(base)[range(len(base)), -1, answer].mean()",
+        "This is of the answer's logit alone: subtract the wrong one's.",
+    ),
+    (
+        "wrong, 1, 0)",
+        "wrong, 1, 0) * len(base)",
         "This is of the sum over the prompts: differentiate their mean.",
     ),
-]
+)
 
 
 def attribution_by_backward(model, base, other, layer, answer, wrong):
@@ -830,7 +645,6 @@ def attribution_by_backward(model, base, other, layer, answer, wrong):
     difficulty=4,
     importance=5,
     minutes=8,
-    stub=STUB_38,
     reference=attribution,
     right=[attribution_by_backward],
     survivors=ONE_MODEL,
@@ -853,45 +667,36 @@ def check_38(answer) -> None:
 
 # -- 3.9 -------------------------------------------------------------------------------------
 
-STUB_39 = '''\
-def bias_slope(model, sentences, p_she):
-    """The slope of the model's log-odds of "she" against "he" over the world's, one number.
-
-    sentences  texts of any lengths, each up to its pronoun
-    p_she      the world's probability of "she" for each sentence's occupation, a list
-    """
-    ...
-'''
-
-
-def sloped(rule, odds=True):
-    """A wrong slope: rule(model's, world's), as log-odds or as probabilities of she."""
-
-    def run(model, sentences, p_she):
-        she, he = (model.to_single_token(word) for word in (" she", " he"))
-        last = torch.stack([model(each)[0, -1] for each in sentences])
-        said, world = last[:, she] - last[:, he], torch.logit(torch.tensor(p_she))
-        return float(rule(said, world) if odds else rule(said.sigmoid(), world.sigmoid()))
-
-    return run
-
-
-def regressed(y, x):
-    x = x - x.mean()
-    return (x * y).sum() / (x * x).sum()
-
-
-MISTAKES_39 = [
-    (sloped(regressed, odds=False), "These are probabilities: take log-odds on both sides."),
-    (sloped(lambda y, x: regressed(x, y)), "This is the world over the model: turn it round."),
-    (sloped(lambda y, x: regressed(-y, x)), "The sign is turned round: she over he."),
-    (sloped(lambda y, x: (x * y).sum() / (x * x).sum()), "Centre the world's log-odds first."),
+FIT = "(said * world).sum() / (world * world).sum()"
+MISTAKES_39 = slips(
+    bias_slope,
     (
-        sloped(lambda y, x: torch.corrcoef(torch.stack([y, x]))[0, 1]),
+        "last = torch.stack(",
+        "last = torch.softmax(torch.stack(",
+        " for each in sentences])",
+        " for each in sentences]), -1)",
+        "torch.logit(torch.tensor(p_she))",
+        "torch.tensor(p_she)",
+        "These are probabilities: take log-odds on both sides.",
+    ),
+    (
+        FIT,
+        "(said * world).sum() / ((said - said.mean()) ** 2).sum()",
+        "Turn it round: this is the world over the model.",
+    ),
+    (
+        "last[:, she] - last[:, he]",
+        "last[:, he] - last[:, she]",
+        "The sign is turned round: she over he.",
+    ),
+    ("world = world - world.mean()", "pass", "Centre the world's log-odds first."),
+    (
+        FIT,
+        "torch.corrcoef(torch.stack([said, world]))[0, 1]",
         "This is the correlation: it does not say how large the bias is.",
     ),
-    (sloped(lambda y, x: (y - x).mean()), "This is a mean difference: a slope is cov / var."),
-]
+    ("[0, -1]", "[0, 0]", "These are the logits of the first token: take the last."),
+)
 
 
 def slope_by_polyfit(model, sentences, p_she):
@@ -910,7 +715,6 @@ def slope_by_polyfit(model, sentences, p_she):
     difficulty=2,
     importance=3,
     minutes=5,
-    stub=STUB_39,
     reference=bias_slope,
     right=[slope_by_polyfit],
     survivors=ONE_MODEL,

@@ -15,6 +15,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from mi_helpers.ablation import Gaussian
 from mi_helpers.gradients import attribution_patch
 from mi_helpers.lessons.lesson_03.pairs import (
     Pairs,
@@ -82,12 +83,18 @@ def gate_effects(gate: Callable[[Tensor], Tensor], n: int = 2, wire: int = 0) ->
 # ------------------------------------------------------------------------------------ heads, parts
 
 
-def both_directions(model: LanguageModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def both_directions(
+    model: LanguageModel, pairs: Pairs, noise: Gaussian | None = None
+) -> tuple[Tensor, Tensor]:
     """How far each head alone is enough (denoising: the metric), and needed (noising: 1 less the
-    metric), (layers, heads) each."""
-    metric, sides = pairs.metric(model), (pairs.clean, pairs.corrupted)
-    enough = activation_patch(model, *sides, "z", metric)
-    return enough, 1 - activation_patch(model, *sides, "z", metric, "noise")
+    metric), (layers, heads) each.
+
+    Args:
+        noise: on the clean prompts, in place of the corrupted ones.
+    """
+    metric, other = pairs.metric(model, noise), pairs.corrupted if noise is None else noise
+    enough = activation_patch(model, pairs.clean, other, "z", metric)
+    return enough, 1 - activation_patch(model, pairs.clean, other, "z", metric, "noise")
 
 
 def together(model: LanguageModel, pairs: Pairs, heads: Sequence[tuple[int, int]], patch) -> tuple:

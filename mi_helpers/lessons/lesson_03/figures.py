@@ -77,7 +77,7 @@ class SwapLab:
         best = p.topk(6).indices.tolist()
         said = [model.str_tokens([i])[0].strip() for i in best]
         shown = {f"{rank + 1}. {said[rank]}": float(p[i]) for rank, i in enumerate(best)}
-        title = f"“{self.base} …”\nstream entering layer {layer}, at “{word}”, of {vector_of}"
+        title = f"“{self.base} …”\nstream entering layer {layer}, at “{word}”, from {vector_of}"
         drawn = bars(shown, title, xlabel="probability of the next token", limits=(0, 1.1))
         return drawn.reads(f"First comes {said[0]}.")
 
@@ -237,29 +237,30 @@ def single_map(
 
 
 @style()
-def enough_and_needed(series: Mapping[str, tuple[Sequence, Sequence]]) -> Figure:
+def enough_and_needed(panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]]) -> Figure:
     """A point for each head of each task: how far it is needed (x) and enough (y).
 
     Args:
-        series: {task: (enough, needed)}, of any shape.
+        panels: {title: {task: (enough, needed)}}, of any shape.
 
     Source: Heimersheim and Nanda 2024, How to use and interpret activation patching: AND and OR.
     """
-    picture, axes = figure(9.5, 5.6)
-    corners = {"one road": (1, 1), "AND": (1, 0), "OR": (0, 1), "idle": (0, 0)}
-    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", marker="", linewidth=1.5)
-    axes.text(0.52, 0.46, "shares", color="0.35", rotation=38, rotation_mode="anchor")
-    for name, (x, y) in corners.items():
-        axes.text(x, y, name, color="0.35", ha="center", va="center", fontsize=15, alpha=0.8)
-    drawn = []
-    for index, (enough, needed) in enumerate(series.values()):
-        look = {"marker": MARKERS[index % 7], "color": OKABE_ITO[index % 7], "alpha": 0.8}
-        x, y = as_array(needed).ravel(), as_array(enough).ravel()
-        drawn += axes.plot(x, y, linestyle="", markersize=8, **look)
-    axes.set(xlabel="needed: lost by noising", ylabel="enough: won by denoising")
-    axes.set(xlim=(-0.35, 1.2), ylim=(-0.35, 1.2))
-    where = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-    name_series(axes, drawn, series, **where)
+    picture, axes = figure(5.4 * len(panels), 5.6, columns=len(panels), squeeze=False, sharey=True)
+    corners = {"one road": (0.95, 1.12), "AND": (1, -0.12), "OR": (-0.08, 1.02)}
+    for one, (title, series) in zip(axes[0], panels.items(), strict=True):
+        one.plot([0, 1], [0, 1], color="grey", linestyle=":", marker="", linewidth=1.5)
+        one.text(0.5, 0.42, "shares", color="0.35", rotation=38, rotation_mode="anchor")
+        for name, (x, y) in corners.items():
+            one.text(x, y, name, color="0.35", ha="center", va="center", fontsize=15)
+        drawn = []
+        for index, (enough, needed) in enumerate(series.values()):
+            look = {"marker": MARKERS[index % 7], "color": OKABE_ITO[index % 7], "alpha": 0.8}
+            x, y = as_array(needed).ravel(), as_array(enough).ravel()
+            drawn += one.plot(x, y, linestyle="", markersize=8, **look)
+        one.set(xlabel="needed: lost by noising", xlim=(-0.25, 1.25), ylim=(-0.25, 1.25))
+        one.set_title(title)
+    axes[0, 0].set_ylabel("enough: won by denoising")
+    name_series(picture, drawn, series, loc="outside lower center", ncols=min(6, len(series)))
     return picture
 
 

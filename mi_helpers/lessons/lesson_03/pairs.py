@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 
 from torch import Tensor
 
+from mi_helpers.ablation import Gaussian
 from mi_helpers.layouts import ModelError
 from mi_helpers.models import LanguageModel
 from mi_helpers.patching import LogitDiff, normalised_logit_diff
@@ -49,6 +50,11 @@ class Pairs:
             self.clean[[i]], self.corrupted[[i]], [self.answer[i]], [self.wrong[i]], [self.texts[i]]
         )
 
+    def reversed(self) -> Pairs:
+        """The same pairs with clean and corrupted exchanged."""
+        texts = [(b, a) for a, b in self.texts]
+        return Pairs(self.corrupted, self.clean, self.wrong, self.answer, texts)
+
     @property
     def subject(self) -> list[int]:
         """The positions at which clean and corrupted differ, in any pair."""
@@ -59,9 +65,18 @@ class Pairs:
         words = model.str_tokens(self.clean[0])
         return [name if i in self.subject else word.strip() for i, word in enumerate(words)]
 
-    def metric(self, model: LanguageModel) -> LogitDiff:
-        """The normalised logit difference, averaged over the pairs before it is normalised."""
-        return normalised_logit_diff(model, self.clean, self.corrupted, self.answer, self.wrong)
+    def metric(self, model: LanguageModel, corrupted: Gaussian | None = None) -> LogitDiff:
+        """The normalised logit difference, averaged over the pairs before it is normalised.
+
+        Args:
+            corrupted: noise in place of the corrupted prompts.
+        """
+        other = self.corrupted if corrupted is None else corrupted
+        return normalised_logit_diff(model, self.clean, other, self.answer, self.wrong)
+
+    def noise(self, seeds: int = 4) -> Gaussian:
+        """Causal tracing's noise on the subject."""
+        return Gaussian(self.subject, seeds=seeds)
 
     def words(self, model: LanguageModel) -> list[tuple[str, str]]:
         """The two answers of each pair, as words."""

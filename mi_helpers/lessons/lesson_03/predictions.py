@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from mi_helpers.ablation import Gaussian, Mean, ablate
+from mi_helpers.ablation import Mean, ablate
 from mi_helpers.course.check import Wrong, describe
 from mi_helpers.course.investigate import investigation, plain, some_of
 from mi_helpers.course.predict import prediction
@@ -20,7 +20,7 @@ from mi_helpers.lessons.lesson_03.experiments import (
 from mi_helpers.lessons.lesson_03.pairs import Pairs, ending_pairs, fact_pairs, pronoun_pairs
 from mi_helpers.lessons.lesson_03.tools import patch_heads
 from mi_helpers.lessons.shared import make_batch, shipped_model, token_pool
-from mi_helpers.patching import activation_patch, normalised_logit_diff
+from mi_helpers.patching import activation_patch
 from mi_helpers.sweeps import Sweep
 
 # -- predictions -----------------------------------------------------------------------------
@@ -60,6 +60,18 @@ def untrained_map() -> str:
 
 @prediction(
     "3.12",
+    question="With noise on the name, the logit difference will be…",
+    options=["as far on the other side", "between the two", "as large as before"],
+)
+def with_noise() -> str:
+    model, pairs = shipped_model(), fact_pairs(shipped_model(), 16, 0)
+    noised, ends = pairs.metric(model, pairs.noise()), pairs.metric(model)
+    options = {"as far on the other side": 0.0, "between the two": 0.5, "as large as before": 1.0}
+    return nearest((noised.corrupted - ends.corrupted) / (ends.clean - ends.corrupted), options)
+
+
+@prediction(
+    "3.13",
     question="How much of the city's difference does the strongest single head win back?",
     options=["under a third", "a third to two thirds", "over two thirds"],
 )
@@ -70,7 +82,21 @@ def strongest_head() -> str:
 
 
 @prediction(
-    "3.13",
+    "3.14",
+    question="With noise in place of another name, the city's heads will be…",
+    options=["as enough as needed", "enough rather than needed", "needed rather than enough"],
+)
+def directions_under_noise() -> str:
+    pairs = fact_pairs(shipped_model(), 8, 0)
+    enough, needed = both_directions(shipped_model(), pairs, pairs.noise(2))
+    gap = float((enough - needed).flatten()[(enough - needed).abs().argmax()])
+    if abs(gap) < 0.15:
+        return "as enough as needed"
+    return "enough rather than needed" if gap > 0 else "needed rather than enough"
+
+
+@prediction(
+    "3.15",
     question="“last word”: which part of the heads will carry the difference?",
     options=["queries", "keys", "values"],
 )
@@ -80,22 +106,7 @@ def part_of_the_last_word() -> str:
 
 
 @prediction(
-    "3.14",
-    question="With noise on the name, the logit difference will be…",
-    options=["as far on the other side", "between the two", "as large as before"],
-)
-def with_noise() -> str:
-    model, pairs = shipped_model(), fact_pairs(shipped_model(), 16, 0)
-    noise = Gaussian(pairs.subject, seeds=4)
-    noised = normalised_logit_diff(model, pairs.clean, noise, pairs.answer, pairs.wrong)
-    ends = pairs.metric(model)
-    options = {"as far on the other side": 0.0, "between the two": 0.5, "as large as before": 1.0}
-    share = (noised.corrupted - ends.corrupted) / (ends.clean - ends.corrupted)
-    return nearest(share, options)
-
-
-@prediction(
-    "3.15",
+    "3.16",
     question="For which task will the estimate be closer to the true patches?",
     options=["cities", "pronouns"],
 )
@@ -111,7 +122,7 @@ def better_estimated() -> str:
 
 
 @prediction(
-    "3.16",
+    "3.17",
     question="Which costs the other families more?",
     options=["the heads", "the direction", "about the same"],
 )

@@ -4,14 +4,22 @@ import torch
 
 
 def scale(last, answer, wrong, at_clean, at_corrupted):
-    """Each prompt has answers of its own, so rows and ids are paired."""
+    """The prompts' mean logit difference, moved so that at_corrupted is 0 and at_clean is 1.
+
+    last  logits at the last token, (batch, d_vocab); answer, wrong  token ids, (batch,)
+    at_clean, at_corrupted  the mean logit differences of the two unpatched runs
+    """
     rows = torch.arange(len(last))
     difference = (last[rows, answer] - last[rows, wrong]).mean()
     return (difference - at_corrupted) / (at_clean - at_corrupted)
 
 
 def patch_vector(model, base, other, layer, position):
-    """Keep the other run's stream, and put one position of it into the base run."""
+    """Logits at the last token, (batch, d_vocab), of base with one vector of each prompt replaced.
+
+    base, other  token ids (batch, pos). The vector at `position` of the stream that enters `layer`,
+    ("resid_pre", layer), comes from the run on other. Afterwards the model is intact.
+    """
     key = ("resid_pre", layer)
     _, kept = model.run_with_cache(other, key)
 
@@ -24,7 +32,10 @@ def patch_vector(model, base, other, layer, position):
 
 
 def sweep(model, clean, corrupted, answer, wrong):
-    """One patch for each layer and position."""
+    """The scale's value for each patch of a clean vector into the corrupted run, (layers, pos).
+
+    clean, corrupted  token ids (batch, pos); answer, wrong  token ids (batch,)
+    """
     ends = [scale(model(ids)[:, -1], answer, wrong, 1, 0) for ids in (clean, corrupted)]
     effect = torch.zeros(model.n_layers, clean.shape[1])
     for layer in range(model.n_layers):
@@ -35,7 +46,11 @@ def sweep(model, clean, corrupted, answer, wrong):
 
 
 def patch_heads(model, base, other, heads):
-    """One hook for each layer, which replaces all of its chosen heads."""
+    """Logits at the last token, (batch, d_vocab), of base with some heads taken from other.
+
+    heads  [(layer, head), …]; two may be of one layer
+    Only at the last token: z, ("z", layer), is (batch, pos, n_heads, d_head).
+    """
     _, kept = model.run_with_cache(other, "z")
     hooks = {}
     for layer in {layer for layer, _ in heads}:
@@ -51,7 +66,12 @@ def patch_heads(model, base, other, heads):
 
 
 def both_ways(run, clean, corrupted):
-    """One wire at a time, each from a fresh copy."""
+    """How far each wire of a small network is enough, and how far it is needed: two (n,) tensors.
+
+    run(wires)        one number, for wires (n,); clean and corrupted are the wires of the two runs
+    enough[i]         where run(corrupted with wire i clean) lies: 0 is run(corrupted), 1 run(clean)
+    needed[i]         how much of 1 is lost by run(clean with wire i corrupted)
+    """
     low, gap = run(corrupted), run(clean) - run(corrupted)
     enough, needed = torch.zeros(len(clean)), torch.zeros(len(clean))
     for i in range(len(clean)):
@@ -62,7 +82,12 @@ def both_ways(run, clean, corrupted):
 
 
 def restored(model, ids, noise, layer, position):
-    """The clean stream is kept first; then one run has the noise, and one clean vector."""
+    """Logits at the last token, (batch, d_vocab), with noise on the embedding, one vector clean.
+
+    ids    token ids (batch, pos)
+    noise  (batch, pos, d_model), added at the site "embed"; 0 outside the subject
+    The vector at `position` of ("resid_pre", layer) is that of the run without noise.
+    """
     key = ("resid_pre", layer)
     _, clean = model.run_with_cache(ids, key)
 
@@ -75,7 +100,11 @@ def restored(model, ids, noise, layer, position):
 
 
 def patch_each(model, base, other, layer, at, taken):
-    """Each prompt by itself, so that nothing is padded."""
+    """As patch_vector, for prompts of any lengths: each one's last logits, (prompts, d_vocab).
+
+    base, other  lists of texts. at, taken  a position for each prompt: where the vector is put in
+    its base text, and where it is taken from in its other text; -1 is that text's last token.
+    """
     key, found = ("resid_pre", layer), []
     for text, source, to, of in zip(base, other, at, taken, strict=True):
         _, kept = model.run_with_cache(source, key)
@@ -90,7 +119,11 @@ def patch_each(model, base, other, layer, at, taken):
 
 
 def attribution(model, base, other, layer, answer, wrong):
-    """(other - base) · ∂ difference / ∂ base, for each position."""
+    """The estimated change of the mean logit difference by a patch at each position, (pos,).
+
+    base, other  token ids (batch, pos); the patches are of ("resid_pre", layer), from other.
+    answer, wrong  token ids (batch,). One backward pass, by torch.autograd.grad.
+    """
     key, held = ("resid_pre", layer), {}
     _, there = model.run_with_cache(other, key)
 
@@ -105,7 +138,11 @@ def attribution(model, base, other, layer, answer, wrong):
 
 
 def bias_slope(model, sentences, p_she):
-    """cov(model, world) / var(world), both as log-odds."""
+    """The slope of the model's log-odds of "she" against "he" over the world's, one number.
+
+    sentences  texts of any lengths, each up to its pronoun
+    p_she      the world's probability of "she" for each sentence's occupation, a list
+    """
     she, he = (model.to_single_token(word) for word in (" she", " he"))
     last = torch.stack([model(each)[0, -1] for each in sentences])
     said = last[:, she] - last[:, he]  # log p(she) - log p(he): the softmax cancels
