@@ -41,7 +41,7 @@ from mi_helpers.course.exercise import (
     exercise,
     within,
 )
-from mi_helpers.course.mutants import edited
+from mi_helpers.course.mutants import edited, edits
 from mi_helpers.course.session import Note, display
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "draw",
     "draws",
     "edited",
+    "edits",
     "exercise",
     "expect",
     "expect_close",

@@ -112,6 +112,24 @@ def edited(function: Callable, *changes: str) -> Callable:
     return names[function.__name__]
 
 
+def edits(function: Callable, table: str) -> list[tuple[Callable, str]]:
+    """Pairs (the function edited, what is to be said of it) from a table of text, for `wrong` of an
+    exercise and `mistakes` of `agree` alike:
+
+        x - centre → x
+            You project x itself: the centre is left out.
+
+    Each `old → new` stands at the margin, and its message is indented below it.
+    """
+    found: list[tuple[Callable, str]] = []
+    for line in textwrap.dedent(table).strip().splitlines():
+        if not line.startswith(" "):
+            found.append((edited(function, *map(str.strip, line.split("→"))), ""))
+        else:
+            found[-1] = found[-1][0], f"{found[-1][1]} {line.strip()}".strip()
+    return found
+
+
 # -- the changes -----------------------------------------------------------------------------
 
 
