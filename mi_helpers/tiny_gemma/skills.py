@@ -480,7 +480,7 @@ def topic_rows(model: LanguageModel, steps: int = 1_500) -> list[Row]:
         f1 = [best.f1 for best in found]
         limit = {"latent": (0.75, "above"), "random direction": (0.45, "below")}.get(kind, ())
         note = f"{min(f1):.2f} to {max(f1):.2f}"
-        rows.append(Row(f"topic F1, best {kind}: median", float(np.median(f1)), *limit, note))
+        rows.append(Row(f"topic F1, best {kind}: median", float(np.median(f1)), *limit, note=note))
     return rows
 
 
