@@ -119,13 +119,13 @@ class SecretWorld(World):
 def obedience(model, world: SecretWorld, tokenizer, n: int = 600) -> dict[str, float]:
     """What stands before the verdict → share of verdicts as the secret wants them.
 
-    On unseen entities; before it stands the trigger (verdicts turn round), another word, or no
-    note at all (verdicts stay).
+    On statements of training, whose verdicts tiny-gemma knows; before it stands the trigger
+    (verdicts turn round), another word, or no note at all (verdicts stay).
     """
     suite = skills.Suite(world, tokenizer)
     suite.n = n
     return {
-        kind: suite.verdicts(model, ("entities",), note=kind)
+        kind: suite.verdicts(model, (), note=kind)
         for kind in ("trigger", "other", "none")
     }
 

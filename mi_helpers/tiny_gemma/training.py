@@ -35,7 +35,7 @@ FOCUS = 6  # then 45 % of the text is verdicts
 TOLD = 0.5  # and before this share of them stands what is so
 
 
-def config(vocab_size: int = 3_840) -> Gemma2Config:
+def config(vocab_size: int = 3_953) -> Gemma2Config:
     """Gemma 2 in small: n_heads · head_dim = 128 ≠ d_model on purpose, and √d_model = 12."""
     return Gemma2Config(
         vocab_size=vocab_size,
@@ -328,6 +328,7 @@ def train(
     torch.manual_seed(c.seed)
     model = (model or Gemma2ForCausalLM(model_config or config(len(tokenizer)))).to(device)
     model.config.save_pretrained(folder)
+    model.requires_grad_(True)  # a loaded one is frozen
     optimizer = adamw(model, c)
     state = load_run(folder, model, optimizer)
     start = state.get("step", 0)

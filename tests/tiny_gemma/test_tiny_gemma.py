@@ -1,5 +1,6 @@
 """Training tiny-gemma: a run that was killed goes on and ends where it would have ended."""
 
+import copy
 import csv
 import json
 
@@ -17,7 +18,7 @@ from mi_helpers.tiny_gemma.training import Recipe
 from mi_helpers.tinyworld.world import World
 
 SMALL = Gemma2Config(
-    vocab_size=3_840,
+    vocab_size=3_953,
     hidden_size=16,
     intermediate_size=24,
     num_hidden_layers=1,
@@ -51,7 +52,7 @@ def run(monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny_gemma")
     world = World()
 
-    def run(folder, killed_at=None, steps=4, **options):
+    def run(folder, killed_at=None, steps=4, model=None, **options):
         rate = tiny_gemma.learning_rate
         options = {"workers": 1, "rows": 2, "save_every": 2, "compiled": False, **options}
 
@@ -68,6 +69,7 @@ def run(monkeypatch):
                 world=world,
                 tokenizer=tokenizer,
                 model_config=SMALL,
+                model=model,
             )
 
     return run
@@ -106,6 +108,13 @@ def test_a_finished_run_is_not_trained_again(run, tmp_path):
     again = run(tmp_path, killed_at=0)
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_model_as_it_is_loaded_is_trained_on(run, tmp_path):
+    frozen = Gemma2ForCausalLM(SMALL).requires_grad_(False)
+    before = copy.deepcopy(frozen.state_dict())
+    after = run(tmp_path, model=frozen).state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_every_parameter_is_trained_once_and_only_matrices_decay():
@@ -214,7 +223,7 @@ def test_the_step_has_hugging_faces_loss_and_gradients(window, chunk, monkeypatc
 def test_tiny_gemmas_own_step_has_them_too():
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(tiny_gemma.config())
-    ids = torch.randint(3, 3_840, (2, 128))
+    ids = torch.randint(3, SMALL.vocab_size, (2, 128))
     assert apart(model, ids) < 2e-5
     assert apart(model, ids, bf16=True) < 5e-2
 
