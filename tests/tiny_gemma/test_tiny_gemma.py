@@ -280,7 +280,7 @@ def test_verdicts_are_read_once_facts_are_known_and_then_in_plenty():
     assert share(0) == share(first - 1) == 0
     assert share(after) == share(parts.c.steps) == pytest.approx(220 / sum(World.weights.values()))
     assert share(first) == share(after - 1) > 3 * share(after)
-    for step in (first, after):
-        world = parts.world_at(step)
+    for beginning in (first, after):
+        world = parts.world_at(beginning)
         assert all(world.document(seed).text for seed in range(30))  # each family can be written
     assert first % tiny_gemma.BLOCK == after % tiny_gemma.BLOCK == 0

@@ -107,9 +107,11 @@ MISTAKES_41 = [
 )
 def check_41(answer) -> None:
     def stream(draw) -> tuple:
+        """The embedding, whose logits go beyond the cap, and a later depth: (2, pos, d_model)."""
         model = shipped_model()
-        key = "resid_pre", draw.integer(0, model.n_layers - 1)
-        return model, model.run_with_cache(sentence(draw), [key])[1][key][0]
+        keys = [("resid_pre", layer) for layer in (0, draw.integer(1, model.n_layers - 1))]
+        _, cache = model.run_with_cache(sentence(draw), keys)
+        return model, torch.cat([cache[key] for key in keys])
 
     otherwise = "Norm, then W_U, then cap · tanh(logits / cap)."
     agree(answer, lens, stream, MISTAKES_41, otherwise, tolerance=1e-4)

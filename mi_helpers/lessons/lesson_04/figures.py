@@ -44,15 +44,18 @@ def two_written(
     Args:
         names: of the parts; right, wrong: what each writes (parts,), logits.
         labels: what the two axes are about.
-        most: how many parts are named: those with the largest difference.
+        most: how many parts are named: those with the largest difference, and over a tenth of it.
     """
     right, wrong = as_array(right), as_array(wrong)
     picture, axes = figure(8, 5.2)
     axes.plot(right, wrong, linestyle="", marker="o", color=OKABE_ITO[0])
-    named = np.argsort(-np.abs(right - wrong))[:most]
-    for place, index in enumerate(named):
-        offset = (8, 8 if place % 2 else -14)
+    size = np.abs(right - wrong)
+    named = [index for index in np.argsort(-size)[:most] if size[index] > size.max() / 10]
+    for index in named:
         at = right[index], wrong[index]
+        others = [i for i in named if i != index] or [index]
+        near = min(others, key=lambda i: np.hypot(right[i] - at[0], wrong[i] - at[1]))
+        offset = (8, 8 if at[1] > wrong[near] else -14)  # away from the next name
         axes.annotate(names[index], at, offset, textcoords="offset points", fontsize=11)
     ends = [min(right.min(), wrong.min()), max(right.max(), wrong.max())]
     axes.plot(ends, ends, color="black", linestyle="--", marker="", linewidth=1.2)
