@@ -293,6 +293,13 @@ def test_parts_that_differ_most_are_named():
     assert render(picture) and texts_of(picture) == ["$b", "c"]
 
 
+def test_names_of_neighbours_stand_on_their_own_sides_and_small_parts_have_none():
+    right, wrong = [-0.4, -0.2, 9, 1.7], [-3.8, -3.9, 2.4, 1.2]
+    picture = figures.two_written(["upper", "lower", "far", "small"], right, wrong, ("x", "y"))
+    side = {text.get_text(): text.xyann[1] for text in picture.axes[0].texts}
+    assert side["upper"] > 0 > side["lower"] and set(side) == {"upper", "lower", "far"}
+
+
 # -- the notebook and the ledger -------------------------------------------------------------
 
 
