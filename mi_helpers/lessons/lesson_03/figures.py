@@ -295,7 +295,7 @@ def the_way(
         one.text(1.05, guess, f"{guess:.2f}", va="center", fontsize=11)
         one.set(title=title, xlabel="share of the clean run's vector", xlim=(-0.05, 1.25))
     axes[0, 0].set_ylabel("normalised logit difference")
-    axes[0, 0].legend(loc="upper left")
+    axes[0, -1].legend(loc="lower right")
     return picture
 
 
@@ -315,22 +315,4 @@ def true_against_guess(panels: Mapping[str, tuple[Sequence, Sequence]]) -> Figur
         one.plot(true, guess, linestyle="", marker="o", markersize=3, alpha=0.5)
         one.set(title=title, xlabel="effect of the true patch")
     axes[0, 0].set_ylabel("attribution patching")
-    return picture
-
-
-@style()
-def skew_clouds(truth: Sequence[float], panels: Mapping[str, Sequence[float]]) -> Figure:
-    """One cloud per title: each occupation's log-odds of 'she' in the world (x) and in the model
-    (y), with the diagonal on which a perfect reader of this world would be."""
-    truth = as_array(truth)
-    picture, axes = figure(3.4 * len(panels), 3.9, columns=len(panels), squeeze=False, sharey=True)
-    reach = 1.1 * float(np.abs(truth).max())
-    for i, (one, (title, found)) in enumerate(zip(axes[0], panels.items(), strict=True)):
-        found = as_array(found)
-        if found.shape != truth.shape:
-            raise ValueError(f"'{title}' has {found.size} values for {truth.size} occupations.")
-        one.plot([-reach, reach], [-reach, reach], color="grey", linestyle=":", marker="", lw=1.5)
-        one.plot(truth, found, linestyle="", marker=MARKERS[i % 7], color=OKABE_ITO[i % 7])
-        one.set(title=title, xlabel="world: log-odds of 'she'")
-    axes[0, 0].set_ylabel("model: log-odds of 'she'")
     return picture

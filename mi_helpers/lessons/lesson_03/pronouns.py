@@ -74,13 +74,6 @@ def skew(found, jobs: Sequence[str] = JOBS) -> float:
     return float((np.asarray(found) @ truth) / (truth @ truth))
 
 
-def nats_lost(found, jobs: Sequence[str] = JOBS) -> float:
-    """The cost of wrong odds: KL(world's pronoun || model's), in nats, mean over occupations."""
-    p = 1 / (1 + np.exp(-true_log_odds(jobs)))
-    q = 1 / (1 + np.exp(-np.asarray(found, dtype=float)))
-    return float((p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean())
-
-
 def head_effects(
     model: LanguageModel, seeds: Sequence[int], n: int = 12, jobs: Sequence[str] = JOBS
 ) -> np.ndarray:
