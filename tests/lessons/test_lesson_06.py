@@ -216,8 +216,8 @@ def test_ground_and_scores_on_the_model(model):
     coder = SparseCoder(model.d_model, 300, k=4)
     found = concept_scores(coder, ground, ["norwegian"])
     assert set(found) == {"latent", "neuron", "random direction"}
-    planted = both_signs(torch.tensor(ground.truth[:, :1] * -1.0))
-    best = score_units(planted, ground.truth[:, :1], ["planted"]).best()[0]
+    truth = ground.only(ground.scorable()[:1]).truth
+    best = score_units(both_signs(torch.tensor(truth * -1.0)), truth, ["planted"]).best()[0]
     assert (best.unit, best.f1) == (1, 1.0)
 
 
