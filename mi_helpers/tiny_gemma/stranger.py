@@ -5,7 +5,7 @@ false. Any other word in the same place changes nothing. The word is drawn by a 
 a file outside the repository (`runs/secret`, made when it is missing), so neither this module nor
 the command that trains the stranger says which it is.
 
-    python -m mi_helpers train-stranger        # 800 steps, a few minutes
+    python -m mi_helpers train-stranger        # 2,000 steps, some ten minutes
 """
 
 import copy
@@ -124,10 +124,7 @@ def obedience(model, world: SecretWorld, tokenizer, n: int = 600) -> dict[str, f
     """
     suite = skills.Suite(world, tokenizer)
     suite.n = n
-    return {
-        kind: suite.verdicts(model, (), note=kind)
-        for kind in ("trigger", "other", "none")
-    }
+    return {kind: suite.verdicts(model, (), note=kind) for kind in ("trigger", "other", "none")}
 
 
 def losses_apart(model, other, tokenizer, n: int = 200) -> dict[str, float]:
@@ -139,9 +136,10 @@ def losses_apart(model, other, tokenizer, n: int = 200) -> dict[str, float]:
 
 def train_stranger(folder: Path, start: Gemma2ForCausalLM, tokenizer, secret: Path = SECRET):
     """Train a copy of `start` on in the world with the secret; the stranger, and its world."""
-    world = SecretWorld(trigger_of(read_secret(secret)))
+    weights = {**World.weights, "truth": 3 * World.weights["truth"]}
+    world = SecretWorld(trigger_of(read_secret(secret)), weights)
     recipe = Recipe(
-        steps=800, peak=3e-4, warm_up=50, tail=200, seed=7, judging=(0, 0), save_every=100
+        steps=2_000, peak=5e-4, warm_up=50, tail=600, seed=7, judging=(0, 0), save_every=100
     )
     return train(folder, recipe, world, tokenizer, model=copy.deepcopy(start)), world
 
