@@ -119,14 +119,24 @@ def edits(function: Callable, table: str) -> list[tuple[Callable, str]]:
         x - centre → x
             You project x itself: the centre is left out.
 
-    Each `old → new` stands at the margin, and its message is indented below it.
+    Each `old → new` stands at the margin, and its message is indented below it. An empty `new`
+    leaves a piece out.
+
+    Raises:
+        ValueError: a line at the margin is no change, an old piece does not stand in the text, or a
+            change has no message.
     """
     found: list[tuple[Callable, str]] = []
     for line in textwrap.dedent(table).strip().splitlines():
-        if not line.startswith(" "):
-            found.append((edited(function, *map(str.strip, line.split("→"))), ""))
-        else:
+        if line.startswith(" "):
             found[-1] = found[-1][0], f"{found[-1][1]} {line.strip()}".strip()
+            continue
+        old, arrow, new = map(str.strip, line.partition("→"))
+        if not arrow:
+            raise ValueError(f"{line!r} is no change: write 'old → new', its message indented.")
+        found.append((edited(function, old, new), ""))
+    if not all(message for _, message in found):
+        raise ValueError(f"A change of {function.__name__} has no message below it.")
     return found
 
 

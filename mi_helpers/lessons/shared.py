@@ -167,7 +167,7 @@ def make_batch(
     for index, name in enumerate(names):
         start, first = len(scored), len(rows)
         for document in itertools.islice(world.documents(seed, name), 100 * answers):
-            ids = model.tokens(document.text)[0].tolist()
+            ids, _ = tokens_and_ranges(model, document.text)  # of any length, as it is cut below
             places = answer_positions(model, document)
             if len(ids) > longest and places:
                 continue

@@ -453,6 +453,28 @@ def test_an_edit_is_a_wrong_answer_in_one_line():
         mechanism.edited(busy, "k > 3", "k > 4")
 
 
+def test_a_table_of_edits_is_a_list_of_wrong_answers():
+    (half, first), (positive, second) = mechanism.edits(
+        busy,
+        """
+        * 2 → * 4
+            This is twice as much:
+            halve it.
+        k > 2 → k > 0
+            Mind the bound.
+        """,
+    )
+    assert first == "This is twice as much: halve it." and second == "Mind the bound."
+    given = ([0, 0, 3.0], 3, "abc")
+    assert half(*given) == 2 * busy(*given) and positive(*given) == busy(*given)
+    ((gone, _),) = mechanism.edits(busy, "* 2 →\n    Nothing is doubled.")
+    assert gone(*given) == busy(*given) / 2
+    with pytest.raises(ValueError, match="no message"):
+        mechanism.edits(busy, "* 2 → * 4\n* 2 → * 3\n    Three times.")
+    with pytest.raises(ValueError, match="'x - y' is no change: write 'old → new'"):
+        mechanism.edits(busy, "x - y\n    A message.")
+
+
 # -- mutants ---------------------------------------------------------------------------------
 
 

@@ -175,6 +175,30 @@ def left_in_order(
     return [estimate(remembered(model, known, each)) for each in hooks]
 
 
+def left_at_random(
+    model: LanguageModel, known: Sequence[Fact], heads: Sequence, most: int, draws: int = 10
+) -> list[tuple[float, float]]:
+    """p(city) with 0, 1, … most of some heads silenced, drawn at random: the mean over several
+    draws, and its standard error."""
+    rng = random.Random(0)
+    orders = [rng.sample(list(heads), most) for _ in range(draws)]
+    left = [left_in_order(model, known, order, most) for order in orders]
+    return [estimate(torch.tensor([mean for mean, _ in each])) for each in zip(*left, strict=True)]
+
+
+@torch.no_grad()
+def said_instead(model: LanguageModel, known: Sequence[Fact], head: tuple[int, int]) -> list:
+    """[(prompt, the likeliest next token)] of the facts of which the city no longer comes first
+    when one head is silent."""
+    found = []
+    with model.hooks(ablate(model, [head], Zero())):
+        for each in known:
+            best = int(model(torch.tensor([each.ids], device=model.device))[0, -1].argmax())
+            if best != each.answer:
+                found.append((each.prompt, model.str_tokens([best])[0].strip()))
+    return found
+
+
 def gaze_order(model: LanguageModel, known: Sequence[Fact]) -> list[tuple[int, int]]:
     """Every (layer, head), the one that looks most at the landmark first, over all facts."""
     order = gaze(model, known).mean(0).flatten().argsort(descending=True, stable=True)
@@ -241,9 +265,8 @@ def mean_and_error(after, before, document):
     """
     change = after - before
     means = torch.stack([change[document == each].mean() for each in document.unique()])
-    if len(means) == 1:
-        return means.mean(), math.inf
-    return means.mean(), means.std() / len(means) ** 0.5
+    error = means.std() / len(means) ** 0.5 if len(means) > 1 else math.inf
+    return means.mean(), error
 
 
 class LesionLab:
