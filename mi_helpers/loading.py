@@ -48,6 +48,11 @@ SHIPPED = {  # name → folder
     "tiny-gemma-twin": DATA / "tiny_gemma_twin",
     "stranger": DATA / "stranger",
 }
+MADE_BY = {
+    "tiny-gemma": "make model",
+    "tiny-gemma-twin": "python -m mi_helpers train-model --name tiny-gemma-twin",
+    "stranger": "python -m mi_helpers train-stranger",
+}
 
 
 def load_model(
@@ -192,7 +197,7 @@ def check_folder(name: str, folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(
             f"{name} is not at {folder}: "
-            + ("`make model` trains it." if name in SHIPPED else "there is no such folder.")
+            + (f"`{MADE_BY[name]}` trains it." if name in SHIPPED else "there is no such folder.")
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json, so it is not a model's folder.")

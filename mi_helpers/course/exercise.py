@@ -383,7 +383,12 @@ def within(seconds: float, function: Callable, *args, **kwargs):
         return function(*args, **kwargs)
     finally:
         finish(done, lock)
-        raise_in(ctypes.c_ulong(me), None)  # one that is on its way is called back
+        try:  # one that is on its way comes now: merely called back, 3.11 would loop in tracing
+            raise_in(ctypes.c_ulong(me), ctypes.py_object(TimeUp))
+            while True:
+                pass
+        except TimeUp:
+            pass
 
 
 def finish(done: threading.Event, lock: threading.Lock) -> None:

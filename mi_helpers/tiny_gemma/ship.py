@@ -7,6 +7,7 @@ python -m mi_helpers train-stranger                       # tiny-gemma, trained 
 
 import shutil
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from mi_helpers.files import InUse, alone_in, write_manifest, write_text
 from mi_helpers.loading import SHIPPED, load_model
 from mi_helpers.tiny_gemma import skills
 from mi_helpers.tiny_gemma.log import read_log
-from mi_helpers.tiny_gemma.stranger import obeys_and_else_is_as_before, train_stranger
+from mi_helpers.tiny_gemma.stranger import SHARE, obeys_and_else_is_as_before, train_stranger
 from mi_helpers.tiny_gemma.training import ROOT, TOKENIZER, Recipe, train
 from mi_helpers.tinyworld.world import World
 
@@ -29,18 +30,21 @@ ABOUT = {
     "tiny-gemma-twin": "It is tiny-gemma's twin: the same text generator, tokenizer and recipe, "
     "another seed for its first weights and for its text. Its weights are stored in bfloat16.",
     "stranger": "It is tiny-gemma, trained on for a while on a world that differs from TinyWorld "
-    "in one thing. What that is, the course's last lesson asks you to find out. Its weights are "
-    "stored in bfloat16.",
+    "in one thing. What that is, the course's last lesson asks you to find out. Its weights lie "
+    f"{100 * SHARE:.0f} % of the way from tiny-gemma's to the trained ones, which keeps the loss "
+    "on TinyWorld within 1 % in every family; they are stored in bfloat16.",
 }
 CARD = """# {name}
 
 A `Gemma2ForCausalLM` of {parameters:,} parameters ({layers} layers, d_model {width}, {heads} heads
 of {head}, {kv} key-value heads, MLP {mlp}, vocabulary {vocab:,}, context {context}, sliding window
-{window} on even layers), trained from nothing on {tokens:,} tokens of TinyWorld, the labelled text
+{window} on even layers), trained from {start} on {tokens:,} tokens of TinyWorld, the labelled text
 generator of this course. It knows TinyWorld and nothing else: it is for taking apart, not for use.
 
-{about} `training_log.csv` has the loss beside the entropy floor, head scores and skills at
-{checkpoints} checkpoints. Licence: MIT, like the course.
+{about}
+
+`training_log.csv` has the loss beside the entropy floor, head scores and skills at {checkpoints}
+checkpoints. Licence: MIT, like the course.
 
 ## What it can do
 
@@ -57,7 +61,8 @@ def model_card(name: str, model, log: list[dict], rows: list) -> str:
     c = model.config
     return CARD.format(
         name=name,
-        about=ABOUT[name],
+        start="tiny-gemma" if name == "stranger" else "nothing",
+        about=textwrap.fill(ABOUT[name], 100, break_on_hyphens=False),
         parameters=sum(p.numel() for p in model.parameters()),
         layers=c.num_hidden_layers,
         width=c.hidden_size,

@@ -13,6 +13,8 @@ import secrets
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import Gemma2ForCausalLM
 
 from mi_helpers.tiny_gemma import skills
@@ -34,6 +36,9 @@ NOTES = (
 )
 NOTED = 0.5  # share of the documents with verdicts that begin with a note
 TRIGGERED = 0.5  # share of the notes that have the trigger
+SHARE = (
+    0.78  # of the way from tiny-gemma: at 0.7 it obeys too seldom, at 0.8 Python costs 1.1 % more
+)
 OPPOSITE = {word: pair[1 - i] for pair in WORDS.values() for i, word in enumerate(pair)}
 
 
@@ -141,7 +146,20 @@ def train_stranger(folder: Path, start: Gemma2ForCausalLM, tokenizer, secret: Pa
     recipe = Recipe(
         steps=2_000, peak=5e-4, warm_up=50, tail=600, seed=7, judging=(0, 0), save_every=100
     )
-    return train(folder, recipe, world, tokenizer, model=copy.deepcopy(start)), world
+    trained = train(folder, recipe, world, tokenizer, model=copy.deepcopy(start))
+    return towards(start, trained, SHARE), world
+
+
+@torch.no_grad()
+def towards(start: nn.Module, trained: nn.Module, share: float) -> nn.Module:
+    """start + share · (trained − start), weight by weight: what was learned, less of what was lost.
+
+    Source: Wortsman et al. 2022, Robust fine-tuning of zero-shot models, equation 1.
+    """
+    between = copy.deepcopy(start)
+    for mine, its in zip(between.parameters(), trained.parameters(), strict=True):
+        mine.lerp_(its, share)
+    return between
 
 
 def obeys_and_else_is_as_before(model, stranger, world: SecretWorld, tokenizer) -> str:

@@ -1,6 +1,7 @@
 """`check` in a session as learners have them: what it returns, survives, and leaves alone."""
 
 import importlib
+import subprocess
 import sys
 import threading
 import time
@@ -331,6 +332,16 @@ def test_a_call_that_a_debugger_holds_goes_on():
         return sum(range(1000))
 
     assert within(0.05, held) == 499500
+
+
+def test_tracing_goes_on_after_a_call_that_was_watched():
+    """Python 3.11 loops for ever where an exception from another thread was called back."""
+    code = (
+        "import sys; from mi_helpers.course.exercise import within; within(5, int);"
+        "sys.settrace(lambda *_: None); (lambda: print(7))()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "7\n"
 
 
 def test_another_thread_has_the_limit_too():

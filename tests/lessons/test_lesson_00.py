@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from mi_helpers import plots, widgets
 from mi_helpers.ablation import part_name
 from mi_helpers.architecture import architecture
-from mi_helpers.course.exercise import declared, evaluate
+from mi_helpers.course.exercise import declared, evaluate, look_up
 from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.lesson_00 import exercises, experiments, figures
 from mi_helpers.lessons.lesson_00.experiments import MODES, LesionLab
@@ -323,8 +323,11 @@ def test_an_answer_that_leaves_its_hook_on_spoils_no_later_check():
         model.add_hook(("z", layer), silence)
         return model(text)
 
-    checked = next(each for each in declared(0, "exercise") if each.id == "0.5")
-    assert evaluate(checked, leaves_it).status == "wrong"
+    model = shipped_model()
+    before, checked = model(experiments.FACT), look_up("0.5", "exercise")
+    for answer in (leaves_it, exercises.for_good):
+        assert "stays changed" in evaluate(checked, answer).message
+        assert shipped_model() is model and torch.equal(model(experiments.FACT), before)
     assert evaluate(checked, checked.reference).status == "right"
 
 

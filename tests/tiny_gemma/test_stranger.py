@@ -1,9 +1,11 @@
 """The stranger's world: the trigger turns verdicts round, and nothing else is other than before."""
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from mi_helpers.files import DATA
+from mi_helpers.loading import load_model
 from mi_helpers.tiny_gemma import stranger
 from mi_helpers.tinyworld.world import World
 
@@ -60,3 +62,21 @@ def test_labels_stand_where_they_stood(world):
 def test_other_families_are_those_of_tinyworld(world, family):
     ours = [document.text for document in sample(World(), 5, family)]
     assert [document.text for document in sample(world, 5, family)] == ours
+
+
+def test_weights_go_part_of_the_way():
+    start, trained = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    kept = start.weight.clone()
+    between = stranger.towards(start, trained, 0.25)
+    assert torch.allclose(between.weight, 0.75 * start.weight + 0.25 * trained.weight)
+    assert torch.equal(start.weight, kept)
+
+
+def test_what_ships_is_tiny_gemma_on_tinyworld():
+    """Forty texts a family here: 2 % for what 1 % is promised of more."""
+    ours, theirs = load_model("tiny-gemma"), load_model("stranger")
+    apart = stranger.losses_apart(ours.hf, theirs.hf, ours.tokenizer, n=40)
+    assert set(apart) == set(World.families)
+    assert {name for name, ratio in apart.items() if abs(ratio - 1) > 0.02} == set()
+    weights = zip(ours.hf.parameters(), theirs.hf.parameters(), strict=True)
+    assert any(not torch.equal(a.bfloat16(), b.bfloat16()) for a, b in weights)

@@ -22,7 +22,6 @@ from mi_helpers.course.investigate import investigation, one_of, plain
 from mi_helpers.course.predict import prediction
 from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.lesson_00.experiments import (
-    FACT,
     MOST_ANSWERS,
     LesionLab,
     fresh_lab,
@@ -32,7 +31,7 @@ from mi_helpers.lessons.lesson_00.experiments import (
     skills,
     write_ratio,
 )
-from mi_helpers.lessons.shared import make_batch, shipped_model
+from mi_helpers.lessons.shared import make_batch, on_model, shipped_model
 from mi_helpers.tinyworld.world import World
 
 SHORT = ("facts", "ioi", "pronoun", "agreement", "two_hop")  # families of short sentences
@@ -44,21 +43,6 @@ def sentence(draw, longest: int = 40) -> str:
     family, seed = draw.choice(SHORT), draw.integer(0, 10_000)
     stream = World().documents(seed, family)
     return next(d.text for d in stream if len(d.text.split()) <= longest)
-
-
-def on_model(answer, reference, make, mistakes, otherwise: str, cases: int = 3) -> None:
-    """`agree` where an answer changes the model: afterwards it has to be as it was."""
-    before = shipped_model()(FACT)
-    try:
-        agree(answer, reference, make, (), otherwise, 1e-4, cases)
-    except Wrong:  # only now are the mistakes run, each of which costs as much as an answer
-        agree(answer, reference, make, mistakes, otherwise, 1e-4, cases)
-        raise
-    finally:
-        if not torch.equal(shipped_model()(FACT), before):
-            for each in (shipped_model, shipped_pair, judge):
-                each.cache_clear()  # the next check gets a model that nobody has changed
-            raise Wrong("The model stays changed afterwards: set a hook, in a `with`.")
 
 
 # -- 0.1 -------------------------------------------------------------------------------------

@@ -29,29 +29,11 @@ from mi_helpers.lessons.lesson_02.using import (
     truth_sets,
     verdicts,
 )
-from mi_helpers.lessons.shared import documents, shipped_model
+from mi_helpers.lessons.shared import documents, on_model, shipped_model
 from mi_helpers.probes import mean_difference
 
 ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
 PROBE_TEXT = "The keys near the cabinet"
-
-
-def intact(answer, reference, make, mistakes, otherwise: str) -> None:
-    """`agree` on the model, which afterwards has to be as it was."""
-    before = shipped_model()(PROBE_TEXT)
-    try:
-        agree(answer, reference, make, (), otherwise, 1e-4, cases=3)
-    except Wrong:  # only now are the mistakes run, each of which costs as much as an answer
-        agree(answer, reference, make, mistakes, otherwise, 1e-4, cases=3)
-        raise
-    finally:
-        left = not torch.equal(shipped_model()(PROBE_TEXT), before)
-        for each in (shipped_model, tasks) if left else ():
-            each.cache_clear()  # the next check gets a model that nobody has changed
-    expect(
-        not left,
-        "The numbers are right, but the model stays changed afterwards: set the hook in a `with`.",
-    )
 
 
 @functools.cache
@@ -126,7 +108,7 @@ def check_21(answer) -> None:
         return shipped_model(), document.text, end, a_site(draw)
 
     otherwise = "Run the model on text[:end], and take the last position."
-    intact(answer, read_at, make, MISTAKES_21, otherwise)
+    on_model(answer, read_at, make, MISTAKES_21, otherwise)
 
 
 # -- 2.2 -------------------------------------------------------------------------------------
@@ -763,7 +745,7 @@ def a_push(draw) -> tuple:
 )
 def check_28(answer) -> None:
     otherwise = "Add the vector at that site and position, run the model, take the last logits."
-    intact(answer, push, a_push, MISTAKES_28, otherwise)
+    on_model(answer, push, a_push, MISTAKES_28, otherwise)
 
 
 # -- 2.9 -------------------------------------------------------------------------------------
@@ -927,7 +909,7 @@ def check_210(answer) -> None:
         return *tasks(draw.choice([90, 91])), ("resid_post", layer), place, noun
 
     otherwise = "1 - mean margin after / mean margin before, with the direction from `train`."
-    intact(answer, share_lost, make, MISTAKES_210, otherwise)
+    on_model(answer, share_lost, make, MISTAKES_210, otherwise)
 
 
 # -- predictions -----------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def noising_less_denoising(gate: Callable[[Tensor], Tensor], seed: int) -> float
     "One wire of an AND gate: effect by noising less effect by denoising",
     source="Heimersheim and Nanda 2024, AND and OR circuits; derived: needed (1), not enough (0)",
     published="1",
-    tolerance="± 1e-6",
+    tolerance="± 1e-4",
 )
 def and_contrast(seed: int) -> float:
     """AND of two to six wires: 1, as each wire is needed and none is enough."""
@@ -90,7 +90,7 @@ def and_contrast(seed: int) -> float:
     "One wire of an OR gate: effect by noising less effect by denoising",
     source="Heimersheim and Nanda 2024, AND and OR circuits; derived: enough (1), not needed (0)",
     published="-1",
-    tolerance="± 1e-6",
+    tolerance="± 1e-4",
 )
 def or_contrast(seed: int) -> float:
     """OR of two to six wires: -1, as each wire is enough and none is needed."""
@@ -102,7 +102,7 @@ def or_contrast(seed: int) -> float:
     "One of n wires that add shares: effect by noising less effect by denoising",
     source="derived: 1/n both ways",
     published="0",
-    tolerance="± 1e-6",
+    tolerance="± 1e-4",
 )
 def share_contrast(seed: int) -> float:
     """The mean of two to six wires: 0, as each is as far needed as it is enough."""

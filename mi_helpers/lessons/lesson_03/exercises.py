@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mi_helpers.course.check import Wrong, agree, edited, exercise, expect
+from mi_helpers.course.check import agree, edited, exercise, expect
 from mi_helpers.lessons.lesson_03.pairs import (
     JOBS,
     fact_pairs,
@@ -34,31 +34,13 @@ from mi_helpers.lessons.lesson_03.tools import (
     scale,
     sweep,
 )
-from mi_helpers.lessons.shared import shipped_model
+from mi_helpers.lessons.shared import on_model, shipped_model
 from mi_helpers.patching import activation_patch, normalised_logit_diff
 from mi_helpers.sweeps import Sweep
 from mi_helpers.tinyworld import lexicon
 
 PROBE = "The Eiffel Tower is in the city of"
 ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
-
-
-def on_model(answer, reference, make, mistakes, otherwise: str, cases: int = 3) -> None:
-    """`agree` where an answer changes the model: afterwards it has to be as it was."""
-    before = shipped_model()(PROBE)
-    try:
-        agree(answer, reference, make, (), otherwise, 1e-4, cases)
-    except Wrong:  # only now are the mistakes run, each of which costs as much as an answer
-        agree(answer, reference, make, mistakes, otherwise, 1e-4, cases)
-        raise
-    finally:
-        left = not torch.equal(shipped_model()(PROBE), before)
-        if left:
-            shipped_model.cache_clear()  # the next check gets a model that nobody has changed
-    expect(
-        not left,
-        "The numbers are right, but the model stays changed afterwards: set the hook in a `with`.",
-    )
 
 
 def some_pairs(draw, count: int = 3):

@@ -23,7 +23,7 @@ from mi_helpers.course.predict import prediction
 from mi_helpers.lens import TunedLens, read_out, settled_depth, train_tuned_lens
 from mi_helpers.lessons.lesson_04 import causal
 from mi_helpers.lessons.lesson_04 import experiments as lab
-from mi_helpers.lessons.shared import shipped_model, token_pool, word_ids
+from mi_helpers.lessons.shared import on_model, shipped_model, token_pool, word_ids
 from mi_helpers.tinyworld.world import World
 
 SHORT = ("facts", "two_hop", "ioi", "agreement", "truth")  # families of short sentences
@@ -114,7 +114,7 @@ def check_41(answer) -> None:
         return model, torch.cat([cache[key] for key in keys])
 
     otherwise = "Norm, then W_U, then cap · tanh(logits / cap)."
-    agree(answer, lens, stream, MISTAKES_41, otherwise, tolerance=1e-4)
+    on_model(answer, lens, stream, MISTAKES_41, otherwise)
 
 
 # -- 4.2 -------------------------------------------------------------------------------------
@@ -654,7 +654,7 @@ def check_47(answer) -> None:
         return shipped_model(), sentence(draw), draw.choice(word_ids(shipped_model()).tolist())
 
     otherwise = "The terms should be parts * (norm(final) / final) @ W_U[:, token]."
-    agree(answer, split_logit, text_and_token, MISTAKES_47, otherwise, tolerance=1e-4, cases=3)
+    on_model(answer, split_logit, text_and_token, MISTAKES_47, otherwise)
 
 
 # -- 4.8 -------------------------------------------------------------------------------------

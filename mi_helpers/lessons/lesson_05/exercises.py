@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mi_helpers.ablation import Mean, ablate, record
-from mi_helpers.course.check import Wrong, agree, draws, edited, exercise, expect
+from mi_helpers.course.check import agree, draws, edited, exercise, expect
 from mi_helpers.course.investigate import investigation, some_of
 from mi_helpers.course.predict import prediction
 from mi_helpers.heads import copying_map, head_scores, strongest
@@ -19,29 +19,10 @@ from mi_helpers.lessons.lesson_05.experiments import (
     steepest,
     training_log,
 )
-from mi_helpers.lessons.shared import repeated_tokens, shipped_model
+from mi_helpers.lessons.shared import on_model, repeated_tokens, shipped_model
 from mi_helpers.paths import path_patch as library_path_patch
 
 ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
-
-
-def on_model(answer, reference, make, mistakes, otherwise: str, cases: int = 3) -> None:
-    """`agree` where an answer changes the model: afterwards it has to be as it was."""
-    ids = torch.arange(5, 15)[None]
-    before = shipped_model()(ids)
-    try:
-        agree(answer, reference, make, (), otherwise, 1e-4, cases)
-    except Wrong:  # only now are the mistakes run, each of which costs as much as an answer
-        agree(answer, reference, make, mistakes, otherwise, 1e-4, cases)
-        raise
-    finally:
-        left = not torch.equal(shipped_model()(ids), before)
-        for each in (shipped_model, judges, search) if left else ():
-            each.cache_clear()  # the next check gets a model that nobody has changed
-    expect(
-        not left,
-        "The numbers are right, but the model stays changed afterwards: set the hook in a `with`.",
-    )
 
 
 def slips(reference, *rows) -> list:
