@@ -33,7 +33,7 @@ from mi_helpers.saes.sources import SourceError, open_source
 AWKWARD = [
     "$$", "$x$", r"$\frac$", r"\$", "\\", '"', "'", "[[", "]", "`", "``|`", "|", "**", "*_a_*",
     "_x", "<b>&amp;</b>", "a\nb", "\r\n", "\t", "\x00", "\x1b[31m", "\u202eab", "שלום", "👩‍👩‍👧",
-    "\u2028", "{}%s", "", " ", 'Output "c" (p=0.1)', "#1", "~~a~~",
+    "\r", "\u2028", "{}%s", "", " ", 'Output "c" (p=0.1)', "#1", "~~a~~",
 ]  # fmt: skip
 ANY = st.one_of(st.sampled_from(AWKWARD), st.text(max_size=12))
 any_texts = settings(max_examples=2, derandomize=True, deadline=None)
