@@ -5,6 +5,7 @@ WORKERS ?= 2
 LAB_ARGS ?=
 PIP_ARGS ?=
 NAMES ?=
+LESSONS ?= 0 1 2 3 4 5 6 7 8
 BENCH_ARGS ?=
 # Where the learner's own copies of the lessons are.
 WORK ?= work
@@ -30,7 +31,8 @@ PEERS_OF := benchmarks/requirements.txt
 CODERS_OF := benchmarks/requirements-coders.txt
 stale = $(shell [ "$$(cat $(2) | cksum)" = "$$(cat $(1) 2>/dev/null)" ] || echo $(1))
 
-.PHONY: help lab fresh test lint unit numeric notebook-tests model notebooks bench exercises doctor
+.PHONY: help lab fresh test lint unit numeric notebook-tests model downstream notebooks bench
+.PHONY: exercises doctor
 .PHONY: $(call stale,$(READY),$(READY_OF)) $(call stale,$(PEERS),$(PEERS_OF)) \
   $(call stale,$(CODERS),$(CODERS_OF))
 .DEFAULT_GOAL := help
@@ -99,6 +101,15 @@ exercises: $(READY)  ## prove every exercise: reference, stub, wrong answers
 
 notebooks: $(READY)  ## run the notebooks again and save them clean (NAMES="00 03")
 	@$(BIN)/python -m mi_helpers notebooks $(NAMES)
+
+downstream: export OMP_NUM_THREADS = $(WORKERS)
+downstream: $(READY)  ## make all that hangs on tiny-gemma again: coders, transcoders, ledger, notebooks
+	@$(BIN)/python -m mi_helpers make-sae
+	@$(BIN)/python -m mi_helpers make-transcoders
+	@$(BIN)/python -m mi_helpers claims --measure $(LESSONS)
+	@$(BIN)/python -m mi_helpers claims --page
+	@$(BIN)/python -m mi_helpers notebooks
+	@$(BIN)/python -m mi_helpers manifest --write
 
 model: $(READY)  ## train tiny-gemma again
 	@$(BIN)/python -m mi_helpers train-model

@@ -71,7 +71,7 @@ class Gaussian:
         N(0, (scale · σ)²)
 
     σ is the standard deviation of the embedding's entries, as they enter the stream, over the
-    tokens in use (`LanguageModel.in_use`; those never seen in training can be far longer).
+    tokens that can stand in a text (`LanguageModel.in_text`).
 
     Args:
         subject: the positions that get noise; negative ones count from the end.
@@ -98,7 +98,7 @@ class Gaussian:
         at = indices(self.subject, length, "position")
         whole("seeds", self.seeds, 1)
         number("scale", self.scale, least=0)
-        used = model.in_use.nonzero()[:, 0]
+        used = model.in_text.nonzero()[:, 0]
         some = used[:: -(-len(used) // 4096)]
         sigma = float(model.part("embed")(some).float().std())
         noise = torch.zeros(self.seeds, batch, length, model.d_model)

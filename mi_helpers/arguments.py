@@ -249,7 +249,9 @@ def array(what: str, given, axes: str, sizes: Mapping[str, int] | None = None) -
         ModelError: other axes, nothing in it, no numbers, NaN or infinity.
     """
     if isinstance(given, Tensor):
-        given = given.detach().cpu().numpy() if given.device.type != "meta" else None
+        given = given.detach().cpu() if given.device.type != "meta" else None
+        if given is not None and given.dtype == torch.bfloat16:  # which NumPy does not have
+            given = given.float()
     try:
         found = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError):

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import trange
 
 from mi_helpers.arguments import indices, number, shown, tensor, token_ids, whole
 from mi_helpers.files import RunError, load_tensors, read_json, save_tensors, write_json
@@ -56,6 +57,18 @@ def read_stream(model: LanguageModel, ids: Tensor, at: At, size: int = 64) -> Te
     return torch.stack([found[key] for key in depth_keys(model)])
 
 
+def beginning(model: LanguageModel, text: str, longest: int = LONGEST) -> Tensor:
+    """A text's first tokens, (pos,), BOS included: at most `longest`, and what the context holds.
+
+    Raises:
+        ModelError: an empty text, or a length below 1.
+    """
+    whole("longest", longest, 1)
+    row, bos = model.encode(text), model.tokenizer.bos_token_id
+    row = row if bos is None or row[0] == bos else [bos, *row]
+    return model.ids(row[: min(longest, model.n_ctx)])[0]
+
+
 def sample_stream(model: LanguageModel, texts: Iterable[str], n: int, seed: int = 0) -> Tensor:
     """The stream at n random tokens of texts, (n_layers + 1, n, d_model).
 
@@ -70,7 +83,7 @@ def sample_stream(model: LanguageModel, texts: Iterable[str], n: int, seed: int 
         raise ModelError(f"texts is {shown(texts)}: expected several texts.")
     rows, count = [], 0
     for text in texts:
-        rows.append(model.tokens(text)[0, : min(LONGEST, model.n_ctx)])
+        rows.append(beginning(model, text))
         count += len(rows[-1]) - 1
         if count >= 2 * n:
             break
@@ -415,6 +428,7 @@ def train_tuned_lens(
     size: int = 128,
     lr: float | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> tuple[TunedLens, list[float]]:
     """A `TunedLens` trained on a stream: at each depth, the least mean of KL(final ‖ lens).
 
@@ -424,6 +438,7 @@ def train_tuned_lens(
         stream: (n_layers + 1, n, d_model), as from `sample_stream`.
         lr: the learning rate at the first step; it falls linearly to 0. By default 0.7 / d_model,
             so that a step can turn the stream of a wide model as far as that of a narrow one.
+        progress: whether a bar is shown.
 
     Returns:
         the lens, and the loss of each step: nats, mean over the depths.
@@ -441,7 +456,7 @@ def train_tuned_lens(
     optimizer = torch.optim.Adam(lens.parameters(), lr=lr, betas=(0.9, 0.99))
     rng = torch.Generator().manual_seed(seed)
     losses = []
-    for step in range(steps):
+    for step in trange(steps, desc="steps", disable=not progress):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         some = stream[:, torch.randint(stream.shape[1], (size,), generator=rng)]

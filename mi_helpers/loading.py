@@ -43,6 +43,16 @@ COUNTS = (  # of config.json, from which lists are made
 )
 MOST = 2**24
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+SHIPPED = {  # name → folder
+    "tiny-gemma": DATA / "tiny_gemma",
+    "tiny-gemma-twin": DATA / "tiny_gemma_twin",
+    "stranger": DATA / "stranger",
+}
+MADE_BY = {
+    "tiny-gemma": "make model",
+    "tiny-gemma-twin": "python -m mi_helpers train-model --name tiny-gemma-twin",
+    "stranger": "python -m mi_helpers train-stranger",
+}
 
 
 def load_model(
@@ -50,12 +60,12 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> LanguageModel:
-    """Load "tiny-gemma", a local folder or a model of the Hugging Face hub.
+    """Load a model that ships (SHIPPED), a local folder or a model of the Hugging Face hub.
 
     Args:
         name_or_path: None means the environment variable MI_MODEL, else "tiny-gemma".
         dtype: float32, float64, bfloat16 or float16, by name or as torch's own; None and "auto"
-            mean the one that the weights are stored in.
+            mean float32 for the models that ship, else the one that the weights are stored in.
         device: as `resolve_device` takes it; None means the environment variable MI_DEVICE, else
             the CPU.
 
@@ -66,6 +76,8 @@ def load_model(
     one_of("dtype", str(dtype or "auto").removeprefix("torch."), DTYPES)
     name = str(name_or_path or os.environ.get("MI_MODEL") or "tiny-gemma")
     source, local = place_of(name)
+    if dtype in (None, "auto"):
+        dtype = torch.float32 if name in SHIPPED else "auto"
     bars = hf_logging.is_progress_bar_enabled()
     if local:  # a second or two: no bar in a committed notebook
         check_folder(name, Path(source))
@@ -81,7 +93,9 @@ def load_model(
                 check_size(name, Path(source), config)
             hf, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 source,
-                dtype=dtype or "auto",
+                dtype=torch.float32
+                if name in SHIPPED and dtype in (None, "auto")
+                else dtype or "auto",
                 attn_implementation="eager",
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -101,8 +115,8 @@ def load_model(
 
 def place_of(name: str) -> tuple[str, bool]:
     """(where transformers finds a model, whether that is a folder of this machine)."""
-    if name == "tiny-gemma":
-        return str(DATA / "tiny_gemma"), True
+    if name in SHIPPED:
+        return str(SHIPPED[name]), True
     source = os.path.expanduser(name)
     return source, os.path.isdir(source) or name.startswith((".", "/", "~"))
 
@@ -183,7 +197,7 @@ def check_folder(name: str, folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(
             f"{name} is not at {folder}: "
-            + ("`make model` trains it." if name == "tiny-gemma" else "there is no such folder.")
+            + (f"`{MADE_BY[name]}` trains it." if name in SHIPPED else "there is no such folder.")
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json, so it is not a model's folder.")

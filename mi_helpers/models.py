@@ -33,9 +33,7 @@ from mi_helpers.hooks import Cache, HookedModel
 from mi_helpers.layouts import NORMALIZED, SITES, Hook, Key, ModelError, normalize
 
 SPACE = "▁"  # how SentencePiece writes a space
-UNSEEN = 0.99  # cosine with the padding token's column of W_U, from which `in_use` says no
 DEFAULT_SITES = ("embed", "attn_out", "mlp_out", "resid_post")
-AT_ONCE = 4_096  # rows of W_U in float32 at a time
 At = tuple[Tensor, Tensor]  # rows (n,), positions (n,): the n tokens ids[rows, positions]
 
 
@@ -55,29 +53,21 @@ class LanguageModel(HookedModel):
     """
 
     @cached_property
-    def in_use(self) -> Tensor:
-        """Which tokens of the vocabulary training has ever shown the model, (d_vocab,), bool.
+    def in_text(self) -> Tensor:
+        """Which tokens can stand in a text, (d_vocab,), bool: all but padding and <unk>.
 
-        Tokens that no text contains get all but the same gradient in every step, and end with one
-        and the same column of W_U: those whose column has a cosine of `UNSEEN` or more with that of
-        the padding token (of <unk>, if there is none) are taken for such. In tiny-gemma they are
-        numbers, symbols and pieces of letters. A model without either has all of them in use.
-
-        Source: Land and Bartolo 2024, Fishing for Magikarp: the cosine of an unembedding row with
-        those of tokens known to be unused.
+        Training pushes the logits of those two down at every step, so their columns of W_U are
+        long, and would be at an end of every list and in every mean.
         """
-        names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
-        bos, eos, *unused = (getattr(self.tokenizer, name, None) for name in names)
-        for token in unused:
+        bos, eos, *never = (
+            getattr(self.tokenizer, f"{name}_token_id", None)
+            for name in ("bos", "eos", "pad", "unk")
+        )
+        found = torch.ones(self.d_vocab, dtype=torch.bool, device=self.device)
+        for token in never:
             if token not in (None, bos, eos) and token < self.d_vocab:
-                rows = self.W_U.T.detach()  # (d_vocab, d_model)
-                unseen = F.normalize(rows[token].float(), dim=0)
-                used = torch.cat(
-                    [F.normalize(some.float()) @ unseen < UNSEEN for some in rows.split(AT_ONCE)]
-                )
-                used[token] = False
-                return used
-        return torch.ones(self.d_vocab, dtype=torch.bool, device=self.device)
+                found[token] = False
+        return found
 
     # ---- text and tokens
 

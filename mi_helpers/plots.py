@@ -98,6 +98,52 @@ def heatmap(
     return picture
 
 
+@style()
+def effect_maps(
+    panels: Mapping[str, Sequence],
+    xlabels: Sequence[str],
+    ylabels: Sequence[str],
+    title: str = "",
+    *,
+    xlabel: str = "position",
+    ylabel: str = "layer",
+    unit: str = "normalised logit difference",
+    limit: float = 1.0,
+) -> Figure:
+    """One map (rows, columns) per title, side by side, on one scale around zero.
+
+    Realises the maps of "Locating and Editing Factual Associations in GPT" (Meng and others, 2022),
+    figure 1, and of "Interpretability in the Wild" (Wang and others, 2022).
+    """
+    rows, columns = len(ylabels), len(xlabels)
+    each = 0.4 + (0.5 if rows * columns <= 120 else 0.38) * columns
+    wide = clamp(1.4 + len(panels) * max(3.2, each))
+    high = clamp(2.2 + 0.36 * rows)
+    picture = Picture(figsize=(wide, high))
+    axes = picture.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for one, (name, values) in zip(axes, panels.items(), strict=True):
+        values = as_array(values)
+        if values.shape != (rows, columns):
+            raise ValueError(f"'{name}' has shape {values.shape}, expected {(rows, columns)}.")
+        image = one.imshow(values, aspect="auto", cmap=EFFECT, vmin=-limit, vmax=limit)
+        name_ticks(one.xaxis, xlabels, columns)
+        name_ticks(one.yaxis, ylabels, rows)
+        if max(map(len, map(str, xlabels))) > 2:
+            one.tick_params(axis="x", labelrotation=90)
+        one.spines[:].set_visible(False)
+        one.set(title=name, xlabel=xlabel)
+        if values.size <= 120:
+            small = np.where(np.abs(values) < 0.005, np.nan, values)  # zeros would only be clutter
+            print_values(one, image, small, "z.2f")
+            for text in one.texts:
+                text.set_fontsize(9)
+    axes[0].set_ylabel(ylabel)
+    picture.colorbar(image, ax=list(axes), label=unit, fraction=0.03, pad=0.01)
+    if title:
+        picture.suptitle(title, x=0.01, ha="left")
+    return picture
+
+
 def clamp(inches: float, most: float = 14.0) -> float:
     """A side that fits a page: 3 to `most` inches."""
     return min(max(inches, 3.0), most)

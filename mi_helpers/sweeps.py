@@ -185,8 +185,8 @@ class Sweep:
             return [(None, None)] * len(lengths)
         if self.positions is None:
             raise ModelError("source says where activations are taken from: give positions, too.")
-        to = _for_each(self.positions, len(lengths), "positions")
-        of = to if self.source is None else _for_each(self.source, len(lengths), "source")
+        to = for_each(self.positions, len(lengths), "positions")
+        of = to if self.source is None else for_each(self.source, len(lengths), "source")
         found = []
         for p, q, (base, other) in zip(to, of, lengths, strict=True):
             at, taken = indices(p, base, "position"), indices(q, other, "source position")
@@ -218,7 +218,7 @@ class Sweep:
         return layers, by_head, by_position, shape
 
 
-def _for_each(given, n: int, what: str) -> list:
+def for_each(given, n: int, what: str) -> list:
     """Positions for each of n prompts: those of (n, k), or the same for all."""
     given = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
     if not isinstance(given, Sequence) or not any(

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
-from mi_helpers import plots, widgets
+from mi_helpers import plots, views, widgets
 from mi_helpers.circuits.figures import graph_figure, supernode_figure
 from mi_helpers.circuits.files import load_graph, save_graph
 from mi_helpers.circuits.graphs import EMBEDDING, FEATURE, LOGIT, Graph, Node
 from mi_helpers.course import ledger
 from mi_helpers.course.check import Note, code
 from mi_helpers.files import literal
-from mi_helpers.lessons.lesson_03.figures import PatchingExplorer, effect_maps, single_map
-from mi_helpers.lessons.lesson_04.figures import LensViewer, lens_grid, lens_table
-from mi_helpers.lessons.lesson_05.figures import HeadViewer
+from mi_helpers.lessons.lesson_03.figures import PatchingExplorer, single_map
+from mi_helpers.lessons.lesson_04.figures import two_written
+from mi_helpers.lessons.lesson_05.figures import CircuitBuilder
+from mi_helpers.lessons.lesson_05.ioi import Task, make_prompts
 from mi_helpers.loading import load_model
 from mi_helpers.saes.features import Context
 from mi_helpers.saes.figures import centred, printable
@@ -32,7 +33,7 @@ from mi_helpers.saes.sources import SourceError, open_source
 AWKWARD = [
     "$$", "$x$", r"$\frac$", r"\$", "\\", '"', "'", "[[", "]", "`", "``|`", "|", "**", "*_a_*",
     "_x", "<b>&amp;</b>", "a\nb", "\r\n", "\t", "\x00", "\x1b[31m", "\u202eab", "שלום", "👩‍👩‍👧",
-    "\u2028", "{}%s", "", " ", 'Output "c" (p=0.1)', "#1", "~~a~~",
+    "\r", "\u2028", "{}%s", "", " ", 'Output "c" (p=0.1)', "#1", "~~a~~",
 ]  # fmt: skip
 ANY = st.one_of(st.sampled_from(AWKWARD), st.text(max_size=12))
 any_texts = settings(max_examples=2, derandomize=True, deadline=None)
@@ -57,8 +58,10 @@ FIGURES = {
     "before and after": lambda a, b: plots.before_after({a: 1.0}, {a: 2.0}, b, labels=(a, b)),
     "panels": lambda a, b: plots.layer_panels([a, b], {a: {a: [1, 2], b + "2": [2, 1]}}, ylabel=b),
     "map": lambda a, b: single_map(np.eye(2), [a, b], [b, a], a, b, a, "denoise"),
-    "maps": lambda a, b: effect_maps({a: np.eye(2), b + "2": np.eye(2)}, [a, b], [b, a], b, unit=a),
-    "lens": lambda a, b: lens_grid([a, b], [a, b], [[a, b], [b, a]], np.eye(2), a),
+    "maps": lambda a, b: plots.effect_maps(
+        {a: np.eye(2), b + "2": np.eye(2)}, [a, b], [b, a], b, unit=a
+    ),
+    "written": lambda a, b: two_written([a, b], [1, 2], [3, 5], (a, b), b),
     "graph": lambda a, b: graph_figure(by_hand(a, b), a),
     "supernodes": lambda a, b: supernode_figure(by_hand(a, b, supernodes={b: ("0_1_1",)}), a),
 }
@@ -98,25 +101,27 @@ def test_a_legend_names_every_series():
 @pytest.fixture(scope="module")
 def explorers():
     model = load_model("tiny-gemma")
-    lens, heads, patching = LensViewer(model), HeadViewer(model), PatchingExplorer(model)
+    patching, task = PatchingExplorer(model), Task(model, make_prompts(model, 3))
+    builder = CircuitBuilder(task, {"END": {(0, 0, "END")}})
     return {
-        "lens": lambda text: lens.figure(text, layer=0),
-        "heads": lambda text: heads.figure(0, 0, text),
+        "lens": lambda text: views.lens(model, text),
+        "circuit": lambda text: builder.figure(f"There was Roger. {text} left. A clerk gave it to"),
         "patching": lambda text: patching(
-            f"The keys {text}", f"The key {text}", "are / is", "resid_pre", "noise"
+            "city", f"The keys {text}", f"The key {text}", "are / is", "resid_pre", "noise"
         ),
     }
 
 
 @lacking_glyphs
-@pytest.mark.parametrize("name", ["lens", "heads", "patching"])
+@pytest.mark.parametrize("name", ["lens", "circuit", "patching"])
 @any_texts
 @given(ANY)
 @example("The $$ of \\$ and $x_1$")
 @example("\x00\n<b>")
 def test_any_prompt_is_drawn_or_answered_in_a_sentence(explorers, name, prompt):
     try:
-        plots.render(explorers[name](prompt))
+        drawn = explorers[name](prompt)
+        assert isinstance(drawn, views.View) or plots.render(drawn)
     except ValueError as error:
         assert str(error)
 
@@ -158,9 +163,6 @@ def cells(table: str) -> list[str]:
 def test_a_table_shows_any_text_as_it_is(text):
     page = f"| a | b |\n|---|---|\n| {literal(text)} | x{literal(text)}x |\n"
     assert cells(page) == [text, f"x{text}x"]
-    token = text.replace(" ", "␣").replace("\n", "↵")
-    page = lens_table(["0"], [[text, text]], [[0.5, 0.5]])
-    assert cells(page) == ["0", f"{token} 0.500", f"{token} 0.500"]
 
 
 def test_code_reaches_a_terminal_as_it_is():

@@ -54,9 +54,9 @@ def token_inputs(model: LanguageModel, coder: SparseCoder, layer: int, latent: i
 
 @torch.no_grad()
 def top_input_tokens(model: LanguageModel, coder: SparseCoder, layer: int, n: int = 10) -> Tensor:
-    """The n tokens in use with the highest `token_inputs` of each latent, (latents, n), the highest
-    first. (Some latents at a time: the whole table of a large model does not fit.)"""
-    ids = model.in_use.nonzero()[:, 0]
+    """The n tokens of text with the highest `token_inputs` of each latent, (latents, n), the
+    highest first. (Some latents at a time: the whole table of a large model does not fit.)"""
+    ids = model.in_text.nonzero()[:, 0]
     x = model.part("ln2", layer)(model.W_E[ids]).float()
     columns = coder.W_enc.split(max(1, MOST_NUMBERS // len(x)), dim=1)
     return torch.cat([ids[(x @ each).topk(n, dim=0).indices.T] for each in columns]).cpu()
@@ -117,8 +117,8 @@ def write_effects(
         stream[1, place] -= push.to(stream)
         final = model.run_from_layer(stream, layer + 1, stop_at_layer=model.n_layers)
         before, after = model.unembed(final[:, place], softcap=False).float()
-        observed.append((before - after)[model.in_use].cpu())
-        predicted.append(logit_effects(model, push[None])[0, model.in_use].cpu())
+        observed.append((before - after)[model.in_text].cpu())
+        predicted.append(logit_effects(model, push[None])[0, model.in_text].cpu())
     others = predicted[1:] + predicted[:1]
     return WriteEffects(_correlations(predicted, observed), _correlations(others, observed))
 

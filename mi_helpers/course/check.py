@@ -41,6 +41,7 @@ from mi_helpers.course.exercise import (
     exercise,
     within,
 )
+from mi_helpers.course.mutants import edited, edits
 from mi_helpers.course.session import Note, display
 
 __all__ = [
@@ -56,6 +57,8 @@ __all__ = [
     "describe",
     "draw",
     "draws",
+    "edited",
+    "edits",
     "exercise",
     "expect",
     "expect_close",

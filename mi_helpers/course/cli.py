@@ -30,6 +30,7 @@ COMMANDS = {
         "train": ("mi_helpers.saes.pipeline:main_train", "a sparse coder, from a harvest"),
         "report": ("mi_helpers.saes.pipeline:main_report", "a coder measured, in the model too"),
         "features": ("mi_helpers.saes.pipeline:main_features", "what each latent of a coder is"),
+        "lens": ("mi_helpers.saes.tuned:main", "a tuned lens of any model, from your own text"),
     },
     "The course": {
         "doctor": ("mi_helpers.course.doctor:main", "what works on this machine"),
@@ -44,7 +45,11 @@ COMMANDS = {
     },
     "What ships in data/": {
         "tinyworld": ("mi_helpers.tinyworld.__main__:main", "write text of TinyWorld"),
-        "train-model": ("mi_helpers.tiny_gemma.training:main_train", "train tiny-gemma again"),
+        "train-model": ("mi_helpers.tiny_gemma.ship:main_train", "train tiny-gemma, or its twin"),
+        "train-stranger": (
+            "mi_helpers.tiny_gemma.ship:main_stranger",
+            "train it on with a secret",
+        ),
         "skills": ("mi_helpers.tiny_gemma.skills:main", "what tiny-gemma can do, per family"),
         "make-sae": ("mi_helpers.lessons.lesson_06.grid:main", "make the autoencoder"),
         "make-transcoders": ("mi_helpers.saes.transcoders:main", "make the transcoders"),

@@ -5,6 +5,7 @@ answer, `@prediction("5.3")` above a function that measures what was to be predi
 `@investigation("5", ...)` above one that scores an answer: that is how all of them are found.
 """
 
+import ast
 import contextlib
 import ctypes
 import difflib
@@ -16,6 +17,7 @@ import pkgutil
 import random
 import re
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -99,14 +101,25 @@ def exercise(id: str, **card) -> Callable[[Callable], Callable]:
 
     Args:
         id: "LESSON.NUMBER".
-        card: the other fields of `Exercise` but `check`.
+        card: the other fields of `Exercise` but `check`. Without a `stub` it is the reference's
+            first lines, docstring included.
     """
 
     def declare(check: Callable[[Callable], None]) -> Callable[[Callable], None]:
-        check.exercise = Exercise(id, check=check, **card)
+        fields = card if "stub" in card else card | {"stub": stub_of(card["reference"])}
+        check.exercise = Exercise(id, check=check, **fields)
         return check
 
     return declare
+
+
+def stub_of(reference: Callable) -> str:
+    """A function's text as far as its docstring goes, then `...`."""
+    text = textwrap.dedent(inspect.getsource(reference))
+    first = ast.parse(text).body[0].body[0]
+    if not reference.__doc__:
+        raise ValueError(f"{reference.__name__} has no docstring: it is what the stub says.")
+    return "\n".join(text.splitlines()[: first.end_lineno]) + "\n    ...\n"
 
 
 # -- finding what lessons declare ------------------------------------------------------------
@@ -120,10 +133,14 @@ def lesson_numbers() -> list[int]:
 
 
 def declared(lesson: int, what: str) -> list:
-    """What functions of a lesson's `exercises.py` carry under a name, in order."""
+    """What functions of a lesson's `exercises.py` carry under a name, in order.
+
+    A function that is kept by `functools.cache`, or is any other object that is called, counts.
+    """
     room = importlib.import_module(f"mi_helpers.lessons.lesson_{lesson:02d}.exercises")
-    found = [vars(each).get(what) for each in vars(room).values() if inspect.isfunction(each)]
-    return [each for each in found if each is not None]
+    called = [each for each in vars(room).values() if callable(each) and not inspect.isclass(each)]
+    found = [getattr(each, "__dict__", {}).get(what) for each in called]
+    return list({id(each): each for each in found if each is not None}.values())
 
 
 def lessons() -> dict[int, list[Exercise]]:
@@ -366,7 +383,12 @@ def within(seconds: float, function: Callable, *args, **kwargs):
         return function(*args, **kwargs)
     finally:
         finish(done, lock)
-        raise_in(ctypes.c_ulong(me), None)  # one that is on its way is called back
+        try:  # one that is on its way comes now: merely called back, 3.11 would loop in tracing
+            raise_in(ctypes.c_ulong(me), ctypes.py_object(TimeUp))
+            while True:
+                pass
+        except TimeUp:
+            pass
 
 
 def finish(done: threading.Event, lock: threading.Lock) -> None:

@@ -187,8 +187,10 @@ def read(path: Path = LEDGER) -> list[dict[str, str]]:
 
 def write(rows: Iterable[dict[str, str]], path: Path = LEDGER) -> None:
     """Write the ledger atomically."""
-    stream = io.StringIO()
-    table = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    stream, rows = io.StringIO(), list(rows)
+    bare = not any("\r" in value for row in rows for value in row.values())  # not quoted by itself
+    quoting = csv.QUOTE_MINIMAL if bare else csv.QUOTE_ALL
+    table = csv.DictWriter(stream, COLUMNS, lineterminator="\n", quoting=quoting)
     table.writeheader()
     table.writerows(rows)
     write_text(path, stream.getvalue())

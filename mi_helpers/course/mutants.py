@@ -91,6 +91,55 @@ def stuck(function: Callable, name: str) -> Callable:
     return call
 
 
+def edited(function: Callable, *changes: str) -> Callable:
+    """The function with pieces of its text replaced: a wrong answer in one line.
+
+        edited(project_out, "x - centre", "x")
+
+    Args:
+        changes: old, new, old, new, …; every occurrence is replaced, and there has to be one
+
+    Raises:
+        ValueError: an old piece does not stand in the text.
+    """
+    text = textwrap.dedent(inspect.getsource(function))
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        if old not in text:
+            raise ValueError(f"{function.__name__} has no {old!r} in its text.")
+        text = text.replace(old, new)
+    names: dict = {}
+    exec(compile(text, f"<{function.__name__}, edited>", "exec"), function.__globals__, names)
+    return names[function.__name__]
+
+
+def edits(function: Callable, table: str) -> list[tuple[Callable, str]]:
+    """Pairs (the function edited, what is to be said of it) from a table of text, for `wrong` of an
+    exercise and `mistakes` of `agree` alike:
+
+        x - centre → x
+            You project x itself: the centre is left out.
+
+    Each `old → new` stands at the margin, and its message is indented below it. An empty `new`
+    leaves a piece out.
+
+    Raises:
+        ValueError: a line at the margin is no change, an old piece does not stand in the text, or a
+            change has no message.
+    """
+    found: list[tuple[Callable, str]] = []
+    for line in textwrap.dedent(table).strip().splitlines():
+        if line.startswith(" "):
+            found[-1] = found[-1][0], f"{found[-1][1]} {line.strip()}".strip()
+            continue
+        old, arrow, new = map(str.strip, line.partition("→"))
+        if not arrow:
+            raise ValueError(f"{line!r} is no change: write 'old → new', its message indented.")
+        found.append((edited(function, old, new), ""))
+    if not all(message for _, message in found):
+        raise ValueError(f"A change of {function.__name__} has no message below it.")
+    return found
+
+
 # -- the changes -----------------------------------------------------------------------------
 
 

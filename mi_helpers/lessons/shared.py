@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mi_helpers.ablation import ABLATED, record
+from mi_helpers.course.check import Wrong, agree
 from mi_helpers.layouts import Key, ModelError
 from mi_helpers.loading import load_model, untrained
 from mi_helpers.models import LanguageModel, activations_at
@@ -64,6 +65,37 @@ def on_one_core(function: Callable) -> Callable:
 def shipped_model() -> LanguageModel:
     """tiny-gemma, loaded once: what the ledger's claims are measured on."""
     return load_model("tiny-gemma")
+
+
+def on_model(answer, reference, make, mistakes, otherwise: str, cases: int = 3) -> None:
+    """`agree` where an answer may change the course's model: afterwards it has to be as it was.
+
+    If it is not, the answer is wrong, and what it changed is put back: tasks and caches hold the
+    same model.
+    """
+    model = shipped_model().hf
+    weights = {name: each.clone() for name, each in model.state_dict().items()}
+    hooks = [(each, each.copy()) for part in model.modules() for each in hooks_of(part)]
+    try:
+        agree(answer, reference, make, (), otherwise, 1e-4, cases)
+    except Wrong:  # only now are the mistakes run, each of which costs as much as an answer
+        agree(answer, reference, make, mistakes, otherwise, 1e-4, cases)
+        raise
+    finally:
+        now = model.state_dict()
+        changed = [each for each, before in hooks if each != before]
+        changed += [name for name, before in weights.items() if not torch.equal(now[name], before)]
+        model.load_state_dict(weights)
+        for each, before in hooks:
+            each.clear()
+            each.update(before)
+        if changed:
+            raise Wrong("The model stays changed afterwards: set the hook in a `with`.")
+
+
+def hooks_of(part: nn.Module) -> tuple[dict, dict]:
+    """The functions that torch calls before and after a module."""
+    return part._forward_pre_hooks, part._forward_hooks  # noqa: SLF001
 
 
 def only_words(model: LanguageModel, seed: int = 0) -> LanguageModel:
@@ -167,7 +199,7 @@ def make_batch(
     for index, name in enumerate(names):
         start, first = len(scored), len(rows)
         for document in itertools.islice(world.documents(seed, name), 100 * answers):
-            ids = model.tokens(document.text)[0].tolist()
+            ids, _ = tokens_and_ranges(model, document.text)  # of any length, as it is cut below
             places = answer_positions(model, document)
             if len(ids) > longest and places:
                 continue

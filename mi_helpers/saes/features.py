@@ -398,15 +398,15 @@ def logit_effects(model: LanguageModel, directions: Tensor, gain: bool = True) -
     if gain:
         directions = directions * norm_gain(model.ln_final).float()
     effects = (directions.to(model.dtype) @ model.W_U).float()
-    return effects - effects[:, model.in_use].mean(-1, keepdim=True)
+    return effects - effects[:, model.in_text].mean(-1, keepdim=True)
 
 
 def extremes(model: LanguageModel, effects: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
     """[(values, token ids) of the n highest, (…) of the n lowest] of effects (…, d_vocab).
 
-    Among the tokens in use alone: the others share one column of W_U and would fill whole lists.
+    Among the tokens that can stand in a text: <pad> would be at the end of every list.
     """
-    ids = model.in_use.nonzero()[:, 0]
+    ids = model.in_text.nonzero()[:, 0]
     within, n = effects[..., ids], min(n, len(ids))
     found = within.topk(n), within.topk(n, largest=False)
     return [(values, ids[at]) for values, at in found]

@@ -1,6 +1,5 @@
 """`python -m mi_helpers tinyworld`: documents with their labels; the generator's speed."""
 
-import argparse
 import difflib
 import itertools
 import os
@@ -14,18 +13,11 @@ from mi_helpers.tinyworld.world import World, batches
 DATA = Path(__file__).resolve().parents[2] / "data"
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence."""
-
-    def error(self, message: str):
-        self.exit(2, f"{message[0].upper()}{message[1:]}{'' if message.endswith('?') else '.'}\n")
-
-
 def unknown(family: str) -> str:
     """One sentence for a family that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(family, World.families, n=1, cutoff=0.4)
-    advice = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(World.families)}"
-    return f"there is no family '{family}': {advice}"
+    advice = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(World.families)}."
+    return f"There is no family '{family}': {advice}"
 
 
 def describe(world: World, document: Document) -> str:
@@ -38,7 +30,7 @@ def describe(world: World, document: Document) -> str:
     return "\n".join(lines)
 
 
-def speed(world: World, tokenizer, name: str | None, seconds: float = 3.0) -> str:
+def rates(world: World, tokenizer, name: str | None, seconds: float = 3.0) -> str:
     """Characters and tokens per second of one core: the time of all threads counts."""
     stream, letters, start = world.documents(1, name), 0, time.process_time()
     while (written := time.process_time() - start) < seconds:
@@ -53,35 +45,42 @@ def speed(world: World, tokenizer, name: str | None, seconds: float = 3.0) -> st
     )
 
 
-def main(argv: list[str]) -> int:
-    """Print documents, or with --speed how fast they are made; 2 for what cannot be done."""
-    parser = Parser(prog="python -m mi_helpers tinyworld", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("--family", help=f"one of {', '.join(World.families)}; default: the mixture")
-    add("--seed", type=int, default=0, help="equal seeds give equal documents")
-    add("-n", type=int, default=5, help="how many documents")
-    add("--labels", action="store_true", help="what is true of each document, by character")
-    add("--speed", action="store_true", help="measure instead: tokens per second on one thread")
-    add("--tokenizer", type=Path, default=DATA / "tiny_gemma", help="folder, for --speed")
-    options = parser.parse_args(argv)
-    if options.family not in (None, *World.families):
-        parser.error(unknown(options.family))
-    if options.n < 1:
-        parser.error(f"-n is {options.n}; it has to be 1 or more")
+def main(
+    family: str = "",
+    seed: int = 0,
+    n: int = 5,
+    labels: bool = False,
+    speed: bool = False,
+    tokenizer: Path = DATA / "tiny_gemma",
+) -> int:
+    """Print documents, or with --speed how fast they are made; 2 for what cannot be done.
+
+    Args:
+        family: of the documents; default: the mixture
+        seed: equal seeds give equal documents
+        n: how many documents
+        labels: print what is true of each document, by character
+        speed: measure instead: characters and tokens per second of one core
+        tokenizer: a folder, for --speed
+    """
+    refused = ""
+    if family and family not in World.families:
+        refused = unknown(family)
+    elif n < 1:
+        refused = f"n is {n}; it has to be 1 or more."
+    elif speed and not (tokenizer / "tokenizer.json").is_file():
+        refused = f"There is no tokenizer in {tokenizer}: `make model` trains one."
+    if refused:
+        print(refused, file=sys.stderr)
+        return 2
     world = World()
-    if options.speed:
-        if not (options.tokenizer / "tokenizer.json").is_file():
-            parser.error(f"there is no tokenizer in {options.tokenizer}: `make model` trains one")
+    if speed:
         os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         from mi_helpers.tinyworld.tokenizer import load_tokenizer  # after the line above
 
-        print(speed(world, load_tokenizer(options.tokenizer), options.family))
+        print(rates(world, load_tokenizer(tokenizer), family or None))
         return 0
-    for document in itertools.islice(world.documents(options.seed, options.family), options.n):
+    for document in itertools.islice(world.documents(seed, family or None), n):
         print(document.text.strip("\n"))
-        print(describe(world, document) + "\n" if options.labels else "")
+        print(describe(world, document) + "\n" if labels else "")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

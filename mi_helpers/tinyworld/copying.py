@@ -1,4 +1,4 @@
-"""Random words, made-up words: what comes again is the only thing that can be known.
+"""Random words, made-up words, random characters: only what comes again can be known.
 
 Each family's function writes one document with `draw` and labels the word that is determined as
 `answer`. `held` names what may only come from the held-out part of the world. Nothing is hidden in
@@ -7,8 +7,9 @@ these families, so `draw.nats` is the exact -log p(text).
 
 import math
 from functools import cache
+from itertools import islice
 
-from mi_helpers.tinyworld import lexicon
+from mi_helpers.tinyworld import facts, lexicon
 from mi_helpers.tinyworld.held import NO_HOLD
 from mi_helpers.tinyworld.source import Document, Draw, Page, finish
 
@@ -83,3 +84,62 @@ def made_up(draw: Draw, held: frozenset = NO_HOLD) -> Document:
     page = Page()
     write_again_and_again(page, words, times)
     return finish(page, draw, "made_up", length=count, times=times)
+
+
+# Strings ---------------------------------------------------------------------------------------
+
+PAIRS = tuple(f"{n:02d}" for n in range(100))
+ASCII = tuple(chr(code) for code in range(128) if chr(code) not in " 0123456789")
+LATIN = tuple("áàâäãåæçéèêëíìîïñóòôöøõßúùûüýÿÅÆØÉÖÜÇ")
+CYRILLIC = tuple(chr(code) for code in range(0x400, 0x440))  # bytes 0x80 to 0xBF after 0xD0
+# One character for every other byte that a character of 2, 3 or 4 bytes can begin with.
+LEADS_2 = tuple(
+    "\u00a7\u0107\u0142\u0192\u01c0\u0201\u0250\u0292\u02d0\u0301\u037d\u03b1\u03d5\u0449"
+    "\u04bb\u04d5\u0531\u0561\u0580\u05d0\u0628\u0641\u0685\u06cc\u0710\u0753\u0780\u07d0"
+)
+LEADS_3 = tuple(
+    "\u0905\u10d0\u20ac\u3042\u4e2d\u5927\u6587\u7530\u8a9e\u9ad8\ua4d0\ub098\uc548\ud55c\ue000\ufb01"
+)
+LEADS_4 = ("\U0001f600", "\U00040000", "\U00080000", "\U000f0000", "\U00100000")
+ALPHABET = (*PAIRS, *ASCII, *LATIN, *CYRILLIC, *LEADS_2, *LEADS_3, *LEADS_4)
+SIZES = (1, 2, 3, 4)  # characters of a piece; a pair of digits counts as one
+PIECES = (2, 3, 4, 5, 6)
+NAMES = (4, 5, 6, 7, 8, 10, 12, 14, 16)
+LIST_SHARE = 0.25
+
+
+@cache
+def starts() -> tuple:
+    """Names that may begin a text, and so stand without a space: people, cities, countries."""
+    return (*lexicon.people(), *facts.city_country(), *lexicon.countries())
+
+
+def strings(draw: Draw, held: frozenset = NO_HOLD, length=None, times=None) -> Document:
+    """What no other part of the world writes, twice or three times.
+
+    Either pieces of different characters of `ALPHABET`, or a list of different `starts`, a name a
+    line. A text has one derivation: the first piece begins with a space and its first character
+    comes once in each repetition; no character is a digit, so that digits stand in pairs only.
+    """
+    page = Page()
+    listed = draw.chance(LIST_SHARE)
+    length = length or draw.pick(NAMES if listed else PIECES)
+    times = times or draw.pick((2, 3))
+    if listed:
+        write_list(page, draw.sample(starts(), length), times)
+    else:
+        sizes = [draw.pick(SIZES) for _ in range(length)]
+        characters = iter(draw.sample(ALPHABET, sum(sizes)))
+        pieces = ["".join(islice(characters, size)) for size in sizes]
+        write_again_and_again(page, pieces, times)
+    return finish(page, draw, "strings", length=length, times=times)
+
+
+def write_list(page: Page, names: list, times: int) -> None:
+    """The names, `times` times, a line each; labels as in `write_again_and_again`."""
+    for i, name in enumerate(names * times):
+        if i < len(names):
+            page.write(name)
+        else:
+            page.mark(name, "repeat", i % len(names), answer=i % len(names) > 0)
+        page.write("\n")

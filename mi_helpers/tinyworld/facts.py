@@ -90,41 +90,106 @@ FACTS = {
     ),
 }
 
-TWO_HOP = {
-    "country": compiled(
-        "the country with the {L} is {K!}.",
-        "the {L} stands in a country called {K!}.",
-        "the nation that built the {L} is {K!}.",
-        "people near the {L} live in {K!}.",
+# How a sentence may begin, in this family and in those of `counting`: drawn apart from the rest.
+OPENINGS = Weighted(
+    {
+        "": 4,
+        "people say that ": 1,
+        "everyone knows that ": 1,
+        "we know that ": 1,
+        "we learn that ": 1,
+        "it is well known that ": 1,
+        "remember that ": 1,
+        "as you know, ": 1,
+        "of course, ": 1,
+    }
+)
+UNSEEN = 6  # phrasings of a list that are held out: its last ones
+
+
+def begin(draw: Draw, page: Page, openings: Weighted) -> None:
+    """Begin a sentence: what is written next gets a capital, and may be an opening."""
+    page.capital = True
+    if opening := draw.weighted(openings):
+        page.write(opening)
+
+
+def several(page: Page, count: int, write) -> list:
+    """Write `count` sentences with a space between them; what each call of `write` returns."""
+    found = []
+    for i in range(count):
+        if i:
+            page.write(" ")
+        found.append(write())
+    return found
+
+
+# A question of two hops is a frame of `HOP_FRAMES` with a country said in one of these ways.
+NATIONS = (
+    "the country with {}",
+    "the country where you find {}",
+    "the country that has {}",
+    "the country around {}",
+    "the home country of {}",
+)
+HOP_FRAMES = {
+    "capital": (
+        "the capital of {} is {C!}.",
+        "the government of {} meets in {C!}.",
+        "{} has its capital in {C!}.",
+        "the capital city of {} is called {C!}.",
+        "{} is governed from {C!}.",
     ),
-    "capital": compiled(
-        "the capital of the country with the {L} is {C!}.",
-        "the government of the country with the {L} meets in {C!}.",
-        "the country with the {L} has its capital in {C!}.",
-        "people near the {L} are governed from the capital, {C!}.",
-        "the capital of the country of the {L} is {C!}.",
+    "language": (
+        "the language of {} is {G!}.",
+        "people in {} speak {G!}.",
+        "children in {} learn to read {G!}.",
+        "the newspapers in {} are written in {G!}.",
+        "visitors to {} hear people speak {G!}.",
     ),
-    "language": compiled(
-        "the language of the country with the {L} is {G!}.",
-        "people in the country with the {L} speak {G!}.",
-        "people near the {L} speak {G!}.",
-        "the guides at the {L} learn to speak {G!}.",
-        "the language of the country of the {L} is {G!}.",
+    "currency": (
+        "the currency of {} is the {U!}.",
+        "people in {} pay with the {U!}.",
+        "the money of {} is the {U!}.",
+        "the banks in {} count in the {U!}.",
+        "visitors to {} pay with the {U!}.",
     ),
-    "currency": compiled(
-        "the currency of the country with the {L} is the {U!}.",
-        "people in the country with the {L} pay with the {U!}.",
-        "people near the {L} pay with the {U!}.",
-        "visitors to the {L} pay with the {U!}.",
-        "the currency of the country of the {L} is the {U!}.",
+    "country": (
+        "{} is called {K!}.",
+        "the name of {} is {K!}.",
+        "people in {} live in {K!}.",
+        "visitors to {} travel to {K!}.",
+        "a trip to {} is a trip to {K!}.",
     ),
-    "continent": compiled(
-        "the country with the {L} is in {O!}.",
-        "the {L} is one of the sights of {O!}.",
-        "visitors to the {L} travel through {O!}.",
-        "the country of the {L} is in {O!}.",
+    "continent": (
+        "{} is in {O!}.",
+        "{} is a part of {O!}.",
+        "the continent of {} is {O!}.",
+        "visitors to {} travel through {O!}.",
+        "people find {} on a map of {O!}.",
     ),
 }
+
+
+def crossed(frames: tuple, place: str) -> tuple:
+    """Every frame with every way to say the country of `place`; the last `UNSEEN` are held out.
+
+    Of 25 crossings the held-out six are spread out, so each part stands in three trained ones or
+    more.
+    """
+    trained, held = [], []
+    for i, nation in enumerate(NATIONS):
+        for j, frame in enumerate(frames):
+            text = frame.replace("{}", nation.replace("{}", place))
+            (held if (i + j) % 4 == 3 else trained).append(text)
+    return compiled(*trained, *held)
+
+
+TWO_HOP = {hop: crossed(frames, "the {L}") for hop, frames in HOP_FRAMES.items()}
+TWO_HOP["city-capital"] = crossed(HOP_FRAMES["capital"], "the city of {C2}")
+HOPS = Weighted(
+    {"capital": 3, "language": 2, "currency": 2, "country": 2, "continent": 1, "city-capital": 2}
+)
 TWO_HOP_HELD = 4  # one in four (landmark, relation) pairs never occurs in training
 
 
@@ -171,9 +236,9 @@ def relation_values(relation: str, subject) -> dict:
 RELATIONS = Weighted(
     {
         "landmark-city": 4,
-        "landmark-country": 2,
+        "landmark-country": 3,
         "city-country": 2,
-        "country-capital": 2,
+        "country-capital": 4,
         "country-language": 2,
         "country-currency": 2,
         "country-continent": 1,
@@ -191,37 +256,65 @@ def fact_sentence(draw: Draw, page: Page, held: frozenset = NO_HOLD, relation=No
 
 
 def facts(draw: Draw, held: frozenset = NO_HOLD, relation=None, count=None) -> Document:
+    """One to three facts, each a sentence or a question with its answer."""
     page = Page()
-    for i in range(count or draw.pick((1, 2, 3))):
-        if i:
-            page.write(" ")
-        fact_sentence(draw, page, held, relation)
+    several(page, count or draw.pick((1, 2, 3)), lambda: fact_sentence(draw, page, held, relation))
     return finish(page, draw, "facts")
 
 
 @cache
-def two_hop_pairs(relation: str, held: bool) -> tuple:
-    return tuple(
-        place
-        for place in lexicon.landmarks()
-        if is_held(place.name, relation, share=TWO_HOP_HELD) == held
+def away() -> tuple[str, ...]:
+    """Cities that are not the capital of their country."""
+    countries = lexicon.countries()
+    return tuple(city for city, home in city_country().items() if countries[home].capital != city)
+
+
+@cache
+def two_hop_pairs(relation: str, held: bool) -> Weighted:
+    """Landmarks, or cities, that a relation is asked of in training, or only in the held-out part.
+
+    A capital is asked for twice as often where it is not the landmark's own city, which would do
+    as an answer without any hop; and of a city only where it is not that city.
+    """
+    if relation == "city-capital":
+        weights = {city: (city, 1) for city in away()}
+    else:
+        far = 2 if relation == "capital" else 1
+        weights = {
+            place: (place.name, far if place.city in away() else 1) for place in lexicon.landmarks()
+        }
+    return Weighted(
+        {
+            subject: weight
+            for subject, (name, weight) in weights.items()
+            if is_held(name, relation, share=TWO_HOP_HELD) == held
+        }
     )
 
 
+def hop_values(relation: str, subject) -> dict:
+    """Slot values: of a landmark and its country, or of a city, C2, and its country's capital."""
+    if relation == "city-capital":
+        country = lexicon.countries()[city_country()[subject]]
+        return place_values(country=country) | {"C2": (subject, "entity", "city")}
+    values = place_values(landmark=subject)
+    if relation == "capital":
+        values["C"] = place_values(country=lexicon.countries()[subject.country])["C"]
+    return values
+
+
+def hop_sentence(draw: Draw, page: Page, held: frozenset = NO_HOLD, relation=None) -> None:
+    hop = relation or draw.weighted(HOPS)
+    subject = draw.weighted(two_hop_pairs(hop, "entities" in held))
+    start = page.length
+    begin(draw, page, OPENINGS)
+    page.fill(draw.pick(phrasings(TWO_HOP[hop], held, UNSEEN)), hop_values(hop, subject))
+    path = "city-country-capital" if hop == "city-capital" else f"landmark-country-{hop}"
+    page.spans.append(Span(start, page.length, "fact", path))
+
+
 def two_hop(draw: Draw, held: frozenset = NO_HOLD, relation=None, count=None) -> Document:
-    """A landmark's country's capital, language, currency or continent."""
+    """What a landmark's country has, or a city's: its capital, language, currency, continent."""
     page = Page()
-    for i in range(count or draw.pick((1, 2))):
-        if i:
-            page.write(" ")
-        hop = relation or draw.pick(tuple(TWO_HOP))
-        landmark = draw.pick(two_hop_pairs(hop, "entities" in held))
-        values = place_values(landmark=landmark)
-        if hop == "capital":
-            capital = lexicon.countries()[landmark.country].capital
-            values["C"] = (capital, "entity", "city")
-        start = page.length
-        page.capital = True
-        page.fill(draw.pick(phrasings(TWO_HOP[hop], held, keep=1)), values)
-        page.spans.append(Span(start, page.length, "fact", f"landmark-country-{hop}"))
+    several(page, count or draw.pick((1, 2)), lambda: hop_sentence(draw, page, held, relation))
     return finish(page, draw, "two_hop")

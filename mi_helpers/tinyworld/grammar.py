@@ -8,23 +8,56 @@ these families, so `draw.nats` is the exact -log p(text).
 from functools import cache
 
 from mi_helpers.tinyworld import lexicon
+from mi_helpers.tinyworld.facts import UNSEEN, begin
 from mi_helpers.tinyworld.held import NO_HOLD, is_held, phrasings
-from mi_helpers.tinyworld.source import Document, Draw, Page, compiled, finish
+from mi_helpers.tinyworld.source import Document, Draw, Page, Weighted, compiled, finish
 
 PRONOUNS = compiled(
     "the {O} said that {P} was {Q}.",
-    "the {O} went home because {P} was {Q}.",
-    "when the {O} came in, {P} was {Q}.",
-    "the {O} was {Q}, and {P} went to the {place}.",
-    "the {O} thought that {P} had lost {H} {object}.",
-    "the {O} at the {place} said that {P} would come later.",
-    "after the {O} left the {place}, {P} found {H} {object}.",
-    "although the {O} was {Q}, {P} gave {H} {object} away.",
+    "the {O} said that {P} would come later.",
     "the {O} said that {P} had seen {N}, and {P} was {Q}.",
-    "in the evening the {O} knew that {P} was {Q}.",
-    # held out
-    "the {O} at the {place} said that {P} was {Q}.",
+    "the {O} thought that {P} had lost {H} {object}.",
+    "the {O} knew that {P} was {Q}.",
+    "the {O} at the {place} said that {P} would come later.",
+    "the {O} at the {place} knew that {P} had lost {H} {object}.",
+    "the {O} from the {place} thought that {P} was {Q}.",
+    "the {O} from the {place} said that {P} was {Q}.",
+    "the {O} went home because {P} was {Q}.",
+    "the {O} went home because {P} had lost {H} {object}.",
+    "the {O} left the {place} because {P} was {Q}.",
+    "the {O} at the {place} went home because {P} was {Q}.",
+    "the {O} from the {place} came in because {P} was {Q}.",
+    "when the {O} came in, {P} was {Q}.",
     "when the {O} left the {place}, {P} had lost {H} {object}.",
+    "when the {O} from the {place} came in, {P} had lost {H} {object}.",
+    "after the {O} left the {place}, {P} found {H} {object}.",
+    "after the {O} went home, {P} was {Q}.",
+    "after the {O} from the {place} went home, {P} found {H} {object}.",
+    "although the {O} was {Q}, {P} gave {H} {object} away.",
+    "although the {O} at the {place} was {Q}, {P} found {H} {object}.",
+    "the {O} was {Q}, and {P} went to the {place}.",
+    "the {O} came in, and {P} was {Q}.",
+    "the {O} from the {place} was {Q}, and {P} went home.",
+    "the {O} left the {place}, and {P} found {H} {object}.",
+    "the {O} at the {place} came in, and {P} was {Q}.",
+    # held out
+    "the {O} at the {place} thought that {P} was {Q}.",
+    "the {O} from the {place} went home because {P} had lost {H} {object}.",
+    "when the {O} went home, {P} was {Q}.",
+    "after the {O} came in, {P} found {H} {object}.",
+    "although the {O} from the {place} was {Q}, {P} gave {H} {object} away.",
+    "the {O} at the {place} was {Q}, and {P} went home.",
+)
+# When it happened: drawn apart from the rest of a sentence with a pronoun.
+TIMES = Weighted(
+    {
+        "": 3,
+        "yesterday, ": 1,
+        "last week, ": 1,
+        "one day, ": 1,
+        "in the evening, ": 1,
+        "that morning, ": 1,
+    }
 )
 MOODS = ("tired", "happy", "late", "busy", "ready", "hungry", "right", "wrong", "alone", "early")
 SHE = {True: ("she", "her"), False: ("he", "his")}
@@ -35,7 +68,7 @@ def pronoun(draw: Draw, held: frozenset = NO_HOLD, occupation=None) -> Document:
     job = occupation or draw.pick(tuple(lexicon.occupations()))
     she = draw.chance(lexicon.occupations()[job])
     subject, possessive = SHE[she]
-    template = draw.pick(phrasings(PRONOUNS, held))
+    template = draw.pick(phrasings(PRONOUNS, held, UNSEEN))
     slots = {part[0] for part in template if not isinstance(part, str)}
     values = {
         "O": (job, "entity", "occupation"),
@@ -51,7 +84,7 @@ def pronoun(draw: Draw, held: frozenset = NO_HOLD, occupation=None) -> Document:
     if "N" in slots:
         values["N"] = (draw.pick(tuple(lexicon.people())), "entity", "person")
     page = Page()
-    page.capital = True
+    begin(draw, page, TIMES)
     page.fill(template, values)
     return finish(page, draw, "pronoun", occupation=job, she=she)
 
@@ -77,18 +110,27 @@ BE_FORMS = {"singular": ("is", "was"), "plural": ("are", "were")}
 
 @cache
 def attractors(noun: str, held: bool) -> tuple:
-    """Nouns (as form pairs) that may follow `noun` in training, or only in the held-out part."""
+    """Nouns (as form pairs) that may follow `noun`, in training or in the held-out part.
+
+    An unordered pair of nouns is either trained on or held out.
+    """
     return tuple(
         forms
         for forms in lexicon.words("group_noun")
-        if forms[0] != noun and is_held(noun, forms[0]) == held
+        if forms[0] != noun and is_held(*sorted((noun, forms[0]))) == held
     )
+
+
+@cache
+def heads(held: bool) -> tuple:
+    """Nouns (as form pairs) that some noun may follow."""
+    return tuple(forms for forms in lexicon.words("group_noun") if attractors(forms[0], held))
 
 
 def agreement(draw: Draw, held: frozenset = NO_HOLD, mismatch=None) -> Document:
     """The verb agrees with the head noun, not with the nouns between them."""
     numbers = ("singular", "plural")
-    head = draw.pick(lexicon.words("group_noun"))
+    head = draw.pick(heads("entities" in held))
     number = draw.pick(numbers)
     options = attractors(head[0], "entities" in held)
     template = draw.pick(phrasings(AGREEMENT, held))

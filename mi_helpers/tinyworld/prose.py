@@ -117,7 +117,8 @@ class Book:
     sentences: tuple = FIRST_SENTENCES
     turn: float = TURN
     connective: float = 0.25
-    fact: float = 0.05
+    fact: float = 0.05  # chance that a sentence states a fact
+    statement: float = 0.04  # chance that one which states none reports a statement
 
     def __post_init__(self):
         self.frame_parts = tuple(compile_template(frame) for frame in self.frames)
@@ -178,9 +179,12 @@ def standard_book() -> Book:
 class Prose:
     """One document of topical prose, written sentence by sentence."""
 
-    def __init__(self, book: Book, draw: Draw, held: frozenset = frozenset(), fact=None):
-        """`fact(draw, page)` writes a sentence that states a fact; None for no such sentences."""
-        self.book, self.draw, self.fact = book, draw, fact
+    def __init__(
+        self, book: Book, draw: Draw, held: frozenset = frozenset(), fact=None, statement=None
+    ):
+        """`fact(draw, page)` writes a sentence that states a fact, `statement(draw, page)` one that
+        reports a statement, true or false; None for no such sentences."""
+        self.book, self.draw, self.fact, self.statement = book, draw, fact, statement
         self.page, self.events = Page(), []
         self.latents = {
             "voice": draw.latent(VOICES),
@@ -222,6 +226,9 @@ class Prose:
         draw, page = self.draw, self.page
         if self.fact is not None and draw.chance(self.book.fact):
             self.fact(draw, page)
+            return
+        if self.statement is not None and draw.chance(self.book.statement):
+            self.statement(draw, page)
             return
         self.number.clear()
         page.capital = True

@@ -1,10 +1,11 @@
 """The mixture of families, and the streams of documents and of token rows drawn from it."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
-from mi_helpers.tinyworld import copying, counting, dialects, facts, grammar, names
+from mi_helpers.tinyworld import copying, counting, dialects, facts, grammar, names, statements
 from mi_helpers.tinyworld.held import HELD, NO_HOLD
 from mi_helpers.tinyworld.prose import Prose, marginal_nats, standard_book, topic_posterior
 from mi_helpers.tinyworld.source import Document, Draw, Weighted
@@ -17,8 +18,8 @@ class World:
     documents(seed, family=None)           an endless stream
     floor(document)                        -log p(text) in nats, latent variables summed out
 
-    `held` may name 'templates' and 'entities': what is then drawn from the held-out part of the
-    world, which the training stream never touches.
+    `held` may name 'templates', 'entities' and 'relations': what is then drawn from the held-out
+    part of the world, which the training stream never touches.
     """
 
     families = {
@@ -27,9 +28,11 @@ class World:
         "python": dialects.python_code,
         "facts": facts.facts,
         "two_hop": facts.two_hop,
+        "truth": statements.judged,
         "ioi": names.ioi,
         "repetition": copying.repetition,
         "made_up": copying.made_up,
+        "strings": copying.strings,
         "pronoun": grammar.pronoun,
         "agreement": grammar.agreement,
         "years": counting.years,
@@ -37,19 +40,22 @@ class World:
         "arithmetic": counting.arithmetic,
         "brackets": counting.brackets,
     }
-    # Documents per thousand. Prose is about half of all tokens, random repetition about 12 %.
+    # Documents, relative. Prose is about a third of all tokens, random repetition a sixth,
+    # verdicts an eighth, indirect objects a tenth.
     weights = {
-        "prose": 245,
+        "prose": 220,
         "norwegian": 25,
         "python": 25,
         "facts": 120,
-        "two_hop": 90,
-        "ioi": 80,
+        "two_hop": 110,
+        "truth": 220,
+        "ioi": 190,
         "repetition": 95,
-        "made_up": 35,
+        "made_up": 30,
+        "strings": 34,
         "pronoun": 110,
         "agreement": 55,
-        "years": 65,
+        "years": 60,
         "calendar": 50,
         "arithmetic": 55,
         "brackets": 20,
@@ -76,11 +82,12 @@ class World:
             raise ValueError(f"TinyWorld has no family {family!r}; it has {known}.")
         if held - HELD:
             wrong = ", ".join(repr(value) for value in sorted(held - HELD, key=str))
-            raise ValueError(f"held takes 'templates' and 'entities', not {wrong}.")
+            raise ValueError(f"held takes 'templates', 'entities' and 'relations', not {wrong}.")
         if family == "prose":
             if choices:
                 raise ValueError(f"prose takes no choices, so not {', '.join(choices)}.")
-            return Prose(self.book, draw, held, fact=facts.fact_sentence).document()
+            report = partial(statements.reported, held=held)
+            return Prose(self.book, draw, held, facts.fact_sentence, report).document()
         return self.families[family](draw, held, **choices)
 
     def document(self, seed: int, family: str | None = None, held=NO_HOLD, **choices) -> Document:

@@ -61,12 +61,17 @@ export function roving(items, { columns, rows, onMove }) {
   return go;
 }
 
-// A view of `draw(data, choose) -> element`: drawn anew when its data change.
+// A view of `draw(data, choose) -> element`: drawn anew when its data change. What has the focus and a
+// `data-key` has it afterwards, too.
 export function widget(draw) {
   return {
     render({ model, el }) {
       const choose = (what) => { model.set("chosen", what); model.save_changes(); };
-      const redraw = () => el.replaceChildren(draw(model.get("data"), choose));
+      const redraw = () => {
+        const key = el.querySelector(":focus")?.dataset.key;
+        el.replaceChildren(draw(model.get("data"), choose));
+        if (key) el.querySelector(`[data-key="${key}"]`)?.focus();
+      };
       el.classList.add("mi-view");
       model.on("change:data", redraw);
       redraw();

@@ -119,6 +119,51 @@ def test_attention_by_keyboard(page):
     assert height <= 647
 
 
+def test_the_lens_by_keyboard(page):
+    data = views.lens_json(
+        tiny_model(), PROMPT, lenses={"tuned lens": None, "logit lens": None}, follow="hat"
+    )
+    show(page, "lens", data)
+    cells = page.get_by_role("listbox", name=data["label"]).get_by_role("option")
+    assert cells.count() == len(data["tokens"]) * len(data["depths"])
+    page.keyboard.press("Tab")
+    assert focused(page) == "prompt"
+    page.keyboard.press("Control+A")
+    page.keyboard.type("<b>the dog</b>")
+    page.keyboard.press("Enter")
+    asked = page.evaluate("() => window.chosen.at(-1)")
+    assert asked == {
+        "prompt": "<b>the dog</b>",
+        "follow": "hat",
+        "lens": "tuned lens",
+        "ranks": False,
+    }
+    page.keyboard.press("Tab")
+    assert focused(page) == "follow"
+    page.keyboard.press("Tab")
+    assert focused(page) == "lens"
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # Show ranks
+    assert page.get_by_role("button", name="Show ranks", pressed=True).count() == 1
+    page.keyboard.press("Tab")  # the cells: the model's own answer after the first token
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    depth = len(data["depths"]) - 2
+    cell = data["cells"][depth][1]
+    said = focused(page)
+    assert said.startswith(
+        f"after block {data['depths'][depth]}, at {data['tokens'][1]['spoken']}:"
+    )
+    assert said.endswith(f"hat has rank {cell['rank']} of {data['vocabulary']}")
+    assert page.locator(".mi-readout").inner_text() == said
+    assert cells.nth(len(data["tokens"]) + 1).inner_text() == str(cell["rank"])
+    shot(page, "lens")
+    assert page.locator("b").count() == 0  # what is typed is no markup
+    height = page.evaluate("() => document.querySelector('section').getBoundingClientRect().height")
+    assert height <= 647
+
+
 LIVE = """\
 import ipywidgets
 from mi_helpers import plots, views
@@ -185,6 +230,34 @@ def test_a_view_in_lab_by_keyboard(lab, page):
         page.keyboard.press(key)
     assert cells(page) == 2 and focused(page) == "cat: surprise 1.5 nats"
     shot(page, "tokens_in_lab")
+
+
+LENS = """\
+from mi_helpers import load_model, views
+views.lens(load_model("tiny-gemma"), "The Eiffel Tower is in the city of")
+"""
+
+
+def test_a_prompt_is_typed_into_the_lens_in_lab(lab, page):
+    page.set_viewport_size(SCREEN)
+    write(lab, "lens.ipynb", new_code_cell(LENS), new_code_cell("1 + 1"))
+    open_notebook(page, lab, "lens.ipynb")
+    assert run_all(page) == []
+    prompt = page.get_by_role("textbox", name="prompt")
+    prompt.wait_for(timeout=60 * SECONDS)
+    prompt.focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The dxd of France ddx")  # shortcuts of the notebook are letters here
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The language of France is")
+    page.keyboard.press("Enter")
+    page.get_by_role("option", name="after block 5, at is: French").wait_for(timeout=30 * SECONDS)
+    assert cells(page) == 2 and focused(page) == "prompt"  # it keeps the focus when drawn anew
+    page.keyboard.press("Tab")
+    page.keyboard.type("xylophonists")
+    page.keyboard.press("Enter")
+    page.get_by_text("choose a word that is one token").wait_for(timeout=30 * SECONDS)
+    shot(page, "lens_in_lab")
 
 
 def test_without_kernel_and_state_the_html_stands(lab, page):

@@ -24,7 +24,7 @@ from mi_helpers.models import LanguageModel
 
 ROOT = Path(mi_helpers.__file__).parent
 MODULES = """ablation architecture attribution heads hooks layouts lens models patching paths
-prefix probes""".split()
+prefix probes steering""".split()
 NAN, INF = math.nan, math.inf
 IDS = torch.tensor([[2, 5, 7, 9, 11, 13, 15], [2, 6, 8, 9, 12, 13, 16]])
 OTHER = torch.tensor([[2, 5, 21, 9, 23, 13, 15], [2, 6, 4, 9, 12, 18, 22]])
@@ -215,6 +215,64 @@ def rows(model):  # noqa: PLR0915
         size=BAD_COUNTS,
     )
     # ablation
+    steering = lib["steering"]
+    bad_vectors = [None, "text", [], value, spoiled(draw(m.d_model)), draw(3), 0 * draw(m.d_model)]
+    add_v = steering.Add(draw(m.d_model), 2.0)
+    bad_steering = [None, "add", draw(m.d_model), *(steering.Add(v) for v in bad_vectors)]
+    bad_steering += [steering.Add(draw(m.d_model), dose) for dose in (None, "two", NAN, INF)]
+    bad_steering += [steering.Clamp(draw(m.d_model), value) for value in (None, [1.0], NAN)]
+    bad_steering += [steering.Erase(draw(m.d_model), c) for c in (None, "text", draw(3), NAN)]
+
+    def run_steered(**given):
+        with steering.steered(**given):
+            m.forward(IDS)
+
+    add(
+        "steered",
+        run_steered,
+        {"model": m, "site": ("resid_post", 1), "steering": add_v, "positions": 3},
+        site=[
+            *bad_sites,
+            "resid_post",
+            ("resid_post", None),
+            ("pattern", 1),
+            ("ln2_normalized", 1),
+        ],
+        steering=bad_steering,
+        positions=[*BAD_POSITIONS, [[1]], [[1], [9]], [[1], []]],
+    )
+    add(
+        "dose_response",
+        steering.dose_response,
+        {
+            "model": m,
+            "site": ("resid_post", 1),
+            "steer": lambda dose: steering.Add(draw(m.d_model), dose),
+            "doses": [1.0],
+            "concept": lambda model: 1.0,
+            "texts": IDS,
+        },
+        site=bad_sites,
+        steer=[None, add_v, lambda dose: dose],
+        doses=[None, [], ["one"], [NAN], 2.0],
+        concept=[None, "cat", lambda model: None, lambda model: NAN, lambda model: []],
+        texts=[*BAD_IDS[:-3], BAD_IDS[-1], IDS[:, :1], ["cat", ""]],
+    )
+    add(
+        "text_losses",
+        steering.text_losses,
+        {"model": m, "texts": IDS},
+        texts=[None, "", IDS[:, :1]],
+    )
+    add(
+        "random_directions",
+        steering.random_directions,
+        {"direction": draw(6), "n": 3, "like": draw(9, 6)},
+        direction=[None, "text", [], 0 * draw(6), spoiled(draw(6)), draw(2, 6)],
+        n=BAD_COUNTS,
+        seed=[None, 1.5, "one"],
+        like=["text", draw(9, 5), draw(6), spoiled(draw(9, 6)), torch.ones(4, 6)],
+    )
     add("record", ab.record, {"model": m, "texts": IDS}, texts=BAD_IDS, sites=["zz", ("z", 9)])
     add(
         "recorded",
@@ -344,6 +402,13 @@ def rows(model):  # noqa: PLR0915
         ids=BAD_IDS,
         at=bad_at,
         size=BAD_COUNTS,
+    )
+    add(
+        "beginning",
+        le.beginning,
+        {"model": m, "text": TEXT},
+        text=[None, 3, "", [TEXT]],
+        longest=BAD_COUNTS,
     )
     add(
         "sample_stream",
@@ -814,6 +879,13 @@ WORDS = {  # how an argument is called in a sentence, beside its own name
     "name": "part weight site pos_embed",
     "name_or_path": "nowhere",
     "fns": "site hook layer",
+    "steering": "steering direction dose value centre",
+    "steer": "steer",
+    "positions": "position",
+    "doses": "doses",
+    "concept": "concept",
+    "seed": "seed",
+    "like": "like",
     "parts": "part layer head",
     "part": "part",
     "given": "part layer head",

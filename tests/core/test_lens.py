@@ -92,8 +92,8 @@ def test_the_lens_of_gemma_by_hand(gemma):
     torch.testing.assert_close(
         logit_lens(gemma, TEXT, softcap=False)[2].double(), raw, atol=1e-4, rtol=1e-5
     )
-    answer = lesson_04.lens(h, w, gemma.W_U.double(), 2.0, gemma.config.rms_norm_eps)
-    torch.testing.assert_close(answer, by_hand)
+    answer = lesson_04.lens(gemma, cache["resid_post", 1]).double()
+    torch.testing.assert_close(answer, by_hand, atol=1e-5, rtol=1e-5)
 
 
 def test_the_lens_reads_other_sites(gemma):
@@ -213,8 +213,7 @@ def test_depths_agree_with_a_plain_loop(ranks):
     column = torch.tensor(ranks)[:, None]
     first = ranks.index(1) if 1 in ranks else len(ranks)
     assert lenses.first_depth(column).item() == first
-    settled = lesson_04.settled(ranks)
-    assert lenses.settled_depth(column).item() == (len(ranks) if settled is None else settled)
+    assert lenses.settled_depth(column).item() == lesson_04.settled(column).item()
 
 
 # -- the tuned lens --------------------------------------------------------------------------
@@ -344,7 +343,7 @@ def test_the_lens_of_another_model(gemma, models, saved):
 def test_the_loss_of_training_is_the_exercises_loss(gemma):
     stream = some_stream(gemma)
     final, early = (gemma.unembed(stream[depth]) for depth in (-1, 1))
-    kl = lesson_04.lens_loss(final, early)
+    kl = lesson_04.stopping_cost(final, early).mean()
     torch.testing.assert_close(read_out(gemma, stream).kl[1].mean(), kl, atol=1e-5, rtol=1e-4)
     log_p = F.log_softmax(early, -1)
     torch.testing.assert_close(
@@ -360,3 +359,12 @@ def test_a_stream_of_texts(gemma):
     assert all((own - x).norm(dim=-1).min() < 1e-5 for x in stream[0])
     with pytest.raises(ModelError, match="9 tokens after their first: give at least 20"):
         lenses.sample_stream(gemma, [TEXT], 20)
+
+
+def test_a_text_longer_than_the_context_is_read_as_far_as_it_fits(model):
+    long = " ".join([TEXT] * 30)
+    assert len(model.encode(long)) > model.n_ctx
+    stream = lenses.sample_stream(model, [long] * 2, model.n_ctx)
+    assert stream.shape[1] == model.n_ctx
+    row = lenses.beginning(model, long, 5)
+    assert row.tolist() == model.tokens(TEXT)[0, :5].tolist()

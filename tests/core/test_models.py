@@ -21,7 +21,6 @@ from mi_helpers.architecture import architecture
 from mi_helpers.layouts import SITES, ModelError, norm_gain
 from mi_helpers.loading import empty_gemma2_2b, load_model, materialize, untrained
 from mi_helpers.models import LanguageModel, token_text
-from mi_helpers.tinyworld import World
 
 
 @pytest.fixture(autouse=True)
@@ -577,7 +576,7 @@ def test_default_is_the_environment_then_tiny_gemma(folders, monkeypatch, tmp_pa
     monkeypatch.setenv("MI_MODEL", str(folders["gpt2"]))
     assert load_model().family == "gpt2"
     monkeypatch.delenv("MI_MODEL")
-    monkeypatch.setattr(loading, "DATA", tmp_path)
+    monkeypatch.setitem(loading.SHIPPED, "tiny-gemma", tmp_path / "tiny_gemma")
     with pytest.raises(ModelError, match="tiny-gemma is not at .*tiny_gemma"):
         load_model()
     (tmp_path / "tiny_gemma").symlink_to(folders["gemma2"])
@@ -743,32 +742,22 @@ def test_an_untrained_model_has_the_shape_and_other_weights(gemma):
     assert blank(torch.tensor([[2, 5, 6]])).isfinite().all()
 
 
-# ---------------------------------------------------------------------------- tokens in use
+# ---------------------------------------------------------------------------- tokens of text
 
 
-def test_the_tokens_that_training_never_showed_are_found():
-    """tiny-gemma's: none of them is in a text, and nearly all others are in some."""
-    tiny, world = load_model("tiny-gemma"), World()
-    texts = [world.document(seed).text for seed in range(3_000)]
-    ids = torch.tensor([i for each in tiny.tokenizer(texts)["input_ids"] for i in each])
-    count = ids.bincount(minlength=tiny.d_vocab)
-    assert tiny.in_use[count > 0].all()
-    card = (loading.DATA / "tiny_gemma" / "README.md").read_text(encoding="utf-8")
-    assert f"{int((~tiny.in_use).sum())} of its tokens" in card
-    assert not tiny.in_use[tiny.tokenizer.pad_token_id]
-    assert (count[tiny.in_use] > 0).float().mean() > 0.85
+def test_every_token_but_padding_and_unknown_is_in_tinyworlds_text():
+    tiny = load_model("tiny-gemma")
+    special = [tiny.tokenizer.pad_token_id, tiny.tokenizer.unk_token_id]
+    assert (~tiny.in_text).nonzero()[:, 0].tolist() == sorted(special)
 
 
-def test_without_training_only_the_padding_token_is_out_of_use(gemma):
-    pad = gemma.tokenizer.pad_token_id
-    assert (~gemma.in_use).nonzero().tolist() == [[pad]]
-
-
-def test_with_no_token_known_to_be_unused_all_are_in_use(gemma):
+def test_a_token_that_is_also_an_end_of_text_stays(gemma):
+    never = {gemma.tokenizer.pad_token_id, gemma.tokenizer.unk_token_id}
+    assert set((~gemma.in_text).nonzero()[:, 0].tolist()) == never
     fresh = LanguageModel(gemma.hf, make_tokenizer())
     fresh.tokenizer.pad_token = fresh.tokenizer.unk_token = fresh.tokenizer.eos_token
-    assert fresh.in_use.all() and len(fresh.in_use) == fresh.d_vocab
-    assert LanguageModel(gemma.hf, None).in_use.all()
+    assert fresh.in_text.all() and len(fresh.in_text) == fresh.d_vocab
+    assert LanguageModel(gemma.hf, None).in_text.all()
 
 
 # ------------------------------------------------------------ tokenizers that hide a token's space

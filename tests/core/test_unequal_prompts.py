@@ -272,7 +272,7 @@ def test_a_padding_token_beyond_the_vocabulary():
     batches = [padded(rows, "right", model.d_vocab) for rows in (CLEAN, CORRUPTED)]
     found = activation_patch(model, *batches, "z", metric)
     assert torch.equal(found, activation_patch(model, CLEAN, CORRUPTED, "z", metric))
-    assert model.in_use.sum() == model.d_vocab - 1  # <unk> is known to be unused, then
+    assert model.in_text.sum() == model.d_vocab - 1  # <unk> stands in no text
     assert model.tokens(["The cat", "Paris"], pad=True).shape == (2, 3)
 
 

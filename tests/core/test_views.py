@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny_models import tiny_model
 
-from mi_helpers import views
+from mi_helpers import logit_lens, views
+from mi_helpers.lens import TunedLens
 from mi_helpers.views.base import module, shown, spoken
 from mi_helpers.views.tokens import ink, luminance
 
@@ -99,8 +100,86 @@ def test_what_attention_does_not_have_is_said():
         views.attention_json(model, "the cat " * 60)
 
 
+PROMPT = "the cat sat on the mat"
+
+
+def test_the_lens_reads_as_the_lens_does():
+    model = tiny_model()
+    data = views.lens_json(model, PROMPT, follow="dog")
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    ids = model.tokens(PROMPT)
+    first = ids.shape[1] - len(data["tokens"])  # BOS has no column
+    logits = logit_lens(model, ids)[:, 0, first:]  # (depths, columns, d_vocab)
+    dog = model.to_single_token(" dog")
+    assert len(data["cells"]) == model.n_layers + 1 == len(data["depths"])
+    for depth, row in enumerate(data["cells"]):
+        for column, cell in enumerate(row):
+            here = logits[depth, column]
+            assert cell["rank"] == 1 + int((here > here[dog]).sum())
+            best = here.softmax(-1).max()
+            assert cell["p"] == pytest.approx(float(best), abs=1e-4)
+            assert [p for _, p in cell["likeliest"]] == sorted(
+                (p for _, p in cell["likeliest"]), reverse=True
+            )
+            for colour, over in (cell["colours"], cell["by_rank"]):
+                light, dark = sorted((luminance(colour), luminance(over)), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) >= 4.5
+    own = views.lens_json(model, PROMPT)
+    assert {cell["rank"] for cell in own["cells"][-1]} == {1}  # the model's own answers
+
+
+def test_the_lens_reads_through_the_lens_that_is_chosen():
+    model = tiny_model()
+    tuned = TunedLens(model.n_layers, model.d_model)
+    tuned.bias.data[:] = 5 * model.W_U.T[7]
+    tuned.requires_grad_(False)
+    both = {"tuned lens": tuned, "logit lens": None}
+    data = views.lens_json(model, PROMPT, lenses=both)
+    assert data["lens"] == "tuned lens" and data["lenses"] == list(both)
+    plain = views.lens_json(model, PROMPT, lenses=both, lens="logit lens")
+    assert plain["cells"] == views.lens_json(model, PROMPT)["cells"] != data["cells"]
+    assert data["cells"][-1] == plain["cells"][-1]  # nothing to translate at the last depth
+
+
+def test_the_lens_answers_what_is_typed_into_it():
+    view = views.lens(tiny_model(), "the cat")
+    asked = {"prompt": PROMPT, "follow": "dog", "lens": "logit lens", "ranks": True}
+    view.chosen = asked
+    assert len(view.data["tokens"]) == len(views.lens_json(tiny_model(), PROMPT)["tokens"])
+    assert set(view.data["followed"]) == {"dog"} and view.data["ranks"] is True
+    before = view.data["cells"]
+    for change, said in (
+        ({"prompt": ""}, "empty"),
+        ({"prompt": "the cat" + " sat" * 25}, "at most 24"),
+    ):
+        view.chosen = asked | change
+        assert said in view.data["message"] and view.data["cells"] == before
+        assert view.data["prompt"] == change["prompt"]  # nothing typed is lost
+    view.chosen = asked
+    assert view.data["message"] == ""
+
+
+def test_the_lens_without_a_kernel_has_a_table():
+    bundle, _ = views.lens(tiny_model(), PROMPT)._repr_mimebundle_()
+    data = views.lens_json(tiny_model(), PROMPT)
+    cells = len(data["cells"]) * len(data["tokens"])
+    assert bundle["text/html"].count("<td ") == cells
+    assert not re.search(r"<script|https?://| on[a-z]+=", bundle["text/html"])
+    assert bundle["text/plain"].count("rank of") == len(data["depths"])
+
+
+def test_what_the_lens_does_not_have_is_said():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="There is no lens 'other' here; there are: logit lens"):
+        views.lens_json(model, "the cat", lens="other")
+    with pytest.raises(ValueError, match="one token|vocabulary"):
+        views.lens_json(model, "the cat", follow="xylophone quartet")
+    with pytest.raises(ValueError, match="empty"):
+        views.lens_json(model, "")
+
+
 def test_modules_ask_nothing_of_other_machines_and_make_no_markup():
-    for name in ("tokens", "attention", "figure"):
+    for name in ("tokens", "attention", "lens", "figure"):
         code = module(name)
         assert "import " not in re.sub(r"//.*", "", code)
         assert code.count("export ") == code.count("export default") + code.count("export function")

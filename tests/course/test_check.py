@@ -1,6 +1,7 @@
 """`check` in a session as learners have them: what it returns, survives, and leaves alone."""
 
 import importlib
+import subprocess
 import sys
 import threading
 import time
@@ -333,6 +334,16 @@ def test_a_call_that_a_debugger_holds_goes_on():
     assert within(0.05, held) == 499500
 
 
+def test_tracing_goes_on_after_a_call_that_was_watched():
+    """Python 3.11 loops for ever where an exception from another thread was called back."""
+    code = (
+        "import sys; from mi_helpers.course.exercise import within; within(5, int);"
+        "sys.settrace(lambda *_: None); (lambda: print(7))()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "7\n"
+
+
 def test_another_thread_has_the_limit_too():
     said = []
 
@@ -441,6 +452,38 @@ def test_what_does_not_hold_is_raised_with_its_sentence():
     for ok in (torch.ones(2) > 0, None, 1, "yes"):
         with pytest.raises(ValueError, match="needs True or False"):
             confirm("all is well", ok)
+
+
+# -- wrong answers that are edits ------------------------------------------------------------
+
+
+def test_an_edit_is_a_wrong_answer_in_one_line():
+    half = mechanism.edited(busy, "* 2", "* 4", "k > 2", "k > 0")
+    assert half([3.0], 1, "abc") == -12 and busy([0, 0, 3.0], 3, "abc") == -6
+    with pytest.raises(ValueError, match="busy has no 'k > 3' in its text"):
+        mechanism.edited(busy, "k > 3", "k > 4")
+
+
+def test_a_table_of_edits_is_a_list_of_wrong_answers():
+    (half, first), (positive, second) = mechanism.edits(
+        busy,
+        """
+        * 2 → * 4
+            This is twice as much:
+            halve it.
+        k > 2 → k > 0
+            Mind the bound.
+        """,
+    )
+    assert first == "This is twice as much: halve it." and second == "Mind the bound."
+    given = ([0, 0, 3.0], 3, "abc")
+    assert half(*given) == 2 * busy(*given) and positive(*given) == busy(*given)
+    ((gone, _),) = mechanism.edits(busy, "* 2 →\n    Nothing is doubled.")
+    assert gone(*given) == busy(*given) / 2
+    with pytest.raises(ValueError, match="no message"):
+        mechanism.edits(busy, "* 2 → * 4\n* 2 → * 3\n    Three times.")
+    with pytest.raises(ValueError, match="'x - y' is no change: write 'old → new'"):
+        mechanism.edits(busy, "x - y\n    A message.")
 
 
 # -- mutants ---------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def test_the_exercise_stands_in_its_notebook(exercise, lesson):
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_the_minutes_add_up(lesson):
-    total = sum(exercise.minutes for exercise in LESSONS[lesson])
+    main = [each for each in LESSONS[lesson] if "(going further)" not in each.title]
+    total = sum(exercise.minutes for exercise in main)
     (time,) = (text for text in cells_of(lesson, "markdown") if "**Time:**" in text)
     read, exercises = form.TIME.search(time).groups()
     left = int(exercises) - total  # for the investigation, where the lesson's line says so
@@ -129,6 +130,18 @@ def lesson(monkeypatch, tmp_path):
 
 def test_the_small_exercise_is_itself_proved():
     assert prove.problems(DOUBLE, 77) == []
+
+
+def test_the_stub_is_the_references_first_lines():
+    assert cards.stub_of(double) == STUB
+    declare = cards.exercise(
+        "77.1", title="Doubling", difficulty=1, importance=1, minutes=1,
+        reference=double, hints=["Add."], wrong=DOUBLE.wrong,
+    )  # fmt: skip
+    made = declare(lambda answer: check_double(answer)).exercise
+    assert made.stub == STUB and prove.problems(made, 77) == []
+    with pytest.raises(ValueError, match="check_double has no docstring"):
+        cards.stub_of(check_double)
 
 
 def test_a_right_answer_is_right():

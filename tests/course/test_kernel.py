@@ -9,6 +9,8 @@ import pytest
 from nbclient import NotebookClient
 from traitlets.config import Config
 
+from mi_helpers.course.exercise import lessons
+
 IMPORTS = "from mi_helpers.course import check, hint, predict, progress"
 STUB = 'def project_out(x, v, centre):\n    """Move."""\n    ...\n'
 RIGHT = """
@@ -20,7 +22,10 @@ def project_out(x, v, centre):
 UNREADABLE = "def project_out(x, v, centre):\n    return x - (\n"
 STOPPED = "1 / 0\ndef project_out(x, v, centre):\n    return x\n"
 USE = "print(mine.is_yours, mine(np.eye(2), np.ones(2), np.zeros(2)).sum())"
-CHECK = 'mine = check("2.6", project_out)'
+CARDS = lessons()[2]
+AT = next(i for i, card in enumerate(CARDS) if card.name == "project_out")
+ID, NEXT = CARDS[AT].id, CARDS[AT + 1].id
+CHECK = f'mine = check("{ID}", project_out)'
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def cells(tmp_path_factory):
         "right": RIGHT,
         "accepted": CHECK,
         "used": USE,
-        "last": 'check("2.6", project_out)',
+        "last": f'check("{ID}", project_out)',
         "unreadable": UNREADABLE,
         "stale": CHECK,
         "again": RIGHT,
@@ -43,10 +48,10 @@ def cells(tmp_path_factory):
         "stopped": STOPPED,
         "stale too": CHECK,
         "after": "print(mine.is_yours)",
-        "button": textwrap.dedent("""
+        "button": textwrap.dedent(f"""
             from ipywidgets import Output, Widget
             made = list(Widget.widgets.values())
-            hints = [w for w in made if getattr(w, "description", "") == "Hint for 2.6"]
+            hints = [w for w in made if getattr(w, "description", "") == "Hint for {ID}"]
             hints[-1].click()
             places = [str(w.outputs) for w in made if isinstance(w, Output)]
             print(sum("hint 1 of" in each for each in places), hints[-1].tooltip)
@@ -80,7 +85,8 @@ def test_a_name_that_is_not_there_yet_is_a_sentence(cells):
 
 def test_the_line_says_what_the_notebook_goes_on_with(cells):
     assert "not attempted yet.** The notebook goes on with the reference." in text(cells["neutral"])
-    assert "right.** The notebook goes on with yours. Next: 2.7" in text(cells["accepted"])
+    assert "right.** The notebook goes on with yours." in text(cells["accepted"])
+    assert CARDS[AT].after or f"Next: {NEXT} " in text(cells["accepted"])
     assert text(cells["used"]).startswith("True ")
     assert "goes on" not in text(cells["last"])
     assert all(output.output_type == "display_data" for output in cells["last"])
@@ -96,6 +102,6 @@ def test_a_cell_that_could_not_be_read_or_stopped_is_said(cells):
 def test_buttons_stand_under_a_check_and_work(cells):
     bundle = cells["accepted"][1]["data"]
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert '`hint("2.6")`' in bundle["text/markdown"]
+    assert f'`hint("{ID}")`' in bundle["text/markdown"]
     assert text(cells["button"]).split()[0] == "1"
-    assert 'hint("2.6")' in text(cells["button"])
+    assert f'hint("{ID}")' in text(cells["button"])

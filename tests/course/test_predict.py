@@ -1,11 +1,13 @@
 """Predictions, investigations and progress: kept, merged, scored, and nothing given away."""
 
+import functools
 import importlib
 import json
 import os
 import random
 import subprocess
 import sys
+import types
 
 import ipywidgets
 import numpy as np
@@ -67,6 +69,22 @@ def lesson(monkeypatch, tmp_path):
     for module in (cards, prove):
         monkeypatch.setattr(module, "declared", lambda number, what: table[what])
     return tmp_path / "state" / "progress.json"
+
+
+def test_what_is_kept_by_a_cache_is_found_and_measured_once(monkeypatch):
+    room, calls = types.ModuleType("mi_helpers.lessons.lesson_77.exercises"), []
+
+    @predicting.prediction("77.6", question="Which?", options=["a", "b"])
+    @functools.cache
+    def measured():
+        calls.append(1)
+        return "b"
+
+    room.measured, room.again, room.plain, room.sort = measured, measured, which_layer, dict
+    monkeypatch.setitem(sys.modules, room.__name__, room)
+    found = cards.declared(77, "prediction")
+    assert [each.id for each in found] == ["77.6", "77.4"]
+    assert found[0].right("b") and not found[0].right("a") and len(calls) == 1
 
 
 def content(file) -> dict:

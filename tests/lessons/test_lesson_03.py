@@ -1,4 +1,4 @@
-"""Lesson 03: pairs of prompts, gates, paths and the pronoun skew, by hand and on tiny models."""
+"""Lesson 03: pairs of prompts, gates, estimates and the pronoun skew, by hand, on tiny models."""
 
 import numpy as np
 import pytest
@@ -9,15 +9,15 @@ from tiny_models import tiny_model, word_tokenizer
 from mi_helpers import plots
 from mi_helpers.ablation import Mean, ablate
 from mi_helpers.layouts import ModelError
-from mi_helpers.lessons.lesson_03 import claims, figures, pronouns
+from mi_helpers.lessons.lesson_03 import claims, figures, pronouns, tools
 from mi_helpers.lessons.lesson_03 import experiments as lab
+from mi_helpers.lessons.lesson_03 import pairs as prompts
 from mi_helpers.lessons.shared import make_batch, token_pool
 from mi_helpers.loading import load_model
 from mi_helpers.patching import activation_patch
+from mi_helpers.sweeps import Sweep
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.widgets import corners
-
-FAMILIES = ("gemma2", "llama", "gpt_neox")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def tiny():
 
 def small_pairs(model):
     texts = [("the cat sat on the", "the dog sat on the"), ("a hat was in the", "a mat was in the")]
-    return lab.make_pairs(model, texts, [(" mat", " hat"), (" cat", " dog")])
+    return prompts.make_pairs(model, texts, [(" mat", " hat"), (" cat", " dog")])
 
 
 # -- gates -----------------------------------------------------------------------------------
@@ -81,53 +81,40 @@ def test_pairs_line_up(tiny):
 
 def test_pairs_that_do_not_line_up(tiny):
     with pytest.raises(ModelError, match="4 to 5 tokens"):
-        lab.make_pairs(tiny, [("the cat sat", "the old dog sat")], [(" mat", " hat")])
+        prompts.make_pairs(tiny, [("the cat sat", "the old dog sat")], [(" mat", " hat")])
     with pytest.raises(ModelError, match="2 tokens"):
-        lab.make_pairs(tiny, [("the cat sat", "the dog sat")], [(" big hat", " hat")])
+        prompts.make_pairs(tiny, [("the cat sat", "the dog sat")], [(" big hat", " hat")])
 
 
 def test_landmarks_of_one_length_in_different_cities(shipped):
-    pairs = lab.fact_pairs(shipped, 8, seed=1)
+    pairs = prompts.fact_pairs(shipped, 8, seed=1)
     city = {place.name: place.city for place in lexicon.landmarks()}
     cut = slice(len("The "), -len(" is in the city of"))
     for (a, b), right, wrong in zip(pairs.texts, pairs.answer, pairs.wrong, strict=True):
         assert city[a[cut]] != city[b[cut]]
         assert shipped.tokenizer.decode([right]) == " " + city[a[cut]]
         assert shipped.tokenizer.decode([wrong]) == " " + city[b[cut]]
-    assert pairs.texts == lab.fact_pairs(shipped, 8, seed=1).texts
-    assert pairs.texts != lab.fact_pairs(shipped, 8, seed=2).texts
-    alike = lab.fact_pairs(shipped, 8, seed=1, same_city=True)
+    assert pairs.texts == prompts.fact_pairs(shipped, 8, seed=1).texts
+    assert pairs.texts != prompts.fact_pairs(shipped, 8, seed=2).texts
+    alike = prompts.fact_pairs(shipped, 8, seed=1, alike=True)
     assert all(city[a[cut]] == city[b[cut]] for a, b in alike.texts)
     assert all(right != wrong for right, wrong in zip(alike.answer, alike.wrong, strict=True))
 
 
 def test_a_model_without_the_words(tiny):
     with pytest.raises(ValueError, match="too few landmarks"):
-        lab.fact_pairs(tiny, 2, seed=0)
-
-
-def test_a_landmark_as_long_as_another(shipped):
-    place = lab.equally_long_landmark(shipped, "Eiffel Tower", "Rome")
-    assert place.city == "Rome"
-    lengths = [len(shipped.str_tokens(name)) for name in ("The Eiffel Tower", f"The {place.name}")]
-    assert lengths[0] == lengths[1]
-    assert lab.equally_long_landmark(shipped, "Eiffel Tower", "Nowhere").city not in (
-        "Paris",
-        "Nowhere",
-    )
-    with pytest.raises(ValueError, match="no landmark 'Ivory Tower'"):
-        lab.equally_long_landmark(shipped, "Ivory Tower", "Rome")
+        prompts.fact_pairs(tiny, 2, seed=0)
 
 
 def test_swapped_words_leave_the_possible_answers_where_they_stand(shipped):
-    pairs = lab.swap_pairs(shipped, 4, seed=0)
+    pairs = prompts.swap_pairs(shipped, 4, seed=0)
     clean, corrupted = pairs.clean, pairs.corrupted
     assert pairs.subject == [4, 7]
     assert torch.equal(clean[:, 4], corrupted[:, 7]) and torch.equal(clean[:, 7], corrupted[:, 4])
     assert torch.equal(clean[:, -1], clean[:, 4]) and torch.equal(clean[:, -1], corrupted[:, -1])
     assert clean[:, 5].tolist() == pairs.answer and clean[:, 8].tolist() == pairs.wrong
     with pytest.raises(ValueError, match="too short"):
-        lab.swap_pairs(shipped, 1, 0, length=5)
+        prompts.swap_pairs(shipped, 1, 0, size=5)
 
 
 # -- over many pairs -------------------------------------------------------------------------
@@ -146,7 +133,7 @@ def test_the_way_from_one_run_to_the_other(tiny):
     one = small_pairs(tiny)[0]
     metric = one.metric(tiny)
     whole = activation_patch(tiny, one.clean, one.corrupted, "resid_pre", metric)
-    way = lab.interpolate(tiny, one, "resid_pre", 1, 2, [0, 0.5, 1])
+    way = lab.along_the_way(tiny, one, 1, 2, [0, 0.5, 1])
     assert way.shape == (3,)
     rounding = 10 * SHARE / abs(metric.clean - metric.corrupted)  # logits of 10, over their gap
     assert way[0] == pytest.approx(0, abs=rounding)
@@ -156,13 +143,39 @@ def test_the_way_from_one_run_to_the_other(tiny):
 def test_true_effects_and_estimates_have_the_same_cells(tiny):
     pairs = small_pairs(tiny)
     for site, cells in (("mlp_out", 3 * 4), ("z", 3 * 2 * 4)):
-        for mode in ("denoise", "noise"):
-            true, guess = lab.true_and_guess(tiny, pairs, site, mode)
-            assert true.shape == guess.shape == (2, cells)
-    one = pairs[1]
-    effect = activation_patch(tiny, one.clean, one.corrupted, "mlp_out", one.metric(tiny), "noise")
-    true, _ = lab.true_and_guess(tiny, pairs, "mlp_out", "noise")
-    assert np.allclose(true[1], effect[:, 2:].numpy().ravel() - 1, atol=1e-5)
+        true, guess = lab.true_and_guess(tiny, pairs, site)
+        assert true.shape == guess.shape == (2, cells)
+    one, true = pairs[1], lab.true_and_guess(tiny, pairs, "mlp_out")[0]
+    alone, whole = one.metric(tiny), pairs.metric(tiny)
+    effect = activation_patch(tiny, one.clean, one.corrupted, "mlp_out", alone)[:, 2:].ravel()
+    gaps = (alone.clean - alone.corrupted) / (whole.clean - whole.corrupted)  # its own, over theirs
+    assert np.allclose(true[1], gaps * effect.numpy(), atol=1e-4)
+
+
+def test_noising_is_denoising_the_reverse(tiny):
+    pairs = small_pairs(tiny)
+    assert pairs.reversed().texts == [(b, a) for a, b in pairs.texts]
+    _, needed = lab.both_directions(tiny, pairs)
+    enough, _ = lab.both_directions(tiny, pairs.reversed())
+    assert torch.allclose(needed, enough, atol=1e-4) and needed.abs().max() > 1e-3
+
+
+def test_all_heads_together_at_the_last_token(tiny):
+    pairs = small_pairs(tiny)
+    one = lab.both_directions(tiny, pairs)[0]
+    assert lab.together(tiny, pairs, [], tools.patch_heads) == pytest.approx((0, 0), abs=1e-4)
+    last = Sweep("heads", positions=-1)
+    alone = activation_patch(tiny, pairs.clean, pairs.corrupted, "z", pairs.metric(tiny), over=last)
+    assert alone.shape == one.shape
+    found = lab.together(tiny, pairs, [(1, 1)], tools.patch_heads)[0]
+    assert found == pytest.approx(float(alone[1, 1]), abs=1e-4)
+
+
+def test_words_of_unequal_length_are_unequal(shipped):
+    clean, corrupted, answers, wrong = prompts.unequal_pairs(shipped, 6, seed=0)
+    for a, b in zip(clean, corrupted, strict=True):
+        assert prompts.length(shipped, a) != prompts.length(shipped, b)
+    assert all(right != other for right, other in zip(answers, wrong, strict=True))
 
 
 def test_ranks_and_the_strongest():
@@ -181,12 +194,6 @@ def test_the_slope_is_the_share_of_the_skew():
     assert pronouns.skew(np.ones(len(truth))) == pytest.approx(0)
     jobs = ["nurse", "farmer"]
     assert np.allclose(pronouns.true_log_odds(jobs), [np.log(9), -np.log(9)])
-
-
-def test_nats_lost_is_a_divergence():
-    assert pronouns.nats_lost(pronouns.true_log_odds()) == pytest.approx(0)
-    even = pronouns.nats_lost(np.zeros(2), ["nurse", "farmer"])  # both 0.9 and 0.1 against one half
-    assert even == pytest.approx(np.log(2) + 0.9 * np.log(0.9) + 0.1 * np.log(0.1))
 
 
 def test_sentences_differ_in_the_occupation_only():
@@ -273,57 +280,6 @@ def test_heads_are_ablated_to_the_means_of_a_pool(shipped):
         assert torch.allclose(cache["z", layer][:, 1:, head], mean, atol=1e-4)
 
 
-# -- paths -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_attention_adds_changes_as_in_a_patched_run(family):
-    model = tiny_model(family=family, tokenizer=word_tokenizer())
-    pairs = small_pairs(model)
-    _, other = model.run_with_cache(pairs.corrupted, "z")
-    _, before = model.run_with_cache(pairs.clean, "attn_out")
-
-    def put_in(z):
-        z[:, :, 1] = other["z", 1][:, :, 1]
-        return z
-
-    with model.hooks({("z", 1): put_in}):
-        _, after = model.run_with_cache(pairs.clean, "attn_out")
-    found = lab.written_change(model, pairs, 1, 1)
-    assert torch.allclose(found, after["attn_out", 1] - before["attn_out", 1], atol=1e-5)
-    bare = lab.written_change(model, pairs, 1, 1, post_norm=False)
-    _, z = model.run_with_cache(pairs.clean, "z")
-    by_hand = (other["z", 1] - z["z", 1])[:, :, 1] @ model.weight("W_O", 1)[1]
-    assert torch.allclose(bare, by_hand, atol=1e-5)
-    assert torch.allclose(found, bare, atol=1e-5) == (family != "gemma2")
-
-
-def test_a_direct_effect_reaches_the_final_norm_alone(tiny):
-    pairs = small_pairs(tiny)
-    delta = lab.written_change(tiny, pairs, 0, 1)
-    _, cache = tiny.run_with_cache(pairs.clean, "resid_final")
-    logits = tiny.unembed(cache["resid_final"][:, -1] + delta[:, -1])
-    want = 1 - float(pairs.metric(tiny)(logits))
-    assert lab.direct_effect(tiny, pairs, 0, 1) == pytest.approx(want, abs=1e-4)
-    assert want != 0
-
-
-def test_who_writes_and_who_reads():
-    effect = np.zeros((4, 2, 3))  # layers, heads, positions
-    effect[2, 0, -1] = effect[3, 1, -1] = 0.5  # they read
-    effect[0, 1, 1], effect[1, 0, 0], effect[3, 0, 1] = 0.2, 0.6, 0.9  # the last is too late
-    effect[1, 1, 1] = 0.05  # too little
-    assert lab.writers_and_readers(torch.tensor(effect)) == ([(1, 0), (0, 1)], [2, 3])
-    for nothing in (np.zeros((4, 2, 3)), effect * (np.arange(3) == 2), effect[2:]):
-        with pytest.raises(ValueError, match="No two heads"):
-            lab.writers_and_readers(nothing)
-
-
-def test_the_path_goes_through_the_keys_and_not_through_the_values():
-    assert claims.path_through_keys(0) > 0.5
-    assert abs(claims.path_through_values(0)) < 0.25
-
-
 # -- figures ---------------------------------------------------------------------------------
 
 
@@ -336,6 +292,7 @@ def test_positions_are_named_by_both_prompts(tiny):
 def test_the_explorer_draws_every_state(shipped):
     explorer = figures.PatchingExplorer(shipped)
     controls = {
+        "pair": "city",
         "clean": "The Eiffel Tower is in the city of",
         "corrupted": "The Trevi Fountain is in the city of",
         "answers": "",
@@ -348,7 +305,7 @@ def test_the_explorer_draws_every_state(shipped):
 
 def test_the_explorer_patches_a_pair_once(shipped, monkeypatch):
     explorer = figures.PatchingExplorer(shipped)
-    state = ("The judge said that", "The butcher said that", "", "attn_out", "noise")
+    state = ("city", "The judge said that", "The butcher said that", "", "attn_out", "noise")
     explorer(*state)
     monkeypatch.setattr(figures, "activation_patch", None)
     explorer(*state)
@@ -356,9 +313,11 @@ def test_the_explorer_patches_a_pair_once(shipped, monkeypatch):
 
 def test_the_explorer_takes_answers_of_ones_own(shipped):
     explorer = figures.PatchingExplorer(shipped)
-    prompts = ("The keys near the cabinet", "The key near the cabinet")
-    assert "are over is" in explorer(*prompts, "are/is", "heads", "noise").axes[0].get_title("left")
-    _, metric, _ = explorer.prompts(*prompts, "are/is")
+    texts = ("The keys near the cabinet", "The key near the cabinet")
+    assert "are over is" in explorer("city", *texts, "are/is", "heads", "noise").axes[0].get_title(
+        "left"
+    )
+    _, metric, _ = explorer.prompts(*texts, "are/is")
     assert metric.clean > 0 > metric.corrupted
 
 
@@ -370,6 +329,7 @@ def test_the_explorer_takes_answers_of_ones_own(shipped):
         ({"clean": ""}, "is empty"),
         ({"corrupted": "The Eiffel Tower is in the city of"}, "are the same"),
         ({"site": "head"}, "no site 'head'"),
+        ({"pair": "town"}, "no pair 'town'"),
         ({"answers": "Paris"}, "two words with a slash"),
         ({"answers": "Paris / Paris"}, "the same token"),
         ({"answers": "Paris / Lutetia Parisiorum"}, "tokens|vocabulary"),
@@ -377,6 +337,7 @@ def test_the_explorer_takes_answers_of_ones_own(shipped):
 )
 def test_the_explorer_says_what_is_wrong(shipped, change, message):
     values = {
+        "pair": "city",
         "clean": "The Eiffel Tower is in the city of",
         "corrupted": "The Trevi Fountain is in the city of",
         "answers": "",
@@ -389,27 +350,40 @@ def test_the_explorer_says_what_is_wrong(shipped, change, message):
 
 
 def test_maps_keep_their_numbers():
-    picture = figures.effect_maps(
+    picture = plots.effect_maps(
         {"a": [[0.0, 0.5], [-1.0, 0.001]], "b": np.zeros((2, 2))}, ["0 x", "1 yy"], ["0", "1"]
     )
     first = picture.axes[0]
     assert [text.get_text() for text in first.texts] == ["0.50", "-1.00"]  # no zeros
     assert np.array_equal(first.images[0].get_array(), [[0.0, 0.5], [-1.0, 0.001]])
     with pytest.raises(ValueError, match=r"'a' has shape \(2, 2\), expected \(1, 2\)"):
-        figures.effect_maps({"a": np.zeros((2, 2))}, ["0", "1"], ["0"])
+        plots.effect_maps({"a": np.zeros((2, 2))}, ["0", "1"], ["0"])
 
 
 def test_curves_and_clouds():
-    picture = figures.interpolation_curves([0, 0.5, 1], {"task": ([0, 0.9, 1.0], 0.3)})
-    true, line = picture.axes[0].lines[:2]
-    assert np.allclose(true.get_ydata(), [0, 0.9, 1]) and np.allclose(
-        line.get_ydata(), [0, 0.15, 0.3]
-    )
+    picture = figures.the_way([0, 0.5, 1], {"task": ([0, 0.9, 1.0], 0.3, 0.95)})
+    true, line, closer = picture.axes[0].lines[:3]
+    assert np.allclose(true.get_ydata(), [0, 0.9, 1])
+    assert np.allclose(line.get_ydata(), [0, 0.15, 0.3]) and np.allclose(closer.get_ydata(), [0.95])
     with pytest.raises(ValueError, match="2 values for 3 shares"):
-        figures.interpolation_curves([0, 0.5, 1], {"task": ([0, 1], 0.3)})
+        figures.the_way([0, 0.5, 1], {"task": ([0, 1], 0.3, 1)})
     picture = figures.true_against_guess({"cities": ([[0, 1]], [[0.1, 0.4]])})
     assert np.allclose(picture.axes[0].lines[1].get_xydata(), [[0, 0.1], [1, 0.4]])
-    picture = figures.skew_clouds([-1, 1], {"model": [-0.9, 1.1]})
-    assert np.allclose(picture.axes[0].lines[1].get_ydata(), [-0.9, 1.1])
-    with pytest.raises(ValueError, match="1 values for 2 occupations"):
-        figures.skew_clouds([-1, 1], {"model": [0.5]})
+
+
+def test_enough_is_up_and_needed_across():
+    picture = figures.enough_and_needed({"noise": {"city": ([[0.9]], [[0.1]])}})
+    (diagonal, points) = picture.axes[0].lines
+    assert np.allclose(points.get_xydata(), [[0.1, 0.9]]) and len(diagonal.get_xdata()) == 2
+
+
+def test_the_opening_swaps_one_vector(shipped):
+    swap = figures.SwapLab(shipped)
+    for values in corners(**swap.controls()):
+        assert plots.render(swap(**values)).startswith(b"\x89PNG")
+    name = swap.words[2]
+    first, other = (
+        swap(next(iter(swap.others)), layer, name) for layer in (0, shipped.n_layers - 1)
+    )
+    cities = [picture.axes[0].get_yticklabels()[0].get_text() for picture in (first, other)]
+    assert cities == ["1. Paris", "1. Rome"]

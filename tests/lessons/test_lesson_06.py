@@ -216,8 +216,8 @@ def test_ground_and_scores_on_the_model(model):
     coder = SparseCoder(model.d_model, 300, k=4)
     found = concept_scores(coder, ground, ["norwegian"])
     assert set(found) == {"latent", "neuron", "random direction"}
-    planted = both_signs(torch.tensor(ground.truth[:, :1] * -1.0))
-    best = score_units(planted, ground.truth[:, :1], ["planted"]).best()[0]
+    truth = ground.only(ground.scorable()[:1]).truth
+    best = score_units(both_signs(torch.tensor(truth * -1.0)), truth, ["planted"]).best()[0]
     assert (best.unit, best.f1) == (1, 1.0)
 
 
@@ -229,36 +229,37 @@ def test_a_topics_words_are_its_nouns(model):
         sae_lab.topic_words(model, "norwegian")
 
 
-@pytest.mark.parametrize(("layer", "by"), [(0, 0), (1, 1)])
-def test_a_planted_latent_is_found_at_its_word_or_after_it(model, monkeypatch, layer, by):
-    """A latent along the topic's embeddings fires at the word; one that reads a site at which each
-    token holds the one before, after it."""
+@pytest.mark.parametrize(("back", "alone"), [(0, 3.0), (1, 0.0)])
+def test_a_planted_latent_is_told_by_the_company_of_its_words(model, monkeypatch, back, alone):
+    """A latent along the topic's embeddings fires at its words in any company; one that reads
+    whether the word before was the topic's, only where others stand around it."""
     words = torch.tensor(sae_lab.topic_words(model, "chess"))
 
     def read(_, ids, sites):
         assert sites == [sae_lab.middle(model)]
         is_word = torch.isin(ids, words).float()
-        return [torch.stack([is_word, F.pad(is_word, (1, 0))[:, :-1]], -1)[..., layer : layer + 1]]
+        return [F.pad(is_word, (back, 0))[:, : ids.shape[1], None]]
 
     monkeypatch.setattr(sae_lab, "read_sites", read)
     coder = SparseCoder(1, 2, k=2)
     with torch.no_grad():
         coder.W_enc.copy_(torch.tensor([[3.0, -1]]))
         coder.b_enc.zero_(), coder.b_dec.zero_()
-    found = sae_lab.around_a_word(model, coder, 0, "chess", n=8)
-    for each in found.values():
-        before, at, after = each.values()
-        assert [before < 0.5, at > 2.9, after > 2.9] == [True, by == 0, by == 1]
+    found = [sae_lab.at_a_topics_words(model, coder, 0, "chess", share) for share in (1 / 24, 1.0)]
+    assert found == pytest.approx([alone, 3.0], abs=0.5)
+    with pytest.raises(ValueError, match="No word of chess came up in 2 lists"):
+        sae_lab.at_a_topics_words(model, coder, 0, "chess", 0.0, n=2)
 
 
-def test_a_topics_latent_runs_ahead_of_its_word_only_where_the_list_is_known(model):
+def test_a_topics_latent_is_silent_at_its_word_among_random_words(model):
     coder = load_coder(sae_lab.CODER)
     ground = labelled_tokens(model, sae_lab.middle(model), 12_000, seed=1)
     (best,) = best_latents(coder, ground, ["aircraft"])
-    found = sae_lab.around_a_word(model, coder, best.unit, "aircraft", seed=1)
-    second = found["second time"]["the word before"]
-    assert second > 5 * found["second time"]["the word of the topic"]
-    assert second > 5 * found["first time"]["the word before"]
+    alone, together = (
+        sae_lab.at_a_topics_words(model, coder, best.unit, "aircraft", share, seed=1)
+        for share in (1 / 24, 1.0)
+    )
+    assert together > 5 * alone and together > 1
 
 
 def test_own_latents_are_named_and_topics_are_averaged_without_norwegian(monkeypatch):

@@ -291,6 +291,23 @@ def test_a_story_is_told_by_rule_and_tested(shipped, coders, labels):
     assert abs(stories.random_share(shipped, coders, [story])) < 10
 
 
+def test_a_control_stands_where_the_features_stand(shipped, coders, steps):
+    """At another position a feature may be one that nothing at the last token reads."""
+    q = prompts.unseen_hops(shipped, 1, seed=0)[0]
+    graph = steps.graph(q)
+    nodes = steps.nodes(graph, q, "country")
+    chosen = stories.matched_features(graph, nodes)
+    assert len(set(chosen)) == len(nodes) and not set(chosen) & set(nodes)
+    where = lambda ids: [graph.nodes[graph.index(i)] for i in ids]  # noqa: E731
+    own, other = where(nodes), where(chosen)
+    left = {node.id for node in graph.features()} - set(nodes)
+    assert any(node.position == len(graph.tokens) - 1 for node in own)
+    for node, control in zip(own, other, strict=True):
+        here = [n for n in where(left) if (n.layer, n.position) == (node.layer, node.position)]
+        assert control.layer == node.layer and (control.position == node.position or not here)
+        left.discard(control.id)
+
+
 def test_a_swap_gives_shared_features_the_partners_activation(shipped, coders, steps):
     q = prompts.what_is_asked(shipped, 1, seed=0)[0]
     story = steps.story(q, "asked")

@@ -25,7 +25,7 @@ from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.pipeline import Settings, read_settings
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.training import TrainConfig, train
-from mi_helpers.tiny_gemma import training as train_model
+from mi_helpers.tiny_gemma import ship
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
@@ -166,7 +166,7 @@ def test_a_second_process_is_told_who_is_at_work(held_elsewhere, place, capsys):
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d: wait until it has ended, or choose another folder\.\n",
         said,
     )
-    assert train_model.main_train(["--run", str(folder), "--no-ship"]) == 1
+    assert ship.main_train(run=folder, ship=False) == 1
     assert capsys.readouterr().err == said
     assert main(["harvest", "--dry-run", *options(place, folder)]) == 0  # it writes nothing
     assert {path.name for path in folder.iterdir()} == {LOCK, HOLDER}

@@ -11,6 +11,7 @@ from mi_helpers.lessons.lesson_00.experiments import (
     fresh_lab,
     gaze,
     gaze_order,
+    left_at_random,
     remembered,
 )
 from mi_helpers.lessons.shared import make_batch, shipped_model
@@ -63,15 +64,14 @@ def gaze_lesion(seed: int) -> float:
 
 @claim(
     "gaze-control",
-    "Control of the same: as many heads silenced, those that look at the landmark least",
+    "Control of the same: as many of the other heads silenced, drawn at random, mean of ten draws",
     source="measured in the lesson",
     published="",
-    tolerance=">= 0.8",
+    tolerance=">= 0.4",
 )
 def gaze_control(seed: int) -> float:
     known, order, count = gazing(seed)
-    hooks = ablate(shipped_model(), order[::-1][:count], Zero())
-    return float(remembered(shipped_model(), known, hooks).mean())
+    return left_at_random(shipped_model(), known, order[count:], count)[-1][0]
 
 
 @claim(

@@ -1,4 +1,4 @@
-"""Exercises of lesson 00: meet the model."""
+"""Exercises of lesson 00, meet the model, its predictions, and its investigation."""
 
 import functools
 import itertools
@@ -13,15 +13,15 @@ from mi_helpers.course.check import (
     as_numbers,
     describe,
     draws,
+    edited,
+    edits,
     exercise,
-    expect,
     expect_close,
 )
 from mi_helpers.course.investigate import investigation, one_of, plain
 from mi_helpers.course.predict import prediction
 from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.lesson_00.experiments import (
-    FACT,
     MOST_ANSWERS,
     LesionLab,
     fresh_lab,
@@ -29,8 +29,9 @@ from mi_helpers.lessons.lesson_00.experiments import (
     mean_and_error,
     shipped_pair,
     skills,
+    write_ratio,
 )
-from mi_helpers.lessons.shared import make_batch, shipped_model
+from mi_helpers.lessons.shared import make_batch, on_model, shipped_model
 from mi_helpers.tinyworld.world import World
 
 SHORT = ("facts", "ioi", "pronoun", "agreement", "two_hop")  # families of short sentences
@@ -44,65 +45,17 @@ def sentence(draw, longest: int = 40) -> str:
     return next(d.text for d in stream if len(d.text.split()) <= longest)
 
 
-def on_model(answer, reference, make, mistakes, otherwise: str, cases: int = 3) -> None:
-    """`agree` where an answer changes the model: afterwards it has to be as it was."""
-    before = shipped_model()(FACT)
-    try:
-        agree(answer, reference, make, (), otherwise, 1e-4, cases)
-    except Wrong:  # only now are the mistakes run, each of which costs as much as an answer
-        agree(answer, reference, make, mistakes, otherwise, 1e-4, cases)
-        raise
-    finally:
-        left = not torch.equal(shipped_model()(FACT), before)
-        for each in (shipped_model, shipped_pair, judge) if left else ():
-            each.cache_clear()  # the next check gets a model that nobody has changed
-    expect(
-        not left,
-        "The numbers are right, but the model stays changed afterwards: set the hook in a `with`.",
-    )
-
-
 # -- 0.1 -------------------------------------------------------------------------------------
 
-STUB_01 = '''\
+
 def token_losses(model, text):
     """-log p, in nats, of each token of the text but the first, given those before it: (pos - 1,).
 
     model(text) gives logits (1, pos, d_vocab), model.tokens(text) gives ids (1, pos).
     """
-    ...
-'''
-
-
-def token_losses(model, text):
-    """The logits at position i predict the token at position i + 1."""
-    ids = model.tokens(text)  # (1, pos)
-    scores = model(text).log_softmax(-1)  # (1, pos, d_vocab)
-    return -scores[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-
-
-def with_scores(pick):
-    """A wrong answer that picks from log-probabilities (pos, d_vocab) and ids (pos,)."""
-    return lambda model, text: pick(model(text)[0].log_softmax(-1), model.tokens(text)[0])
-
-
-def at_each(scores, ids):
-    return scores.gather(-1, ids[:, None])[:, 0]
-
-
-AT_ITSELF = with_scores(lambda s, ids: -at_each(s, ids)[1:])
-IN_BITS = with_scores(lambda s, ids: -at_each(s[:-1], ids[1:]) / math.log(2))
-PROBABILITY = with_scores(lambda s, ids: at_each(s[:-1], ids[1:]).exp())
-NO_SIGN = with_scores(lambda s, ids: at_each(s[:-1], ids[1:]))
-BEST = with_scores(lambda s, ids: -s[:-1].amax(-1))
-
-
-def raw_logits(model, text):
-    return -at_each(model(text)[0, :-1], model.tokens(text)[0, 1:])
-
-
-def one_number(model, text):
-    return token_losses(model, text).mean()
+    ids = model.tokens(text)[0]  # (pos,)
+    scores = model(text)[0].log_softmax(-1)  # (pos, d_vocab): position i predicts token i + 1
+    return -scores[:-1].gather(-1, ids[1:, None])[:, 0]
 
 
 def losses_in_numpy(model, text):
@@ -117,29 +70,47 @@ def losses_by_cross_entropy(model, text):
     )
 
 
+WRONG_01 = edits(
+    token_losses,
+    """
+    scores[:-1] → scores[1:]
+        These are the scores of a token that has already been read: the logits at position i
+        predict the token at i + 1.
+    ids[1:, None] → ids[:-1, None]
+        You pick the token that stands at each position: its logits are about the next one.
+    .log_softmax(-1) →
+        Logits are not log-probabilities: use `log_softmax` first.
+    .log_softmax(-1) → .log_softmax(0)
+        The softmax runs over the positions: the probabilities of all tokens, the last axis, sum
+        to 1.
+    -scores → scores
+        A loss is -log p, and so never below 0: the minus sign is missing.
+    -scores[:-1] → scores[:-1].exp()
+        These are probabilities: take the logarithm, and a minus sign.
+    [:, 0] → [:, 0] / math.log(2)
+        These are bits: nats use the natural logarithm.
+    .gather(-1, ids[1:, None])[:, 0] → .amax(-1)
+        This scores the likeliest token, not the one that really came.
+    [:, 0] → [:, 0].mean()
+        This is the mean: give one number for each token but the first.
+    """,
+)
+
+
 @exercise(
     "0.1",
     title="The loss at each token",
     difficulty=2,
     importance=5,
     minutes=6,
-    stub=STUB_01,
     reference=token_losses,
-    survivors=ONE_MODEL,
+    wrong=WRONG_01,
     right=[losses_in_numpy, losses_by_cross_entropy],
+    survivors=ONE_MODEL,
     hints=[
         "At position i the model has read token i, and its logits are about token i + 1.",
         "`model(text).log_softmax(-1)` gives log-probabilities; leave out the last position.",
         "`scores[0, :-1].gather(-1, ids[0, 1:, None])` picks the entries of the tokens that came.",
-    ],
-    wrong=[
-        (AT_ITSELF, "already been read"),
-        (raw_logits, "not log-probabilities"),
-        (NO_SIGN, "minus sign"),
-        (PROBABILITY, "take the logarithm"),
-        (IN_BITS, "natural"),
-        (BEST, "really came"),
-        (one_number, "one number for each token"),
     ],
 )
 def check_01(answer) -> None:
@@ -147,64 +118,23 @@ def check_01(answer) -> None:
         answer,
         token_losses,
         lambda draw: (shipped_model(), sentence(draw)),
-        mistakes=[
-            (
-                AT_ITSELF,
-                "These are the scores of a token that has already been read: the logits at "
-                "position i predict the token at i + 1.",
-            ),
-            (raw_logits, "Logits are not log-probabilities: use `log_softmax` first."),
-            (NO_SIGN, "A loss is -log p, and so never below 0: the minus sign is missing."),
-            (PROBABILITY, "These are probabilities: take the logarithm, and a minus sign."),
-            (IN_BITS, "These are bits: nats use the natural logarithm."),
-            (BEST, "This scores the likeliest token, not the one that really came."),
-            (one_number, "This is the mean: give one number for each token but the first."),
-        ],
-        otherwise="Which logits predict the second token, and which entry of them is its own?",
+        WRONG_01,
+        "Which logits predict the second token, and which entry of them is its own?",
         tolerance=1e-4,
     )
 
 
 # -- 0.2 -------------------------------------------------------------------------------------
 
-STUB_02 = '''\
+
 def stream_entering(layer, embed, attn_out, mlp_out):
     """The residual stream as it enters block `layer`, (batch, pos, d_model).
 
+    layer              0 to n_layers; n_layers gives the stream that leaves the last block
     embed              (batch, pos, d_model)
     attn_out, mlp_out  (n_layers, batch, pos, d_model), what each block adds
     """
-    ...
-'''
-
-
-def stream_entering(layer, embed, attn_out, mlp_out):
-    """The embedding and everything that the blocks before this one wrote."""
     return embed + attn_out[:layer].sum(0) + mlp_out[:layer].sum(0)
-
-
-def one_block_too_many(layer, e, a, m):
-    return stream_entering(layer + 1, e, a, m)
-
-
-def no_embedding(layer, e, a, m):
-    return a[:layer].sum(0) + m[:layer].sum(0)
-
-
-def last_block_only(layer, e, a, m):
-    return e + a[layer - 1] + m[layer - 1]
-
-
-def no_mlps(layer, e, a, m):
-    return e + a[:layer].sum(0)
-
-
-def mean_of_blocks(layer, e, a, m):
-    return e + a[:layer].mean(0) + m[:layer].mean(0)
-
-
-def whole_stream(layer, e, a, m):
-    return e + a.sum(0) + m.sum(0)
 
 
 def stream_in_place(layer, embed, attn_out, mlp_out):
@@ -214,126 +144,78 @@ def stream_in_place(layer, embed, attn_out, mlp_out):
     return embed
 
 
+WRONG_02 = edits(
+    stream_entering,
+    """
+    [:layer] → [: layer + 1]
+        Block `layer` has not written yet: leave it out.
+    embed + attn → attn
+        The stream begins with the embedding: add it.
+    [:layer].sum(0) → [layer - 1]
+        This adds the last block only: the stream keeps all writes.
+    [:layer] → [1:layer]
+        Block 0 writes, too: begin with it.
+    + mlp_out[:layer].sum(0) →
+        What the MLPs added is missing.
+    .sum(0) → .mean(0)
+        Blocks add to the stream: sum, not mean.
+    [:layer] →
+        This is the stream at the end of the model, not at this block.
+    """,
+)
+
+
 @exercise(
     "0.2",
     title="The stream as a running sum",
     difficulty=1,
     importance=5,
     minutes=4,
-    stub=STUB_02,
     reference=stream_entering,
-    right=[stream_in_place],
+    wrong=WRONG_02,
+    right=[
+        stream_in_place,
+        lambda layer, e, a, m: torch.cat([e[None], a[:layer], m[:layer]]).double().sum(0).numpy(),
+    ],
     hints=[
         "Which blocks have already run when block `layer` begins?",
         "`attn_out[:layer]` is what their attention wrote; sum over the first axis.",
     ],
-    wrong=[
-        (one_block_too_many, "not written yet"),
-        (no_embedding, "begins with the embed"),
-        (last_block_only, "last block only"),
-        (no_mlps, "MLPs added is missing"),
-        (mean_of_blocks, "sum, not mean"),
-        (whole_stream, "end of the model"),
-    ],
 )
 def check_02(answer) -> None:
+    def given(draw, layer: int | None = None) -> tuple:
+        layer = draw.integer(1, draw.size("layers", 4) - 2) if layer is None else layer
+        parts = [draw.normal("layers", "batch", "pos", "d_model") for _ in range(2)]
+        return layer, draw.normal("batch", "pos", "d_model"), *parts
+
     agree(
         answer,
         stream_entering,
-        lambda draw: (
-            draw.integer(1, draw.size("layers", 4) - 2),
-            draw.normal("batch", "pos", "d_model"),
-            draw.normal("layers", "batch", "pos", "d_model"),
-            draw.normal("layers", "batch", "pos", "d_model"),
-        ),
-        mistakes=[
-            (one_block_too_many, "Block `layer` has not written yet: leave it out."),
-            (no_embedding, "The stream begins with the embedding: add it."),
-            (last_block_only, "This adds the last block only: the stream keeps all writes."),
-            (no_mlps, "What the MLPs added is missing."),
-            (mean_of_blocks, "Blocks add to the stream: sum, not mean."),
-            (whole_stream, "This is the stream at the end of the model, not at this block."),
-        ],
-        otherwise="Sum the embedding and what blocks 0 to layer - 1 added.",
+        given,
+        WRONG_02,
+        "Sum the embedding and what blocks 0 to layer - 1 added.",
     )
     for draw in draws(1):
-        embed, parts = draw.normal(2, 3, 5), draw.normal(4, 2, 3, 5)
-        got = answer(0, embed.clone(), parts, parts)
-        expect_close(got, embed, "Block 0 should get the embedding, and nothing else.")
-        got = answer(4, embed.clone(), parts, parts)
-        want = stream_entering(4, embed, parts, parts)
-        expect_close(got, want, "After the last block everything has been written.", 1e-4)
+        first, last = given(draw, 0), given(draw, draw.size("layers", 4))
+        message = "Block 0 should get the embedding, and nothing else."
+        expect_close(answer(*first), stream_entering(*first), message)
+        message = "After the last block everything has been written."
+        expect_close(answer(*last), stream_entering(*last), message, 1e-4)
 
 
 # -- 0.3 -------------------------------------------------------------------------------------
 
-STUB_03 = '''\
+
 def attention_pattern(q, k, scale, cap):
-    """One head's pattern (q_pos, k_pos): how much each token reads from each earlier one.
+    """One head's pattern (q_pos, k_pos): how much each token reads from itself and earlier ones.
 
     q, k   (pos, d_head), the head's queries and keys
     scale  what each product of a query and a key is multiplied by
     cap    scores are bent to lie within ±cap: cap · tanh(score / cap)
     """
-    ...
-'''
-
-
-def attention_pattern(q, k, scale, cap):
-    """softmax(mask(cap · tanh(scale · q kᵀ / cap)))"""
-    scores = scale * q @ k.T  # (q_pos, k_pos)
-    scores = cap * torch.tanh(scores / cap)
+    scores = cap * torch.tanh(scale * q @ k.T / cap)  # (q_pos, k_pos)
     later = torch.ones_like(scores).triu(1).bool()
     return scores.masked_fill(later, -torch.inf).softmax(-1)
-
-
-def pattern_of(cap_first=True, mask="before", axis=-1, swap=False, scaled=True, fill=-torch.inf):
-    """attention_pattern with a mistake."""
-
-    def pattern(q, k, scale, cap):
-        q, k = (k, q) if swap else (q, k)
-        scores = (scale if scaled else 1) * q @ k.T
-        scores = cap * torch.tanh(scores / cap) if cap_first else scores
-        later = torch.ones_like(scores).triu(0 if mask == "self" else 1).bool()
-        if mask == "after":
-            weights = scores.softmax(axis)
-            return weights.masked_fill(later, 0)
-        if mask == "earlier":
-            later = later.T
-        if mask is None:
-            return scores.softmax(axis)
-        return scores.masked_fill(later, fill).softmax(axis)
-
-    return pattern
-
-
-NO_CAP, NO_MASK, NO_SCALE = (
-    pattern_of(cap_first=False),
-    pattern_of(mask=None),
-    pattern_of(scaled=False),
-)
-OVER_QUERIES, ZERO_FILLED = pattern_of(axis=0), pattern_of(fill=0.0)
-MASKED_AFTER, FUTURE, SWAPPED = (
-    pattern_of(mask="after"),
-    pattern_of(mask="earlier"),
-    pattern_of(swap=True),
-)
-
-
-def hard_cap(q, k, scale, cap):
-    scores = (scale * q @ k.T).clamp(-cap, cap)
-    later = torch.ones_like(scores).triu(1).bool()
-    return scores.masked_fill(later, -torch.inf).softmax(-1)
-
-
-def mask_bent(q, k, scale, cap):
-    scores = scale * q @ k.T
-    scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
-    return (cap * torch.tanh(scores / cap)).softmax(-1)
-
-
-def own_scale(q, k, scale, cap):
-    return attention_pattern(q, k, q.shape[-1] ** -0.5, cap)
 
 
 def pattern_by_rows(q, k, scale, cap):
@@ -345,32 +227,61 @@ def pattern_by_rows(q, k, scale, cap):
     return rows
 
 
+def pattern_where(q, k, scale, cap):
+    q *= scale
+    scores = torch.where(torch.ones(len(q), len(q)).tril() > 0, q @ k.T, torch.nan).double()
+    return (scores.div(cap).tanh() * cap).nan_to_num(-1e9).softmax(1).numpy()
+
+
+WRONG_03 = edits(
+    attention_pattern,
+    """
+    .masked_fill(later, -torch.inf) →
+        A token reads from tokens that come later: mask them.
+    scale * q → q
+        The products are too large: multiply by `scale` before you bend them.
+    cap * torch.tanh(scale * q @ k.T / cap) → scale * q @ k.T
+        After scaling, bend the scores: cap · tanh(score / cap).
+    cap * torch.tanh(scale * q @ k.T / cap) → (scale * q @ k.T).clamp(-cap, cap)
+        This cuts hard at the cap: use tanh, which bends.
+    cap * torch → torch
+        A tanh lies within ±1: multiply it by the cap.
+    cap * torch.tanh(scale * q @ k.T / cap) → scale * cap * torch.tanh(q @ k.T / cap)
+        You bend first and scale then: scale before you bend.
+    .softmax(-1) → .softmax(0)
+        Each row should sum to 1: softmax over the keys, the last axis.
+    -torch.inf → 0.0
+        A masked score of 0 still gets weight, as e to the 0 is 1: use minus infinity.
+    -torch.inf → -cap
+        Later tokens have a score of -cap and get some weight: use minus infinity, after
+        bending, as tanh makes a mere -cap of it.
+    masked_fill(later, -torch.inf).softmax(-1) → softmax(-1).masked_fill(later, 0)
+        Mask before the softmax, so that each row still sums to 1.
+    triu(1) → tril(-1)
+        You masked the wrong half: a token reads from itself and earlier ones.
+    triu(1) → triu(0)
+        You masked the token itself, too: the first one then has nothing to read.
+    scale * q → q.shape[-1] ** -0.5 * q
+        Use the `scale` that is given: it need not be 1/√d_head.
+    q @ k.T → k @ q.T
+        Queries and keys are swapped: the row belongs to the query.
+    """,
+)
+
+
 @exercise(
     "0.3",
     title="Where a head looks",
     difficulty=3,
     importance=5,
     minutes=8,
-    stub=STUB_03,
     reference=attention_pattern,
-    right=[pattern_by_rows],
+    wrong=WRONG_03,
+    right=[pattern_by_rows, pattern_where],
     hints=[
         "`q @ k.T` has a row for each token that looks, a column for each that is looked at.",
         "Scale, then bend. Scores of later tokens become minus infinity before the softmax.",
         "`torch.ones_like(scores).triu(1).bool()` is True at later tokens; `masked_fill`.",
-    ],
-    wrong=[
-        (NO_MASK, "tokens that come later"),
-        (NO_SCALE, "multiply by `scale`"),
-        (NO_CAP, "bend the scores"),
-        (hard_cap, "cuts hard"),
-        (OVER_QUERIES, "row should sum to 1"),
-        (ZERO_FILLED, "e to the 0"),
-        (MASKED_AFTER, "before the softmax"),
-        (FUTURE, "wrong half"),
-        (SWAPPED, "swapped"),
-        (mask_bent, "after bending"),
-        (own_scale, "need not be"),
     ],
 )
 def check_03(answer) -> None:
@@ -383,30 +294,15 @@ def check_03(answer) -> None:
             draw.number(0.3, 0.9),
             draw.number(1.5, 4.0),
         ),
-        mistakes=[
-            (NO_MASK, "A token reads from tokens that come later: mask them."),
-            (NO_SCALE, "The products are too large: multiply by `scale` before you bend them."),
-            (NO_CAP, "After scaling, bend the scores: cap · tanh(score / cap)."),
-            (hard_cap, "This cuts hard at the cap: use tanh, which bends."),
-            (OVER_QUERIES, "Each row should sum to 1: softmax over the keys, the last axis."),
-            (
-                ZERO_FILLED,
-                "A masked score of 0 still gets weight, as e to the 0 is 1: use minus infinity.",
-            ),
-            (MASKED_AFTER, "Mask before the softmax, so that each row still sums to 1."),
-            (FUTURE, "You masked the wrong half: a token reads from itself and earlier ones."),
-            (mask_bent, "Mask after bending: tanh makes of minus infinity a mere -cap."),
-            (own_scale, "Use the `scale` that is given: it need not be 1/√d_head."),
-            (SWAPPED, "Queries and keys are swapped: the row belongs to the query."),
-        ],
-        otherwise="Scale, bend, mask, softmax, in this order; each row sums to 1.",
+        WRONG_03,
+        "Scale, bend, mask, softmax, in this order; each row sums to 1.",
         tolerance=1e-4,
     )
 
 
 # -- 0.4 -------------------------------------------------------------------------------------
 
-STUB_04 = '''\
+
 def head_writes(pattern, v, W_O, head):
     """What one head gives for each token, in the stream's width: (pos, d_model).
 
@@ -414,39 +310,9 @@ def head_writes(pattern, v, W_O, head):
     v        (pos, n_kv_heads, d_head); neighbouring heads share one
     W_O      (n_heads, d_head, d_model)
     """
-    ...
-'''
-
-
-def head_writes(pattern, v, W_O, head):
-    """z = pattern @ v, then W_O; heads 0 and 1 share the values of key-value head 0, and so on."""
-    share = W_O.shape[0] // v.shape[1]
+    share = len(W_O) // v.shape[1]  # so many heads have the same values
     z = pattern[head] @ v[:, head // share]  # (q_pos, d_head)
     return z @ W_O[head]
-
-
-def first_values(pattern, v, W_O, head):
-    return pattern[head] @ v[:, 0] @ W_O[head]
-
-
-def modulo_values(pattern, v, W_O, head):
-    return pattern[head] @ v[:, head % v.shape[1]] @ W_O[head]
-
-
-def transposed_pattern(pattern, v, W_O, head):
-    return head_writes(pattern.mT, v, W_O, head)
-
-
-def z_alone(pattern, v, W_O, head):
-    return pattern[head] @ v[:, head // (W_O.shape[0] // v.shape[1])]
-
-
-def no_pattern(pattern, v, W_O, head):
-    return v[:, head // (W_O.shape[0] // v.shape[1])] @ W_O[head]
-
-
-def all_heads(pattern, v, W_O, head):
-    return sum(head_writes(pattern, v, W_O, h) for h in range(len(W_O)))
 
 
 def writes_by_einsum(pattern, v, W_O, head):
@@ -460,11 +326,42 @@ def writes_in_numpy(pattern, v, W_O, head):
 
 
 def drawn_head(draw) -> tuple:
-    """Arguments of `head_writes`: two to four heads for each of two or three key-value heads."""
-    kv, share = draw.integer(2, 3), draw.integer(2, 4)
+    """Arguments of `head_writes`: two or three key-value heads, and another number of heads for
+    each of them."""
+    kv = draw.integer(2, 3)
+    share = draw.choice([3, 4] if kv == 2 else [2, 4])
     pattern = draw.attention(kv * share, "pos")
     v, W_O = draw.normal("pos", kv, "d_head"), draw.normal(kv * share, "d_head", "d_model")
-    return pattern, v, W_O, draw.integer(1, kv * share - 1)
+    return pattern, v, W_O, draw.integer(share, kv * share - 1)
+
+
+WRONG_04 = [
+    *edits(
+        head_writes,
+        """
+    head // share → 0
+        These are the values of key-value head 0: which one serves this head?
+    head // share → head % v.shape[1]
+        Heads that are neighbours share values: with two heads to each, 0 and 1, then 2 and 3.
+    // share → // v.shape[1] % v.shape[1]
+        Divide by how many heads share one, not by how many key-value heads there are.
+    pattern[head] → pattern[head].T
+        The rows of the pattern belong to the token that reads.
+    @ W_O[head] →
+        This is z, of d_head numbers: W_O takes it to the stream's width.
+    pattern[head] @ →
+        The values are not mixed: use the weights of the pattern.
+    W_O[head] → W_O[head // share]
+        Each head has a W_O of its own: only values are shared.
+    """,
+    ),
+    (
+        lambda pattern, v, W_O, head: sum(
+            head_writes(pattern, v, W_O, each) for each in range(len(W_O))
+        ),
+        "This is the sum of all heads: give this one's term.",
+    ),
+]
 
 
 @exercise(
@@ -473,21 +370,13 @@ def drawn_head(draw) -> tuple:
     difficulty=3,
     importance=4,
     minutes=7,
-    stub=STUB_04,
     reference=head_writes,
+    wrong=WRONG_04,
     right=[writes_by_einsum, writes_in_numpy],
     hints=[
         "Each row of the pattern is a weighted average: multiply it with the values.",
         "With 4 heads and 2 key-value heads, heads 0 and 1 read values 0, heads 2 and 3 values 1.",
         "`pattern[head] @ v[:, ...]` is (pos, d_head); `W_O[head]` takes it to d_model.",
-    ],
-    wrong=[
-        (first_values, "key-value head 0"),
-        (modulo_values, "neighbours share"),
-        (transposed_pattern, "rows of the pattern"),
-        (z_alone, "W_O"),
-        (no_pattern, "weights of the pattern"),
-        (all_heads, "sum of all heads"),
     ],
 )
 def check_04(answer) -> None:
@@ -495,93 +384,26 @@ def check_04(answer) -> None:
         answer,
         head_writes,
         drawn_head,
-        mistakes=[
-            (first_values, "These are the values of key-value head 0: which one serves this head?"),
-            (modulo_values, "Heads that are neighbours share values: heads 0 and 1, and so on."),
-            (transposed_pattern, "The rows of the pattern belong to the token that reads."),
-            (z_alone, "This is z, of d_head numbers: W_O takes it to the stream's width."),
-            (no_pattern, "The values are not mixed: use the weights of the pattern."),
-            (all_heads, "This is the sum of all heads: give this one's term."),
-        ],
-        otherwise="Average the values with the pattern's rows, then multiply with this head's W_O.",
+        WRONG_04,
+        "Average the values with the pattern's rows, then multiply with this head's W_O.",
     )
 
 
 # -- 0.5 -------------------------------------------------------------------------------------
 
-STUB_05 = '''\
+
 def without_head(model, text, layer, head):
     """Logits (1, pos, d_vocab) with one head's z zero at every position but the first.
 
     The site ("z", layer) holds (batch, pos, n_heads, d_head). Afterwards the model is intact.
     """
-    ...
-'''
 
-
-def without_head(model, text, layer, head):
-    """What ablate(model, [(layer, head)], Zero()) does."""
-
-    def silence(z):  # (batch, pos, n_heads, d_head)
+    def silence(z):
         z[:, 1:, head] = 0
         return z
 
     with model.hooks({("z", layer): silence}):
         return model(text)
-
-
-def with_z(change):
-    """Logits under a changed z of one layer; change(z, head) works in place."""
-
-    def run(model, text, layer, head):
-        def hook(z):
-            change(z, head)
-            return z
-
-        with model.hooks({("z", layer): hook}):
-            return model(text)
-
-    return run
-
-
-def zero_everywhere(z, head):
-    z[:, :, head] = 0
-
-
-def zero_position(z, head):
-    z[:, head] = 0
-
-
-def zero_width(z, head):
-    z[:, 1:, :, head] = 0
-
-
-def zero_others(z, head):
-    z[:, 1:, [h for h in range(z.shape[2]) if h != head]] = 0
-
-
-def zero_all(z, head):
-    z[:, 1:] = 0
-
-
-ALSO_BOS, A_TOKEN, A_NUMBER, OTHERS, LAYER = map(
-    with_z, (zero_everywhere, zero_position, zero_width, zero_others, zero_all)
-)
-
-
-def every_layer(model, text, layer, head):
-    with model.hooks({"z": lambda z: torch.cat([z[:, :1], zeroed(z, head)[:, 1:]], 1)}):
-        return model(text)
-
-
-def zeroed(z, head):
-    z = z.clone()
-    z[:, :, head] = 0
-    return z
-
-
-def intact(model, text, layer, head):
-    return model(text)
 
 
 def without_head_by_library(model, text, layer, head):
@@ -596,7 +418,13 @@ def without_head_by_product(model, text, layer, head):
         return z * kept
 
     with model.hooks({("z", layer): silence}):
-        return model(text)
+        return model(text).numpy()
+
+
+def for_good(model, text, layer, head):
+    with torch.no_grad():
+        model.part("o", layer).weight[:, head * model.d_head : (head + 1) * model.d_head] = 0
+    return model(text)
 
 
 def place(draw) -> tuple:
@@ -606,64 +434,58 @@ def place(draw) -> tuple:
     return model, text, draw.integer(0, model.n_layers - 1), draw.integer(1, model.n_heads - 1)
 
 
+WRONG_05 = edits(
+    without_head,
+    """
+    return z → return None
+        Nothing changed: does the hook return z, and the run stand in the block?
+    z[:, 1:, head] → z[:, :, head]
+        The first position changed, too: leave `<bos>` as it is.
+    z[:, 1:, head] → z[:, -1:, head]
+        Only the last position changed: silence the head at every one but the first.
+    z[:, 1:, head] → z[:, head]
+        You silenced a *token*: heads are the third axis, after batch and pos.
+    z[:, 1:, head] → z[:, 1:, :, head]
+        You silenced one number of every head: heads are the third axis.
+    z[:, 1:, head] → z[:, 1:, torch.arange(z.shape[2]) != head]
+        You silenced all heads but this one.
+    z[:, 1:, head] → z[:, 1:]
+        You silenced all heads of the layer.
+    ("z", layer): silence → "z": silence
+        You silenced this head in every layer: name the layer in the site.
+    """,
+)
+
+
 @exercise(
     "0.5",
     title="Silence one head",
     difficulty=3,
     importance=5,
     minutes=6,
-    stub=STUB_05,
     reference=without_head,
-    survivors=ONE_MODEL,
+    wrong=[*WRONG_05, (for_good, "stays changed")],
     right=[without_head_by_library, without_head_by_product],
+    survivors=ONE_MODEL,
     hints=[
         "Write a function of z that changes it and returns it, and give it to `model.hooks`.",
         '`with model.hooks({("z", layer): silence}):` and run the model inside the block.',
         "All texts, positions from 1 on, this head: `z[:, 1:, head]`.",
     ],
-    wrong=[
-        (ALSO_BOS, "leave `<bos>`"),
-        (A_TOKEN, "heads are the third axis"),
-        (A_NUMBER, "one number of every head"),
-        (OTHERS, "all heads but this one"),
-        (LAYER, "all heads of the layer"),
-        (every_layer, "every layer"),
-        (intact, "Nothing changed"),
-    ],
 )
 def check_05(answer) -> None:
-    on_model(
-        answer,
-        without_head,
-        place,
-        [
-            (intact, "Nothing changed: does the hook return z, and the run stand in the block?"),
-            (ALSO_BOS, "The first position changed, too: leave `<bos>` as it is."),
-            (A_TOKEN, "You silenced a *token*: heads are the third axis, after batch and pos."),
-            (A_NUMBER, "You silenced one number of every head: heads are the third axis."),
-            (OTHERS, "You silenced all heads but this one."),
-            (LAYER, "You silenced all heads of the layer."),
-            (every_layer, "You silenced this head in every layer: name the layer in the site."),
-        ],
-        "Only z[:, 1:, head] of this layer should be zero.",
-        cases=4,
-    )
+    otherwise = "Only z[:, 1:, head] of this layer should be zero."
+    on_model(answer, without_head, place, WRONG_05, otherwise, cases=4)
 
 
 # -- 0.6 -------------------------------------------------------------------------------------
 
-STUB_06 = '''\
+
 def mean_lesion(model, text, layer, head, others):
     """As without_head, but z gets the head's mean over all tokens of other texts, <bos> left out.
 
     others  a list of texts, of different lengths; each token counts once
     """
-    ...
-'''
-
-
-def mean_lesion(model, text, layer, head, others):
-    """One vector of d_head numbers, the mean over the other texts' tokens, at every position."""
     seen = []
     for other in others:
         _, cache = model.run_with_cache(other, [("z", layer)])
@@ -678,50 +500,53 @@ def mean_lesion(model, text, layer, head, others):
         return model(text)
 
 
-def with_mean(value):
-    """Logits with value(list of z (pos, n_heads, d_head), head, z of the text) put in."""
-
-    def run(model, text, layer, head, others):
-        kept = [
-            model.run_with_cache(each, [("z", layer)])[1]["z", layer][0] for each in [*others, text]
-        ]
-        new = value(kept[:-1], head, kept[-1])
-
-        def hook(z):
-            z[:, 1:, head] = new
-            return z
-
-        with model.hooks({("z", layer): hook}):
-            return model(text)
-
-    return run
-
-
-WITH_BOS = with_mean(lambda zs, h, own: torch.cat([z[:, h] for z in zs]).mean(0))
-OF_MEANS = with_mean(lambda zs, h, own: torch.stack([z[1:, h].mean(0) for z in zs]).mean(0))
-ONE_NUMBER = with_mean(lambda zs, h, own: torch.cat([z[1:, h] for z in zs]).mean())
-OVER_HEADS = with_mean(lambda zs, h, own: torch.cat([z[1:] for z in zs]).mean((0, 1)))
-OWN_MEAN = with_mean(lambda zs, h, own: own[1:, h].mean(0))
-FIRST_TEXT = with_mean(lambda zs, h, own: zs[0][1:, h].mean(0))
-AS_ZERO = with_mean(lambda zs, h, own: 0.0)
-
-
-def bos_too(model, text, layer, head, others):
-    zs = [model.run_with_cache(o, [("z", layer)])[1]["z", layer][0, 1:, head] for o in others]
-
-    def hook(z):
-        z[:, :, head] = torch.cat(zs).mean(0)
-        return z
-
-    with model.hooks({("z", layer): hook}):
-        return model(text)
-
-
 def mean_by_library(model, text, layer, head, others):
     rows = [model.run_with_cache(o, [("z", layer)])[1]["z", layer][0, 1:] for o in others]
     reference = {("z", layer): torch.cat(rows)}
     with model.hooks(ablate(model, [(layer, head)], Mean(reference))):
         return model(text)
+
+
+def mean_as_it_goes(model, text, layer, head, others):
+    total, count = 0, 0
+    for other in others:
+        z = model.run_with_cache(other, [("z", layer)])[1]["z", layer][0, 1:, head].double()
+        total, count = total + z.sum(0), count + len(z)
+
+    def replace(z):
+        z = z.clone()
+        z[:, 1:, head] = (total / count).float()
+        return z
+
+    with model.hooks({("z", layer): replace}):
+        return model(text).numpy()
+
+
+WRONG_06 = edits(
+    mean_lesion,
+    """
+    ["z", layer][0, 1:, head] → ["z", layer][0, :, head]
+        `<bos>` is in the mean: it is the same everywhere, leave it out.
+    ["z", layer][0, 1:, head] → ["z", layer][0, 1:, head].mean(0, keepdim=True)
+        Here each text counts once: let each token count once.
+    torch.cat(seen).mean(0) → torch.cat(seen).mean()
+        This is one number: keep d_head, average over tokens only.
+    ["z", layer][0, 1:, head] → ["z", layer][0, 1:].mean(1)
+        This averages over the heads: take this head's own mean.
+    in others: → in [text]:
+        This is this text's own mean: it still knows what the text is about.
+    in others: → in [*others, text]:
+        This text is in its own mean: take the other texts alone.
+    in others: → in others[:1]:
+        This is the mean of the first of the other texts: use all of them.
+    in others: → in [" ".join(others)]:
+        You run the texts as one: a token's z depends on what stands before it.
+    ] = mean → ] = 0
+        This is the zero lesion: put the mean there.
+    z[:, 1:, head] = mean → z[:, :, head] = mean
+        The first position changed, too: leave `<bos>` as it is.
+    """,
+)
 
 
 @exercise(
@@ -730,25 +555,15 @@ def mean_by_library(model, text, layer, head, others):
     difficulty=4,
     importance=4,
     minutes=7,
-    stub=STUB_06,
     reference=mean_lesion,
+    wrong=WRONG_06,
+    right=[mean_by_library, mean_as_it_goes],
     survivors=ONE_MODEL,
-    right=[mean_by_library],
     hints=[
-        "Run the model on each other text, and keep ("
-        '`"z", layer)`: `model.run_with_cache(other, [("z", layer)])`.',
+        "Run the model on each other text, and keep its z: "
+        '`_, cache = model.run_with_cache(other, [("z", layer)])`.',
         '`cache["z", layer][0, 1:, head]` is (tokens, d_head): put all texts\' rows together.',
         "`torch.cat(rows).mean(0)`, and then as in 0.5, with this vector in place of 0.",
-    ],
-    wrong=[
-        (WITH_BOS, "`<bos>` is in the mean"),
-        (OF_MEANS, "each text counts once"),
-        (ONE_NUMBER, "one number"),
-        (OVER_HEADS, "averages over the heads"),
-        (OWN_MEAN, "this text's own mean"),
-        (FIRST_TEXT, "first of the other texts"),
-        (AS_ZERO, "the zero lesion"),
-        (bos_too, "first position changed"),
     ],
 )
 def check_06(answer) -> None:
@@ -756,16 +571,7 @@ def check_06(answer) -> None:
         answer,
         mean_lesion,
         lambda draw: (*place(draw), [sentence(draw), f"{sentence(draw)} {sentence(draw)}"]),
-        [
-            (WITH_BOS, "`<bos>` is in the mean: it is the same everywhere, leave it out."),
-            (OF_MEANS, "Here each text counts once: let each token count once."),
-            (ONE_NUMBER, "This is one number: keep d_head, average over tokens only."),
-            (OVER_HEADS, "This averages over the heads: take this head's own mean."),
-            (OWN_MEAN, "This is this text's own mean: it still knows what the text is about."),
-            (FIRST_TEXT, "This is the mean of the first of the other texts: use all of them."),
-            (AS_ZERO, "This is the zero lesion: put the mean there."),
-            (bos_too, "The first position changed, too: leave `<bos>` as it is."),
-        ],
+        WRONG_06,
         "Average z[0, 1:, head] over all tokens of the other texts, and put it at positions 1 on.",
         cases=2,
     )
@@ -773,73 +579,14 @@ def check_06(answer) -> None:
 
 # -- 0.7 -------------------------------------------------------------------------------------
 
-STUB_07 = '''\
-def mean_and_error(after, before, document):
-    """What a lesion costs: (mean over documents, standard error of that mean).
-
-    after, before  (answers,), the loss at each answer with and without the lesion
-    document       (answers,), which document each answer stands in
-
-    Answers of one document share its luck, so average within documents first.
-    """
-    ...
-'''
-
-
-def costs_of(summary, change=lambda after, before: after - before):
-    """A wrong answer: summary(list of changes by document, all changes)."""
-
-    def cost(after, before, document):
-        each = change(after, before)
-        return summary([each[document == d] for d in document.unique()], each)
-
-    return cost
-
-
-def mean_of(x):
-    return x.mean(), x.std() / len(x) ** 0.5
-
-
-def means(groups):
-    return torch.stack([g.mean() for g in groups])
-
-
-AS_TOKENS = costs_of(lambda groups, all_: mean_of(all_))
-SPREAD = costs_of(lambda groups, all_: (means(groups).mean(), means(groups).std()))
-BIASED = costs_of(
-    lambda groups, all_: (
-        means(groups).mean(),
-        means(groups).std(correction=0) / len(groups) ** 0.5,
-    )
-)
-WRONG_COUNT = costs_of(
-    lambda groups, all_: (means(groups).mean(), means(groups).std() / len(all_) ** 0.5)
-)
-NO_ROOT = costs_of(lambda groups, all_: (means(groups).mean(), means(groups).std() / len(groups)))
-REVERSED = costs_of(lambda groups, all_: mean_of(means(groups)), lambda a, b: b - a)
-ABSOLUTE = costs_of(lambda groups, all_: mean_of(means(groups)), lambda a, b: (a - b).abs())
-AFTER_ALONE = costs_of(lambda groups, all_: mean_of(means(groups)), lambda a, b: a)
-SUMS = costs_of(lambda groups, all_: mean_of(torch.stack([g.sum() for g in groups])))
-
-
-TWO_ERRORS = costs_of(
-    lambda groups, all_: (means(groups).mean(), 2 * means(groups).std() / len(groups) ** 0.5)
-)
-BY_ANSWERS = costs_of(lambda groups, all_: (all_.mean(), means(groups).std() / len(groups) ** 0.5))
-
-
-def unpaired(after, before, document):
-    by = [means([x[document == d] for d in document.unique()]) for x in (after, before)]
-    error = sum(x.var() / len(x) for x in by) ** 0.5
-    return by[0].mean() - by[1].mean(), error
-
 
 def costs_in_numpy(after, before, document):
     import numpy as np
 
     change, place = (after - before).numpy(), document.numpy()
     each = np.array([change[place == d].mean() for d in sorted(set(place.tolist()))])
-    return [float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))]
+    error = each.std(ddof=1) / np.sqrt(len(each)) if len(each) > 1 else np.inf
+    return [float(each.mean()), float(error)]
 
 
 def costs_in_python(after, before, document):
@@ -849,7 +596,8 @@ def costs_in_python(after, before, document):
     for a, b, d in zip(after.tolist(), before.tolist(), document.tolist(), strict=True):
         groups.setdefault(d, []).append(a - b)
     each = [statistics.mean(values) for values in groups.values()]
-    return statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
+    spread = statistics.stdev(each) if len(each) > 1 else math.inf
+    return statistics.mean(each), spread / len(each) ** 0.5
 
 
 def answers_of_documents(draw) -> tuple:
@@ -866,92 +614,72 @@ def answers_of_documents(draw) -> tuple:
     return after, before, document
 
 
+ALONE = "One document does not say how much documents differ: its error is `math.inf`."
+WRONG_07 = edits(
+    mean_and_error,
+    """
+    torch.stack([change[document == each].mean() → torch.cat([change[document == each]
+        This counts as if answers of one document were independent: they aren't.
+    means.std() / len(means) ** 0.5 → means.std()
+        This is the spread of the documents; the mean's error is smaller by √n.
+    means.std() / len(means) ** 0.5 → means.std(correction=0) / len(means) ** 0.5
+        This standard deviation divides by n: divide by n - 1 (`ddof=1` in NumPy).
+    means.std() / len(means) ** 0.5 → means.std() / len(change) ** 0.5
+        Divide by the root of the number of documents, not of answers.
+    means.std() / len(means) ** 0.5 → means.std() / len(means)
+        Divide by the square root of the number of documents.
+    after - before → before - after
+        The sign is the wrong way round: damage is after less before.
+    after - before → (after - before).abs()
+        A change may be negative, too: no absolute value.
+    after - before → after
+        This is the loss after the lesion: subtract the loss before.
+    means.std() / len(means) ** 0.5 → 2 * means.std() / len(means) ** 0.5
+        These are two standard errors: return one.
+    return means.mean() → return change.mean()
+        The mean is over answers: let each document count once.
+    == each].mean() → == each].sum()
+        Take the average within a document, not the sum.
+    means.std() / len(means) ** 0.5 → change.std() / len(change) ** 0.5
+        The error is that of the mean over answers: take the documents' means for it, too.
+    """,
+)
+
+
 @exercise(
     "0.7",
     title="What a lesion costs, and how sure that is",
     difficulty=3,
     importance=5,
     minutes=7,
-    stub=STUB_07,
     reference=mean_and_error,
+    wrong=[*WRONG_07, (edited(mean_and_error, "len(means) > 1", "True"), ALONE)],
     right=[costs_in_numpy, costs_in_python],
     hints=[
         "Subtract first: each answer is compared with itself.",
         "`change[document == d].mean()` for each d in `document.unique()`: one number a document.",
         "The standard error of a mean of n numbers is their standard deviation over √n.",
     ],
-    wrong=[
-        (AS_TOKENS, "as if answers of one document"),
-        (SPREAD, "spread of the documents"),
-        (BIASED, "n - 1"),
-        (WRONG_COUNT, "number of documents, not of answers"),
-        (NO_ROOT, "square root"),
-        (REVERSED, "wrong way round"),
-        (ABSOLUTE, "may be negative"),
-        (AFTER_ALONE, "subtract the loss before"),
-        (SUMS, "average within a document"),
-        (unpaired, "compared with itself"),
-        (TWO_ERRORS, "two standard errors"),
-        (BY_ANSWERS, "over answers"),
-    ],
 )
 def check_07(answer) -> None:
-    agree(
-        answer,
-        mean_and_error,
-        answers_of_documents,
-        mistakes=[
-            (AS_TOKENS, "This counts as if answers of one document were independent: they aren't."),
-            (SPREAD, "This is the spread of the documents; the mean's error is smaller by √n."),
-            (BIASED, "This standard deviation divides by n: divide by n - 1 (`ddof=1` in NumPy)."),
-            (WRONG_COUNT, "Divide by the root of the number of documents, not of answers."),
-            (NO_ROOT, "Divide by the square root of the number of documents."),
-            (REVERSED, "The sign is the wrong way round: damage is after less before."),
-            (ABSOLUTE, "A change may be negative, too: no absolute value."),
-            (AFTER_ALONE, "This is the loss after the lesion: subtract the loss before."),
-            (TWO_ERRORS, "These are two standard errors: return one."),
-            (BY_ANSWERS, "The mean is over answers: let each document count once."),
-            (SUMS, "Take the average within a document, not the sum."),
-            (
-                unpaired,
-                "The error is too large: each answer is compared with itself, so subtract before "
-                "you take the standard deviation.",
-            ),
-        ],
-        otherwise="One mean change for each document; then their mean, and their sd over √n.",
-    )
+    otherwise = "One mean change for each document; then their mean, and their sd over √n."
+    agree(answer, mean_and_error, answers_of_documents, WRONG_07, otherwise)
+    for draw in draws(1):
+        after, before, document = answers_of_documents(draw)
+        expect_close(
+            answer(after, before, document * 0), ((after - before).mean(), math.inf), ALONE
+        )
 
 
 # -- 0.8 -------------------------------------------------------------------------------------
 
-STUB_08 = '''\
+
 def documents_needed(changes, effect):
     """The smallest number of documents with which two standard errors are at most `effect`.
 
     changes  (documents,), the cost of a lesion in each document of a first, small sample
     """
-    ...
-'''
-
-
-def documents_needed(changes, effect):
-    """2 sd / √n <= effect, so n >= (2 sd / effect)²."""
     return math.ceil((2 * float(changes.std()) / effect) ** 2)
-
-
-def needs(rule):
-    """A wrong answer: rule(standard deviation, effect, number of documents so far)."""
-    return lambda changes, effect: math.ceil(rule(float(changes.std()), effect, len(changes)))
-
-
-ONE_ERROR = needs(lambda sd, effect, n: (sd / effect) ** 2)
-NO_SQUARE = needs(lambda sd, effect, n: 2 * sd / effect)
-TIMES = needs(lambda sd, effect, n: n * (2 * sd / effect) ** 2)
-FROM_ERROR = needs(lambda sd, effect, n: (2 * sd / n**0.5 / effect) ** 2)
-
-
-def rounded_down(changes, effect):
-    return documents_needed(changes, effect) - 1
 
 
 def needed_by_search(changes, effect):
@@ -966,84 +694,75 @@ def whole_case(draw) -> tuple:
     return changes, 2 * float(changes.std()) / wanted**0.5
 
 
+WRONG_08 = edits(
+    documents_needed,
+    """
+    (2 * float → (float
+        With these, one standard error is that small; ask for two standard errors.
+    ** 2 →
+        Half the error takes four times the documents: there is a square missing.
+    ((2 → (len(changes) * (2
+        The number does not depend on how many documents the first sample had.
+    changes.std() → changes.std() / len(changes) ** 0.5
+        You began with the standard error of the sample: take its standard deviation, not the
+        error.
+    std() → std(correction=0)
+        This standard deviation divides by n: a sample's divides by n - 1.
+    math.ceil → math.floor
+        With one document fewer the error is still too large: round up.
+    """,
+)
+
+
 @exercise(
     "0.8",
     title="How many documents an effect needs",
     difficulty=2,
     importance=4,
     minutes=4,
-    stub=STUB_08,
     reference=documents_needed,
-    right=[needed_by_search],
+    wrong=WRONG_08,
+    right=[
+        needed_by_search,
+        lambda changes, effect: torch.ceil(4 * changes.double().var() / effect**2),
+    ],
     hints=[
         "The standard error with n documents is sd / √n. Write down the condition, solve for n.",
         "Round up: `math.ceil`.",
     ],
-    wrong=[
-        (ONE_ERROR, "two standard errors"),
-        (NO_SQUARE, "square"),
-        (TIMES, "does not depend on how many"),
-        (FROM_ERROR, "standard deviation, not"),
-        (rounded_down, "round up"),
-    ],
     after="That was the last exercise. The investigation is waiting.",
 )
 def check_08(answer) -> None:
-    agree(
-        answer,
-        documents_needed,
-        whole_case,
-        mistakes=[
-            (
-                ONE_ERROR,
-                "With these, one standard error is that small; ask for two standard errors.",
-            ),
-            (
-                NO_SQUARE,
-                "Half the error takes four times the documents: there is a square missing.",
-            ),
-            (TIMES, "The number does not depend on how many documents the first sample had."),
-            (
-                FROM_ERROR,
-                "You began with the standard error of the sample: take its standard "
-                "deviation, not the error.",
-            ),
-            (rounded_down, "With one document fewer the error is still too large: round up."),
-        ],
-        otherwise="Solve 2 · sd / √n <= effect for n, and round up.",
-        tolerance=1e-9,
-    )
+    otherwise = "Solve 2 · sd / √n <= effect for n, and round up."
+    agree(answer, documents_needed, whole_case, WRONG_08, otherwise, tolerance=1e-9)
 
 
 # -- 0.9, going further ----------------------------------------------------------------------
 
-STUB_09 = '''\
+
 def block_parameters(d_model, n_heads, n_kv_heads, d_head, d_mlp):
     """How many parameters one Gemma 2 block has: attention, a gated MLP, four norms, no biases."""
-    ...
-'''
-
-
-def block_parameters(d_model, n_heads, n_kv_heads, d_head, d_mlp):
-    """W_Q and W_O by query heads, W_K and W_V by key-value heads, three MLP matrices, four norms"""
     attention = 2 * d_model * n_heads * d_head + 2 * d_model * n_kv_heads * d_head
     return attention + 3 * d_model * d_mlp + 4 * d_model
 
 
-def block_of(kv=None, heads=2, mlp=3, norms=4, square=False):
-    """block_parameters with another number of matrices."""
-
-    def count(d_model, n_heads, n_kv_heads, d_head, d_mlp):
-        kv_heads = n_heads if kv == "full" else n_kv_heads
-        attention = heads * d_model * n_heads * d_head + 2 * d_model * kv_heads * d_head
-        attention = 4 * d_model**2 if square else attention
-        return attention + mlp * d_model * d_mlp + norms * d_model
-
-    return count
-
-
-FULL_KV, TWO_MATRICES, TWO_NORMS = block_of(kv="full"), block_of(mlp=2), block_of(norms=2)
-NO_NORMS, SQUARE, NO_OUTPUT = block_of(norms=0), block_of(square=True), block_of(heads=1)
+WRONG_09 = edits(
+    block_parameters,
+    """
+    n_kv_heads * d → n_heads * d
+        W_K and W_V are smaller: they serve `n_kv_heads` heads.
+    2 * d_model * n_heads * d_head + → 2 * d_model**2 +
+        n_heads · d_head is not d_model here: use both.
+    = 2 * d_model → = d_model
+        Attention has four matrices: W_Q, W_K, W_V and W_O.
+    3 * d_model → 2 * d_model
+        A gated MLP has three matrices: W_gate, W_in and W_out.
+    4 * d_model → 2 * d_model
+        There are four norms in a block, before and after attention and MLP.
+    + 4 * d_model →
+        Each of the four norms has d_model weights of its own.
+    """,
+)
 
 
 @exercise(
@@ -1052,20 +771,12 @@ NO_NORMS, SQUARE, NO_OUTPUT = block_of(norms=0), block_of(square=True), block_of
     difficulty=2,
     importance=2,
     minutes=8,
-    stub=STUB_09,
     reference=block_parameters,
+    wrong=WRONG_09,
     hints=[
         "Go down the drawing and multiply out the shape of each weight.",
         "W_Q and W_O have n_heads · d_head on one side, W_K and W_V n_kv_heads · d_head.",
         "Three MLP matrices of d_model · d_mlp, and four norms of d_model.",
-    ],
-    wrong=[
-        (FULL_KV, "W_K and W_V are smaller"),
-        (TWO_MATRICES, "three matrices"),
-        (TWO_NORMS, "four norms in a block"),
-        (NO_NORMS, "weights of its own"),
-        (SQUARE, "is not d_model here"),
-        (NO_OUTPUT, "four matrices"),
     ],
 )
 def check_09(answer) -> None:
@@ -1073,15 +784,8 @@ def check_09(answer) -> None:
         answer,
         block_parameters,
         lambda draw: tuple(draw.size(axis, 3, 40) for axis in ("a", "b", "c", "d", "e")),
-        mistakes=[
-            (FULL_KV, "W_K and W_V are smaller: they serve `n_kv_heads` heads."),
-            (TWO_MATRICES, "A gated MLP has three matrices: W_gate, W_in and W_out."),
-            (TWO_NORMS, "There are four norms in a block, before and after attention and MLP."),
-            (NO_NORMS, "Each of the four norms has d_model weights of its own."),
-            (SQUARE, "n_heads · d_head is not d_model here: use both."),
-            (NO_OUTPUT, "Attention has four matrices: W_Q, W_K, W_V and W_O."),
-        ],
-        otherwise="List the matrices first, each with its shape.",
+        WRONG_09,
+        "List the matrices first, each with its shape.",
     )
 
 
@@ -1093,6 +797,7 @@ def check_09(answer) -> None:
     question="How many heads, silenced alone, take the fact away?",
     options=["none", "one", "more"],
 )
+@functools.cache
 def heads_that_take_the_fact() -> str:
     model = shipped_model()
     heads = itertools.product(range(model.n_layers), range(model.n_heads))
@@ -1105,6 +810,7 @@ def heads_that_take_the_fact() -> str:
     question="Which costs a perfect reader most, per token?",
     options=["calendar", "facts", "repetition", "pronoun"],
 )
+@functools.cache
 def dearest_family() -> str:
     world, model, cost = World(), shipped_model(), {}
     for family in ("calendar", "facts", "repetition", "pronoun"):
@@ -1119,22 +825,11 @@ def dearest_family() -> str:
     question="With one head silent, how long is attention's write?",
     options=["half of before", "three quarters", "about the same"],
 )
+@functools.cache
 def write_with_a_head_silent() -> str:
     ratio = write_ratio(shipped_model())
     names = ("half of before", "three quarters", "about the same")
     return min(zip((0.5, 0.75, 1.0), names, strict=True), key=lambda each: abs(each[0] - ratio))[1]
-
-
-def write_ratio(model, text: str = FACT) -> float:
-    """How long attention's write is with one head silent, the mean over all heads and tokens."""
-    ratios = []
-    _, before = model.run_with_cache(text, "attn_out")
-    for layer, head in itertools.product(range(model.n_layers), range(model.n_heads)):
-        with model.hooks(ablate(model, [(layer, head)], Zero())):
-            _, after = model.run_with_cache(text, [("attn_out", layer)])
-        lengths = [c["attn_out", layer][0, 1:].norm(dim=-1) for c in (after, before)]
-        ratios.append(float((lengths[0] / lengths[1]).mean()))
-    return sum(ratios) / len(ratios)
 
 
 def answers_for(lab: LesionLab, pair) -> int:
@@ -1149,6 +844,7 @@ def answers_for(lab: LesionLab, pair) -> int:
     question="On fresh documents, the two effects are…",
     options=["both smaller", "one of each", "both larger"],
 )
+@functools.cache
 def fresh_against_table() -> str:
     lab, pair = shipped_pair()
     fresh = fresh_lab(lab, pair, answers_for(lab, pair))
@@ -1182,16 +878,24 @@ def selectivity(parts, skill: str) -> float:
 
 @functools.cache
 def best_for(skill: str) -> tuple:
-    """The most selective lesion that a search finds: single parts, attention blocks and pairs of
-    heads in a layer, then one more part of the ten best."""
+    """The most selective lesion that a search finds: the best of single parts, attention blocks
+    and pairs of heads in a layer, and then one or two more of the ten best, while that helps."""
     lab = judge()
     found: list[tuple] = [(part,) for part in lab.parts()]
     for layer in range(lab.model.n_layers):
         heads = [("head", layer, head) for head in range(lab.model.n_heads)]
         found += [(("attn", layer, None),), *itertools.combinations(heads, 2)]
-    ranked = sorted(found, key=lambda parts: -selectivity(parts, skill))
-    joined = [ranked[0] + more for more in ranked[1:11] if not set(more) & set(ranked[0])]
-    return max([ranked[0], *joined], key=lambda parts: selectivity(parts, skill))
+    best, *others = sorted(found, key=lambda parts: -selectivity(parts, skill))[:11]
+    while joined := [
+        best + more
+        for more in others
+        if not set(more) & set(best) and len(best + more) <= MOST_PARTS
+    ]:
+        better = max(joined, key=lambda parts: selectivity(parts, skill))
+        if selectivity(better, skill) <= selectivity(best, skill):
+            break
+        best = better
+    return best
 
 
 def random_lesion(rng) -> tuple:
@@ -1200,8 +904,8 @@ def random_lesion(rng) -> tuple:
 
 
 def best_single() -> tuple:
-    """The most selective single part for the first skill."""
-    skill = skills()[0]
+    """The most selective single part for a skill that several hold."""
+    skill = "ioi"
     return skill, [max(judge().parts(), key=lambda part: selectivity([part], skill))]
 
 

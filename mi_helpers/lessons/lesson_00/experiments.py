@@ -13,6 +13,8 @@ A lesion is an ablation (`mi_helpers.ablation`) of one part or of several at onc
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,8 +68,9 @@ def gaps(model: LanguageModel, suite: Suite, n: int) -> dict[str, tuple[float, f
 
 
 def estimate(values: Tensor) -> tuple[float, float]:
-    """(mean, its standard error) of values (n,)."""
-    return float(values.mean()), float(values.std()) / len(values) ** 0.5
+    """(mean, its standard error) of values (n,); of one value the error is infinite."""
+    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.inf
+    return float(values.mean()), error
 
 
 # -- one fact, and the parts it needs --------------------------------------------------------
@@ -93,6 +96,19 @@ def shares(cache: Cache) -> dict[str, float]:
     for layer, (attn, mlp) in enumerate(zip(cache["attn_out"], cache["mlp_out"], strict=True)):
         written[f"L{layer} attention"], written[f"L{layer} MLP"] = attn[0, -1], mlp[0, -1]
     return {name: float(w @ x / (x @ x)) for name, w in written.items()}
+
+
+@torch.no_grad()
+def write_ratio(model: LanguageModel, text: str = FACT) -> float:
+    """How long attention's write is with one head silent, the mean over all heads and tokens."""
+    ratios = []
+    _, before = model.run_with_cache(text, "attn_out")
+    for layer, head in itertools.product(range(model.n_layers), range(model.n_heads)):
+        with model.hooks(ablate(model, [(layer, head)], Zero())):
+            _, after = model.run_with_cache(text, [("attn_out", layer)])
+        lengths = [c["attn_out", layer][0, 1:].norm(dim=-1) for c in (after, before)]
+        ratios.append(float((lengths[0] / lengths[1]).mean()))
+    return sum(ratios) / len(ratios)
 
 
 # -- facts, and the heads that look at what they are about -----------------------------------
@@ -159,6 +175,30 @@ def left_in_order(
     return [estimate(remembered(model, known, each)) for each in hooks]
 
 
+def left_at_random(
+    model: LanguageModel, known: Sequence[Fact], heads: Sequence, most: int, draws: int = 10
+) -> list[tuple[float, float]]:
+    """p(city) with 0, 1, … most of some heads silenced, drawn at random: the mean over several
+    draws, and its standard error."""
+    rng = random.Random(0)
+    orders = [rng.sample(list(heads), most) for _ in range(draws)]
+    left = [left_in_order(model, known, order, most) for order in orders]
+    return [estimate(torch.tensor([mean for mean, _ in each])) for each in zip(*left, strict=True)]
+
+
+@torch.no_grad()
+def said_instead(model: LanguageModel, known: Sequence[Fact], head: tuple[int, int]) -> list:
+    """[(prompt, the likeliest next token)] of the facts of which the city no longer comes first
+    when one head is silent."""
+    found = []
+    with model.hooks(ablate(model, [head], Zero())):
+        for each in known:
+            best = int(model(torch.tensor([each.ids], device=model.device))[0, -1].argmax())
+            if best != each.answer:
+                found.append((each.prompt, model.str_tokens([best])[0].strip()))
+    return found
+
+
 def gaze_order(model: LanguageModel, known: Sequence[Fact]) -> list[tuple[int, int]]:
     """Every (layer, head), the one that looks most at the landmark first, over all facts."""
     order = gaze(model, known).mean(0).flatten().argsort(descending=True, stable=True)
@@ -215,13 +255,18 @@ def rotated(model: LanguageModel, text: str, layer: int) -> tuple[Tensor, Tensor
 
 
 def mean_and_error(after, before, document):
-    """What a lesion costs: the mean over documents, and its standard error, in nats per answer.
+    """What a lesion costs: (mean over documents, standard error of that mean).
 
-    Answers of one document share its luck, so each document counts once.
+    after, before  (answers,), the loss at each answer with and without the lesion
+    document       (answers,), which document each answer stands in
+
+    Answers of one document share its luck, so average within documents first. One document alone
+    says nothing about the error: it is infinite.
     """
     change = after - before
     means = torch.stack([change[document == each].mean() for each in document.unique()])
-    return means.mean(), means.std() / len(means) ** 0.5
+    error = means.std() / len(means) ** 0.5 if len(means) > 1 else math.inf
+    return means.mean(), error
 
 
 class LesionLab:
@@ -357,9 +402,12 @@ def skills() -> tuple[str, ...]:
     return tuple(name for name in World.families if name not in FREE)
 
 
-def draw_skill(number: int) -> str:
-    """The skill that a number of the learner's choice draws for the investigation."""
-    return random.Random(f"skill {number}").choice(skills())
+def draw_skill(number: int, damage: Tensor, names: Sequence[str]) -> str:
+    """The skill that a number of the learner's choice draws for the investigation: one that some
+    lesion of a table, damage (parts, families), costs a nat or more; any where there is none."""
+    harmed = {name for name, most in zip(names, damage.amax(0), strict=True) if most >= 1}
+    drawn = [skill for skill in skills() if skill in harmed] or skills()
+    return random.Random(f"skill {number}").choice(drawn)
 
 
 # -- a double dissociation -------------------------------------------------------------------

@@ -1,382 +1,318 @@
-"""Lesson 02's experiments: probes with their controls, the bound, and whether the model uses it.
+"""Lesson 02's experiments with probes: layers, controls, identity, place and question, the bound.
 
-scan(model, untrained(model), "number", train_texts, test_texts)   # a probe and three controls
-posterior(world, document, "topic", end)                # what an ideal reader knows
-train, test = number_tasks(model, seed=0)
-removal(train, test, ("resid_post", 0), "head")         # read out, against used
+reader = VerbReader(model)                              # one probe per layer
+reader.read("The keys near the cabinet")                # {layer: p(plural)}
+two_way(model, untrained(model), "topic", control_task) # a probe and three controls, chance 1/2
+where_and_when(model, split_by_group, "landmark")       # the country, by place and by question
+posteriors(world, readings, classes)                    # what an ideal reader knows
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+import random
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from sklearn.pipeline import Pipeline
 
 from mi_helpers.layouts import Key
-from mi_helpers.lessons.shared import (
-    STREAM,
-    Readings,
-    collect,
-    documents_for,
-    mark_noun,
-    on_one_core,
-    token_at,
-)
+from mi_helpers.lessons.shared import Readings, collect, documents, documents_for
 from mi_helpers.models import LanguageModel
 from mi_helpers.probes import (
-    control_task,
-    find_direction,
+    all_orders,
+    bootstrap,
+    circle_error,
+    class_means,
     fit_probe,
-    midpoint,
-    project_out,
+    held_out_weights,
+    mean_difference,
+    some_layers,
     token_features,
 )
+from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.grammar import BE_FORMS
-from mi_helpers.tinyworld.prose import REGISTERS, TENSES, VOICES, topic_posterior
-from mi_helpers.tinyworld.source import Document
+from mi_helpers.tinyworld.prose import topic_posterior
 from mi_helpers.tinyworld.world import World
 
-# -- probes and their controls ---------------------------------------------------------------
+# -- sites and what is read there ------------------------------------------------------------
 
 
-def accuracies(train: Readings, test: Readings, y_train=None, y_test=None) -> dict[Key, float]:
-    """{site: accuracy on `test` of a probe fitted on `train`}, for their labels or for others."""
-    y_train = train.y if y_train is None else y_train
-    y_test = test.y if y_test is None else y_test
-    return {key: fit_probe(train[key], y_train).score(test[key], y_test) for key in train.x}
+def sites_of(model: LanguageModel) -> dict[str, Key]:
+    """{name on an axis: site}: the embedding, and the stream after at most six layers."""
+    return {
+        "embed" if layer is None else str(layer): (site, layer)
+        for site, layer in some_layers(model)
+    }
 
 
-def majority(train: Readings, test: Readings) -> float:
-    """The accuracy of always answering with the training set's commonest label."""
-    return float(np.mean(test.y == Counter(train.y.tolist()).most_common(1)[0][0]))
+def read(model: LanguageModel, kind: str, n: int, seed: int, held: bool = False) -> Readings:
+    """The stream at the token that `kind` marks, in n documents, at the sites of `sites_of`.
+
+    Args:
+        held: phrasings and pairs of words that the model was never trained on.
+    """
+    return collect(model, documents_for(kind, n, seed, held), kind, sites_of(model).values())
 
 
-def control_labels(train: Readings, test: Readings, seed: int = 0) -> tuple:
-    """The labels of a control task for both sets, (n_train,) and (n_test,)."""
-    table = control_task([*train.words, *test.words], train.y.tolist(), seed)
-    return tuple(np.array([table[word] for word in each.words]) for each in (train, test))
+def agreement(n: int, seed: int, held: bool = False) -> list:
+    """n agreement sentences, in which the subject's number can be read before the verb."""
+    return documents_for("number", n, seed, held)
 
 
-def two_tokens(model: LanguageModel, train: Readings, test: Readings) -> float:
-    """The accuracy of a probe on `token_features`: without any activations."""
-    bags = [token_features(model, each.tokens) for each in (train, test)]
-    return fit_probe(bags[0], train.y, C=1.0).score(bags[1], test.y)
+class VerbReader:
+    """A probe on each layer for the number of the subject, read at the last token before the verb.
+
+    probes  {name of the layer: probe}
+    train   what they were fitted on
+    """
+
+    def __init__(self, model: LanguageModel, n: int = 400, seed: int = 1):
+        self.model, self.sites = model, sites_of(model)
+        self.train = read(model, "number", n, seed)
+        plural = self.train.y == "plural"
+        self.probes = {name: fit_probe(self.train[at], plural) for name, at in self.sites.items()}
+        self.forms = [
+            [model.to_single_token(f" {form}") for form in BE_FORMS[number]]
+            for number in ("singular", "plural")
+        ]
+
+    @torch.no_grad()
+    def read(self, text: str) -> tuple[dict[str, float], float]:
+        """({layer: p(plural) read at the last token}, the share of are and were in the model's
+        probability of is, was, are and were)."""
+        sites = [*self.sites.values(), "resid_final"]
+        logits, cache = self.model.run_with_cache(text.rstrip(), sites)
+        found = {
+            name: float(self.probes[name].predict_proba(cache[at][0, -1:].float().cpu())[0, 1])
+            for name, at in self.sites.items()
+        }
+        p = logits[0, -1].float().softmax(-1)
+        singular, plural = (float(p[ids].sum()) for ids in self.forms)
+        return found, plural / (singular + plural)
 
 
-def scan(
+# -- controls, at equal layer and equal chance -----------------------------------------------
+
+PROPERTIES = {  # documents to train on, and to test on
+    "family": (280, 200),
+    "tense": (240, 160),
+    "topic": (450, 250),
+    "voice": (240, 160),
+    "number": (240, 160),
+    "country": (400, 250),
+    "day": (240, 160),
+}
+CELLS, MOST, LEAST = 6, 60, 5  # two-way questions a property; examples of a label, most and least
+
+
+def pairs_of(train: Readings, test: Readings, seed: int = 0) -> list[tuple]:
+    """Up to `CELLS` pairs of labels, each with at least `LEAST` examples on both sides."""
+    counts = [
+        {label: (each.y == label).sum() for label in np.unique(each.y)} for each in (train, test)
+    ]
+    labels = [label for label in counts[0] if min(c.get(label, 0) for c in counts) >= LEAST]
+    pairs = list(itertools.combinations(labels, 2))
+    return random.Random(seed).sample(pairs, min(CELLS, len(pairs)))
+
+
+def evenly(y: np.ndarray, pair: tuple, rng: np.random.Generator) -> np.ndarray:
+    """Rows of two labels, equally many of each, at most `MOST`."""
+    rows = [rng.permutation(np.flatnonzero(y == label)) for label in pair]
+    count = min(MOST, *map(len, rows))
+    return np.concatenate([each[:count] for each in rows])
+
+
+def two_way(
     model: LanguageModel,
     blank: LanguageModel,
     kind: str,
-    train: list[Document],
-    test: list[Document],
-    sites: Iterable[str | Key] = STREAM,
-    seed: int = 0,
-) -> dict[str, dict[Key, float]]:
-    """Accuracy on `test` by site, for one kind and its controls: {series: {site: accuracy}}.
+    control_task: Callable,
+    share: float = 1.0,
+) -> dict[str, np.ndarray]:
+    """Accuracy between two labels on new phrasings, with controls: {series: (layers,)}, chance 1/2.
 
-    The series are
+    Means over `CELLS` two-way questions, such as "courts or prison?", with as many examples of one
+    label as of the other. The series are
         probe            the model's activations
-        control task     the same activations, a random label for each word type
+        control task     the same activations, a random one of the two labels for each word type
         untrained model  the activations of `blank`, a model of the same shape with random weights
         two tokens       the token that is read and the one before it, without any model
 
     Args:
-        kind, sites, seed: as in `collect`.
-        train, test: documents.
+        kind: a key of `PROPERTIES`.
+        control_task: (words, labels, seed) -> {word: label}.
+        share: of the documents that `PROPERTIES` asks for.
     """
-    one, two = (collect(model, each, kind, sites, seed) for each in (train, test))
-    other = [collect(blank, each, kind, sites, seed) for each in (train, test)]
-    return {
-        "probe": accuracies(one, two),
-        "control task": accuracies(one, two, *control_labels(one, two, seed)),
-        "untrained model": accuracies(*other),
-        "two tokens": dict.fromkeys(one.x, two_tokens(model, one, two)),
+    sites = sites_of(model).values()
+    sets = [
+        documents_for(kind, round(share * n), 1 + held, bool(held))
+        for held, n in enumerate(PROPERTIES[kind])
+    ]
+    trained, empty = ([collect(m, each, kind, sites) for each in sets] for m in (model, blank))
+    pairs, rng = pairs_of(*trained), np.random.default_rng(0)
+    found = []
+    for cell in range(CELLS):
+        rows = [evenly(each.y, pairs[cell % len(pairs)], rng) for each in trained]
+        one, two = (each.where(at) for each, at in zip(trained, rows, strict=True))
+        other = [each.where(at) for each, at in zip(empty, rows, strict=True)]
+        table = control_task([*one.words, *two.words], one.y.tolist(), cell)
+        random_y = [[table[word] for word in each.words] for each in (one, two)]
+        bags = [token_features(model, each.tokens) for each in (one, two)]
+        said = fit_probe(bags[0], one.y, C=1.0).score(bags[1], two.y)
+        found.append(
+            [
+                by_layer(one, two),
+                by_layer(one, two, *random_y) if len(set(random_y[0])) > 1 else [0.5] * len(one.x),
+                by_layer(*other),
+                [said] * len(one.x),
+            ]
+        )
+    names = ("probe", "control task", "untrained model", "two tokens")
+    return dict(zip(names, np.mean(found, 0), strict=True))
+
+
+def by_layer(train: Readings, test: Readings, y_train=None, y_test=None) -> list[float]:
+    """The accuracy on `test` of a probe fitted on `train`, at each site, for their labels or for
+    others."""
+    y_train = train.y if y_train is None else y_train
+    y_test = test.y if y_test is None else y_test
+    return [fit_probe(train[key], y_train).score(test[key], y_test) for key in train.x]
+
+
+def memory_curve(
+    model: LanguageModel, site: Key, control_task: Callable, sizes: Sequence[int]
+) -> dict[str, list[float]]:
+    """What probes at one token read of the subject after so many sentences: {series: accuracies}.
+
+    "number" is its number, "control task" a random label for each form, "which form" the form
+    itself, one of about sixty: all on new sentences, and "which form, new phrasings" on held-out
+    ones.
+    """
+    sets = ((max(sizes), 11, False), (600, 12, False), (600, 13, True))
+    train, new, held = (
+        collect(model, documents_for("number", n, seed, apart), "number", [site])
+        for n, seed, apart in sets
+    )
+    table = control_task([*train.words, *new.words], train.y.tolist(), 0)
+    labels = {
+        "number": (train.y, new, new.y),
+        "control task": ([table[w] for w in train.words], new, [table[w] for w in new.words]),
+        "which form": (train.words, new, new.words),
+        "which form, new phrasings": (train.words, held, held.words),
     }
+    return {
+        name: [fit_probe(train[site][:n], y[:n]).score(test[site], truth) for n in sizes]
+        for name, (y, test, truth) in labels.items()
+    }
+
+
+# -- where, and when asked -------------------------------------------------------------------
+
+QUESTIONS = {"city": "landmark-city", "country": "landmark-country"}
+PLACES = {"name": "country", "last token": "asked"}
+
+
+def where_and_when(
+    model: LanguageModel, split: Callable, by: str, n: int = 600, splits: int = 4, seed: int = 3
+) -> dict[str, np.ndarray]:
+    """The accuracy of probes for a landmark's country, by place and by what is asked for:
+    {"name, city asked": (splits, layers), …}.
+
+    Args:
+        split: (groups, share, seed) -> mask of the test set.
+        by: "landmark", so that probes are tested on landmarks that they never saw, or "city", so
+            that these are in cities that they never saw, either.
+    """
+    city = {place.name.lower(): place.city for place in lexicon.landmarks()}
+    found = {}
+    for (place, kind), (asked, relation) in itertools.product(PLACES.items(), QUESTIONS.items()):
+        texts = documents("facts", n, seed, relation=relation, count=1)
+        each = collect(model, texts, kind, sites_of(model).values())
+        groups = each.groups if by == "landmark" else [city[name] for name in each.groups]
+        rows = []
+        for number in range(splits):
+            apart = split(groups, 0.3, seed + number)
+            train, test = each.where(~apart), each.where(apart)
+            rows.append(by_layer(train, test.where(np.isin(test.y, train.y))))
+        found[f"{place}, {asked} asked"] = np.array(rows)
+    return found
+
+
+# -- a circle --------------------------------------------------------------------------------
+
+
+def circle_errors(each: Readings, n: int, most: int = 400) -> np.ndarray:
+    """How far off held-out classes land on a circle, degrees, (orders, layers); the true order is
+    row 0, the others are shuffled."""
+    orders = all_orders(n, most)
+    weights = [held_out_weights(class_means(x, each.y, n)) for x in each.x.values()]
+    return np.array([[circle_error(w, order) for w in weights] for order in orders])
 
 
 # -- the bound -------------------------------------------------------------------------------
 
-VALUES = {"voice": VOICES, "tense": TENSES, "register": REGISTERS}
 
-
-def posterior(world: World, document: Document, latent: str, end: int) -> np.ndarray:
-    """p(latent | the text up to character `end`), exact: what an ideal reader knows, (n_values,).
+def posterior(world: World, document, end: int) -> np.ndarray:
+    """p(topic | the text up to character `end`), exact: what an ideal reader knows, (n_topics,).
 
     Exact where no phrase of several words is cut in two, as at the ends of `document.events`.
+    """
+    ends, rows = topic_posterior(world.book, document)
+    return rows[np.searchsorted(ends, end, side="right") - 1]
 
-    Args:
-        latent: "topic", with values as in `world.topics`, or a key of `VALUES`.
+
+def posteriors(world: World, readings: Readings, classes: Sequence) -> np.ndarray:
+    """The ideal reader's p(topic) at each mark, (n, classes), columns in the order of `classes`.
 
     Raises:
-        ValueError: an unknown latent.
+        ValueError: classes that are not the world's topics.
     """
-    if latent == "topic":
-        ends, rows = topic_posterior(world.book, document)
-        return rows[np.searchsorted(ends, end, side="right") - 1]
-    if latent not in VALUES:
-        raise ValueError(f"There is no latent {latent!r}: choose topic, {', '.join(VALUES)}.")
-    tables = world.book.log_likelihood
-    log_p = sum(
-        (tables[name, key] for name, key, at in document.events if name == latent and at <= end),
-        np.zeros(len(VALUES[latent])),
-    )
-    return np.exp(log_p - np.logaddexp.reduce(log_p))
+    if set(world.topics) != {str(each) for each in classes}:
+        raise ValueError(f"The probe knows {len(classes)} topics, the world {len(world.topics)}.")
+    columns = [list(world.topics).index(str(each)) for each in classes]
+    pairs = zip(readings.documents, readings.marks, strict=True)
+    return np.array([posterior(world, document, mark.end) for document, mark in pairs])[:, columns]
 
 
-def posteriors(world: World, readings: Readings, latent: str, classes: Sequence) -> np.ndarray:
-    """The ideal reader's (n, classes) at each mark, with the columns in the order of `classes`.
-
-    Raises:
-        ValueError: a class of the world that is not in `classes`, or one that is not the world's.
-    """
-    values = world.topics if latent == "topic" else VALUES.get(latent, ())
-    if set(values) != {str(each) for each in classes}:
-        raise ValueError(f"The probe knows {len(classes)} classes, and {latent} has {len(values)}.")
-    columns = [list(values).index(str(each)) for each in classes]
-    rows = [
-        posterior(world, document, latent, mark.end)
-        for document, mark in zip(readings.documents, readings.marks, strict=True)
-    ]
-    return np.array(rows)[:, columns]
+def interval(values) -> str:
+    """A mean with its 95 % interval, in words."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*bootstrap(values))
 
 
-@torch.no_grad()
-def mass_on(
-    model: LanguageModel, readings: Readings, words: Mapping[str, Sequence[str]]
-) -> np.ndarray:
-    """The model's probability of each group of words as the next one, (n, groups).
+def topic_probes(
+    model: LanguageModel, n: int = 1200, n_test: int = 500, seed: int = 7
+) -> tuple[dict[str, np.ndarray], Readings, np.ndarray]:
+    """({layer: a topic probe's probabilities (n, topics)}, the fresh texts, the topics' names)."""
+    train = read(model, "topic", n, seed)
+    fresh = read(model, "topic", n_test, seed + 1, held=True)
+    fitted: dict[str, Pipeline] = {
+        name: fit_probe(train[at], train.y) for name, at in sites_of(model).items()
+    }
+    p = {name: probe.predict_proba(fresh[sites_of(model)[name]]) for name, probe in fitted.items()}
+    return p, fresh, np.unique(train.y)
+
+
+# -- truth -----------------------------------------------------------------------------------
+
+
+def transfer(train, sets: Mapping, place: str = "statement") -> dict[str, list[float]]:
+    """How often the direction of truth in one set of statements is right on others, by layer.
+
+    The direction is the difference of the means of true and false statements in `train`. Each set
+    is cut at its own mean, which needs no labels where half are true.
 
     Args:
-        readings: with the site "resid_final".
-        words: {group: words}; of a word of several tokens, the first one counts.
+        train: a `VerdictTask`; sets: {name: VerdictTask}.
+        place: the token that is read, "statement" or "last".
+
+    Source: Marks and Tegmark 2023, The Geometry of Truth: mass-mean probes and their transfer.
     """
-    final = torch.tensor(readings["resid_final"]).to(model.device, model.dtype)
-    p = model.unembed(final).float().softmax(-1)  # (n, d_vocab)
-    first = {w: int(model.tokens(f" {w}", False)[0, 0]) for group in words.values() for w in group}
-    columns = [p[:, sorted({first[word] for word in group})].sum(-1) for group in words.values()]
-    return torch.stack(columns, -1).cpu().numpy()
-
-
-# -- does the model use it? ------------------------------------------------------------------
-
-
-class NumberTask:
-    """Agreement sentences up to their verb, and how sure the model is of the verb's number.
-
-    places  {"head": positions of the subject, "last": of the last noun before the verb}, each (n,)
-    plural  {"head": (n,), "last": (n,)}: whether that noun is plural
-    """
-
-    def __init__(self, model: LanguageModel, documents: Sequence[Document]):
-        rows: list[list[int]] = []
-        places: dict[str, list[int]] = {"head": [], "last": []}
-        plural: dict[str, list[bool]] = {"head": [], "last": []}
-        for document in documents:
-            if document.family != "agreement":
-                raise ValueError(f"NumberTask needs agreement sentences, not {document.family!r}.")
-            for place, index in (("head", 0), ("last", -1)):
-                mark = mark_noun(document, index)
-                ids, position = token_at(model, document.text, mark.end)
-                places[place].append(position)
-                plural[place].append(mark.label == "plural")
-            rows.append(ids[: position + 1])
-        if not rows:
-            raise ValueError("There are no agreement sentences: give at least one.")
-        self.model, self.documents, self.ids = model, list(documents), model.pad(rows)
-        self.places = {place: torch.tensor(at) for place, at in places.items()}
-        self.plural = {place: np.array(is_it) for place, is_it in plural.items()}
-        self.forms = {
-            number: [model.to_single_token(f" {form}") for form in BE_FORMS[number]]
-            for number in ("singular", "plural")
-        }
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @torch.no_grad()
-    def features(self, sites: Iterable[str | Key] = STREAM) -> dict[str, dict[Key, np.ndarray]]:
-        """{place: {site: activations (n, d_model)}}; in one batch, as `edit`'s hooks need it."""
-        n = self.model.n_layers
-        _, cache = self.model.run_with_cache(self.ids, sites, stop_at_layer=n)
-        rows = torch.arange(len(self))
-        return {
-            place: {key: cache[key][rows, at].float().cpu().numpy() for key in cache}
-            for place, at in self.places.items()
-        }
-
-    @cached_property
-    def stream(self) -> dict[str, dict[Key, np.ndarray]]:
-        """`features` of the embedding and of every resid_post."""
-        return self.features()
-
-    @cached_property
-    def clean(self) -> np.ndarray:
-        """`margins` of the model as it is."""
-        return self.margins()
-
-    @torch.no_grad()
-    def margins(self, hooks: Mapping | None = None) -> np.ndarray:
-        """log p(is or was) - log p(are or were) before the verb, in nats, (n,), under `hooks`;
-        the other way round where the subject is plural, so that positive is right."""
-        with self.model.hooks(hooks or {}):
-            _, cache = self.model.run_with_cache(
-                self.ids, "resid_final", stop_at_layer=self.model.n_layers
-            )
-        last = cache["resid_final"][torch.arange(len(self)), self.places["last"]]
-        log_p = F.log_softmax(self.model.unembed(last).float(), -1)
-        singular, plural = (
-            log_p[:, self.forms[number]].logsumexp(-1) for number in ("singular", "plural")
-        )
-        return (singular - plural).cpu().numpy() * np.where(self.plural["head"], -1.0, 1.0)
-
-    def remove(self, key: Key, place: str, direction, centre) -> dict:
-        """Hooks that project a direction out of the stream at one token of each sentence."""
-        v, c = _float32(direction), _float32(centre)
-        return self.edit(key, place, lambda x: project_out(x, v.to(x.device), c.to(x.device)))
-
-    def add(self, key: Key, place: str, vector) -> dict:
-        """Hooks that add a vector to the stream at one token of each sentence."""
-        vector = _float32(vector)
-        return self.edit(key, place, lambda x: x + vector.to(x.device))
-
-    def edit(self, key: Key, place: str, change: Callable[[Tensor], Tensor]) -> dict:
-        """Hooks that pass the stream at one token of each sentence through `change`, (n, d)."""
-        if place not in self.places:
-            raise ValueError(f"There is no place {place!r}: choose {' or '.join(self.places)}.")
-
-        def hook(x: Tensor) -> Tensor:
-            rows, at = torch.arange(len(x)), self.places[place]
-            x[rows, at] = change(x[rows, at].float()).to(x.dtype)
-            return x
-
-        return {key[0] if key[1] is None else key: hook}
-
-
-def _float32(vector) -> Tensor:
-    return torch.as_tensor(np.asarray(vector), dtype=torch.float32)
-
-
-def balanced(documents: Iterable[Document]) -> list[Document]:
-    """As many agreement sentences of each of the four kinds: subject singular or plural, last noun
-    singular or plural. So neither number predicts the other, not even by chance.
-
-    Raises:
-        ValueError: one of the four kinds is missing.
-    """
-    cells: dict[tuple, list[Document]] = {}
-    for document in documents:
-        spans = document.find("number")
-        cells.setdefault((spans[0].value, spans[-1].value), []).append(document)
-    if len(cells) < 4:
-        raise ValueError(f"Only {len(cells)} of the four kinds of sentences are there: give more.")
-    fewest = min(map(len, cells.values()))
-    return [document for cell in cells.values() for document in cell[:fewest]]
-
-
-def number_tasks(model: LanguageModel, seed: int, n: int = 300) -> tuple[NumberTask, NumberTask]:
-    """Balanced agreement sentences to find directions in, and others, held out, to test them on."""
-    train = balanced(documents_for("number", n, 1_000 + 2 * seed))
-    test = balanced(documents_for("number", n // 2, 1_001 + 2 * seed, held=True))
-    return NumberTask(model, train), NumberTask(model, test)
-
-
-def removal(
-    train: NumberTask,
-    test: NumberTask,
-    key: Key,
-    place: str,
-    method: str = "mean difference",
-    noun: str | None = None,
-    seed: int = 0,
-) -> tuple[float, np.ndarray]:
-    """How well a noun's number is read out at one token, and what its removal there costs.
-
-    Args:
-        train: sentences in which the direction is found; test: others, in which it is removed.
-        key: the site; place: the token, "head" or "last".
-        method, seed: as in `find_direction`.
-        noun: whose number: by default that of the noun at `place`.
-
-    Returns:
-        the accuracy on `test` of a probe fitted on `train`; and for each sentence of `test` the
-        part of the mean margin that is lost, (n,): 0 for no effect, 1 when nothing is left of it.
-    """
-    x, y = train.stream[place][key], train.plural[noun or place]
-    accuracy = fit_probe(x, y).score(test.stream[place][key], test.plural[noun or place])
-    direction = find_direction(x, y, method, seed)
-    after = test.margins(test.remove(key, place, direction, midpoint(x, y)))
-    return accuracy, (test.clean - after) / test.clean.mean()
-
-
-# -- the toy: above the sine -----------------------------------------------------------------
-
-
-class SineNets:
-    """Several small MLPs at once, trained to tell whether y > sin x: inputs (x / 6, y).
-
-    `hidden(points)` gives [input, hidden layer 1, …], each (nets, n, width), after the ReLU.
-    """
-
-    WIDTH, DEPTH, REACH = 8, 5, 6.0
-
-    def __init__(self, nets: int = 5, seed: int = 0):
-        rng = torch.Generator().manual_seed(seed)
-        sizes = [2, *[self.WIDTH] * self.DEPTH, 1]
-        self.weights = [
-            1.5 * torch.randn(nets, a, b, generator=rng) / a**0.5
-            for a, b in itertools.pairwise(sizes)
-        ]
-        self.biases = [torch.zeros(nets, 1, b) for b in sizes[1:]]
-        self.rng, self.nets = rng, nets
-
-    def points(self, n: int) -> tuple[Tensor, Tensor]:
-        """Fresh points (nets, n, 2) of the square (-1, 1)², and whether y > sin x, (nets, n)."""
-        inputs = torch.rand(self.nets, n, 2, generator=self.rng) * 2 - 1
-        return inputs, inputs[..., 1] > torch.sin(self.REACH * inputs[..., 0])
-
-    def hidden(self, inputs: Tensor) -> list[Tensor]:
-        """The inputs (nets, n, 2), then each hidden layer, (nets, n, WIDTH), after the ReLU."""
-        layers = [inputs]
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            layers.append(torch.relu(layers[-1] @ weight + bias))
-        return layers
-
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(nets, n): above 0 means y > sin x."""
-        return (self.hidden(inputs)[-1] @ self.weights[-1] + self.biases[-1])[..., 0]
-
-    @on_one_core
-    def train(self, steps: int = 1_000, rate: float = 1e-2, batch: int = 256) -> SineNets:
-        """These nets, trained: Adam on the logistic loss of fresh points, the rate falling to 0."""
-        parameters = [p.requires_grad_() for p in (*self.weights, *self.biases)]
-        optimizer = torch.optim.Adam(parameters, lr=rate)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-            inputs, above = self.points(batch)
-            loss = F.binary_cross_entropy_with_logits(
-                self.logits(inputs), above.float(), reduction="none"
-            )
-            optimizer.zero_grad()
-            loss.mean(1).sum().backward()
-            optimizer.step()
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        return self
-
-    @torch.no_grad()
-    def accuracies(self, n: int = 1_000) -> np.ndarray:
-        """The accuracy of a linear probe on each layer, on fresh points, (nets, 1 + DEPTH)."""
-        (inputs, above), (fresh, truth) = self.points(n), self.points(2 * n)
-        layers = list(zip(self.hidden(inputs), self.hidden(fresh), strict=True))
-
-        def accuracy(x: Tensor, z: Tensor, net: int) -> float:
-            probe = fit_probe(x[net].numpy(), above[net].numpy(), C=100)
-            return probe.score(z[net].numpy(), truth[net].numpy())
-
-        return np.array([[accuracy(x, z, net) for x, z in layers] for net in range(self.nets)])
+    found: dict[str, list[float]] = {name: [] for name in sets}
+    for site in sites_of(train.model).values():
+        v = mean_difference(train.stream[place][site], train.truth)
+        for name, each in sets.items():
+            x = each.stream[place][site]
+            found[name].append(float((((x - x.mean(0)) @ v > 0) == each.truth).mean()))
+    return found

@@ -1,713 +1,720 @@
-"""Exercises of lesson 03, activation patching."""
+"""Exercises of lesson 03: activation patching."""
 
+import numpy as np
 import torch
 
-from mi_helpers.course.check import (
-    draw,
-    exercise,
-    expect,
-    expect_close,
-    expect_none_of,
-    expect_shape,
-    same,
+from mi_helpers.course.check import agree, edited, exercise, expect
+from mi_helpers.lessons.lesson_03.pairs import (
+    JOBS,
+    fact_pairs,
+    giver_pairs,
+    number_pairs,
+    pronoun_texts,
+    unequal_pairs,
 )
+from mi_helpers.lessons.lesson_03.predictions import (  # noqa: F401, the course looks here
+    better_estimated,
+    between,
+    costs_more,
+    directions_under_noise,
+    part_of_the_last_word,
+    score_country,
+    strongest_head,
+    untrained_map,
+    with_noise,
+)
+from mi_helpers.lessons.lesson_03.tools import (
+    attribution,
+    bias_slope,
+    both_ways,
+    patch_each,
+    patch_heads,
+    patch_vector,
+    restored,
+    scale,
+    sweep,
+)
+from mi_helpers.lessons.shared import on_model, shipped_model
+from mi_helpers.patching import activation_patch, normalised_logit_diff
+from mi_helpers.sweeps import Sweep
+from mi_helpers.tinyworld import lexicon
+
+PROBE = "The Eiffel Tower is in the city of"
+ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
+
+
+def some_pairs(draw, count: int = 3):
+    """One to `count` pairs of prompts of one of three kinds."""
+    make = draw.choice((fact_pairs, number_pairs, giver_pairs))
+    return make(shipped_model(), draw.integer(2, count), draw.integer(0, 100_000))
+
+
+def slips(reference, *rows) -> list:
+    """Wrong answers with what is said of them: pieces of the reference's text, old, new, …, or a
+    function; then the sentence."""
+    return [
+        (changes[0] if callable(changes[0]) else edited(reference, *changes), sentence)
+        for *changes, sentence in rows
+    ]
+
+
+def told_apart(draw, make, run):
+    """Arguments that `make` draws, drawn again until the patch that `run` makes changes logits."""
+    for _ in range(30):
+        given = make(draw)
+        plain_run = shipped_model()(given[1])[:, -1]
+        if (run(*given) - plain_run).abs().amax(-1).min() > 0.2:
+            break
+    return given
+
 
 # -- 3.1 -------------------------------------------------------------------------------------
 
-STUB_31 = '''\
-def normalised(value, clean, corrupted):
-    """A logit difference on the scale where the corrupted run is 0 and the clean run is 1.
+ON_SCALE = "(difference - at_corrupted) / (at_clean - at_corrupted)"
+MISTAKES_31 = slips(
+    scale,
+    (
+        ON_SCALE,
+        "(difference - at_clean) / (at_corrupted - at_clean)",
+        "The ends are swapped: the clean run should be 1.",
+    ),
+    (ON_SCALE, "difference / at_clean", "Shift first, so that the corrupted run becomes 0."),
+    (
+        ON_SCALE,
+        "(difference - at_corrupted) / at_clean",
+        "Divide by the gap between the two runs.",
+    ),
+    (ON_SCALE, "difference - at_corrupted", "The corrupted run is 0, but the clean one not yet 1."),
+    (
+        ON_SCALE,
+        f"torch.clamp({ON_SCALE}, 0, 1)",
+        "Nothing is cut off: a patch may lead beyond 1 or below 0, and that is a finding.",
+    ),
+    (
+        "return (difference",
+        "return (-difference",
+        "The difference is turned round: answer − wrong.",
+    ),
+    (
+        "last[rows, ",
+        "last[:, ",
+        "`last[:, answer]` takes every answer from every prompt: pair rows with ids.",
+    ),
+    ("rows = ", "last = last.softmax(-1); rows = ", "These are probabilities: take the logits."),
+    (
+        " - last[rows, wrong]",
+        "",
+        "Subtract the wrong answer's logit: a patch may make all words likelier.",
+    ),
+    (".mean()", "", "Give one number: the mean over the prompts."),
+)
 
-    value, clean, corrupted: logit differences, numbers or tensors.
-    """
-    ...
-'''
 
-
-def normalised(value, clean, corrupted):
-    """(value - corrupted) / (clean - corrupted)."""
-    return (value - corrupted) / (clean - corrupted)
+def scale_by_gather(last, answer, wrong, at_clean, at_corrupted):
+    both = last.gather(1, torch.stack([answer, wrong], 1)).double().numpy()
+    return float(((both[:, 0] - both[:, 1]).mean() - at_corrupted) / (at_clean - at_corrupted))
 
 
 @exercise(
     "3.1",
     title="From 0 to 1",
-    difficulty=1,
+    difficulty=2,
     importance=5,
     minutes=5,
-    stub=STUB_31,
-    reference=normalised,
+    reference=scale,
+    right=[scale_by_gather],
     hints=[
-        "Two steps: shift so that the corrupted run is 0, scale so that the clean run is 1.",
-        "After the shift the clean run stands at `clean - corrupted`: divide by that.",
+        "`last[torch.arange(len(last)), answer]` takes one entry from each row.",
+        "Two steps: subtract at_corrupted, then divide by what at_clean is after that.",
     ],
-    wrong=[
-        (lambda value, clean, corrupted: (value - clean) / (corrupted - clean), "swapped"),
-        (lambda value, clean, corrupted: value / clean, "clean run alone"),
-        (lambda value, clean, corrupted: (value - corrupted) / clean, "the gap between"),
-        (
-            lambda value, clean, corrupted: normalised(value, clean, corrupted).clamp(0, 1),
-            "Nothing is cut off",
-        ),
-    ],
+    wrong=MISTAKES_31,
 )
 def check_31(answer) -> None:
-    clean, corrupted = 3.0, -1.0
-    values = torch.tensor([-1.0, 3.0, 1.0, 5.0, -2.0])
-    got = answer(values, clean, corrupted)
-    expect_none_of(
-        got,
-        (
-            (values - clean) / (corrupted - clean),
-            "The ends are swapped: the corrupted run should be 0, the clean run 1.",
-        ),
-        (
-            values / clean,
-            "This divides by the clean run alone, as if the corrupted logit difference were zero: "
-            "shift first, so that the corrupted run becomes 0.",
-        ),
-        (
-            (values - corrupted) / clean,
-            "The corrupted run is 0, but the clean run is not 1: divide by the gap between them.",
-        ),
-        (
-            ((values - corrupted) / (clean - corrupted)).clamp(0, 1),
-            "Nothing is cut off: a patch may take the answer beyond 1, or below 0, and hiding that "
-            "hides a finding.",
-        ),
-    )
-    expect_close(got, normalised(values, clean, corrupted), "With -1 as 0 and 3 as 1, 1 is 0.5.")
+    def make(draw):
+        last = draw.normal("batch", "d_vocab", scale=3)
+        size = last.shape[1]
+        right = draw.integers(0, size - 1, "batch")
+        wrong = (right + draw.integers(1, size - 1, "batch")) % size
+        return last, right, wrong, draw.number(0.2, 1), draw.number(-1, -0.2)
+
+    agree(answer, scale, make, MISTAKES_31, "The mean difference, then the two ends of the scale.")
 
 
 # -- 3.2 -------------------------------------------------------------------------------------
 
-STUB_32 = '''\
-def logit_difference(logits, answer, wrong):
-    """How far the right answer is ahead at the end of the prompt: the mean over the prompts of
-    logit(answer) - logit(wrong).
+PUT = "stream[:, position] = kept[key][:, position]"
+MISTAKES_32 = slips(
+    patch_vector,
+    (
+        lambda model, base, other, *at: patch_vector(model, other, base, *at),
+        "The runs are swapped: base is run, and other gives the vector.",
+    ),
+    (PUT, "stream[:] = kept[key]", "Every position is replaced, not one."),
+    ("resid_pre", "resid_post", "This is the stream that leaves the layer: use resid_pre."),
+    ("resid_pre", "attn_out", "This is what attention adds: the stream is at resid_pre."),
+    ("layer)\n    _", "layer - 1)\n    _", "This is another layer."),
+    (
+        PUT,
+        "stream[0, position] = kept[key][0, position]",
+        "Only the first prompt of the batch is patched.",
+    ),
+    (PUT, PUT.replace(" = ", " += "), "The vector is added: replace the one that was there."),
+    ("model(base)[:, -1]", "model(base)", "Give the logits at the last token, (batch, d_vocab)."),
+    (PUT, "pass", "Nothing changed: does the hook change and return the stream, in the `with`?"),
+)
 
-    logits  (batch, pos, d_vocab)
-    answer, wrong  token ids, one per prompt, tensors (batch,)
-    """
-    ...
-'''
 
-
-def logit_difference(logits, answer, wrong):
-    """Each prompt has answers of its own, so rows and ids are paired."""
-    rows, last = torch.arange(len(logits)), logits[:, -1]
-    return (last[rows, answer] - last[rows, wrong]).mean()
+def patch_one_by_one(model, base, other, layer, position):
+    rows = zip(base, other, strict=True)
+    return [patch_vector(model, b[None], o[None], layer, position)[0] for b, o in rows]
 
 
 @exercise(
     "3.2",
-    title="The logit difference",
+    title="One patch",
     difficulty=2,
     importance=5,
-    minutes=10,
-    stub=STUB_32,
-    reference=logit_difference,
+    minutes=6,
+    reference=patch_vector,
+    right=[patch_one_by_one],
+    survivors=ONE_MODEL,
     hints=[
-        "`logits[:, -1]` are the logits at the last position, (batch, d_vocab).",
-        "`last[torch.arange(len(last)), answer]` takes one entry per row.",
+        '`_, kept = model.run_with_cache(other, ("resid_pre", layer))` keeps the other run\'s '
+        'stream: `kept["resid_pre", layer]` is (batch, pos, d_model).',
+        "A hook gets the stream, changes it, and returns it.",
+        '`with model.hooks({("resid_pre", layer): hook}): return model(base)[:, -1]`',
     ],
-    wrong=[
-        (lambda logits, answer, wrong: logit_difference(logits, wrong, answer), "turned round"),
-        (
-            lambda logits, answer, wrong: (
-                logits[torch.arange(len(logits)), :, answer]
-                - logits[torch.arange(len(logits)), :, wrong]
-            ).mean(),
-            "over all positions",
-        ),
-        (
-            lambda logits, answer, wrong: (
-                logits[:, -1][:, answer] - logits[:, -1][:, wrong]
-            ).mean(),
-            "pair the rows",
-        ),
-        (
-            lambda logits, answer, wrong: logit_difference(logits.softmax(-1), answer, wrong),
-            "probabilities",
-        ),
-        (
-            lambda logits, answer, wrong: (
-                logits[:, -1].gather(1, answer[:, None]) - logits[:, -1].gather(1, wrong[:, None])
-            )[:, 0],
-            "One number",
-        ),
-    ],
+    wrong=MISTAKES_32,
 )
 def check_32(answer) -> None:
-    logits, right, wrong = draw(3, 4, 7), torch.tensor([1, 5, 2]), torch.tensor([0, 3, 6])
-    rows, last = torch.arange(3), logits[:, -1]
-    got = answer(logits, right, wrong)
-    log_p = logits.softmax(-1)[:, -1]
-    expect_none_of(
-        got,
-        (
-            -logit_difference(logits, right, wrong),
-            "The sign is turned round: positive means that the right answer is ahead.",
-        ),
-        (
-            (logits[rows, :, right] - logits[rows, :, wrong]).mean(),
-            "This averages over all positions: the answer is said at the last one.",
-        ),
-        (
-            (logits[:, 0][rows, right] - logits[:, 0][rows, wrong]).mean(),
-            "This reads the first position: the answer is said at the last one.",
-        ),
-        (
-            (last[:, right] - last[:, wrong]).mean(),
-            "`last[:, answer]` takes every prompt's answer from every prompt, (batch, batch): pair "
-            "the rows with the ids.",
-        ),
-        (
-            (log_p[rows, right] - log_p[rows, wrong]).mean(),
-            "These are probabilities: a difference of logits was asked for.",
-        ),
-        (last[rows, right] - last[rows, wrong], "One number is asked for: the mean over prompts."),
-        (
-            last[rows, right].mean(),
-            "Subtract the wrong answer's logit: all logits may rise at once.",
-        ),
+    def make(draw):
+        pairs = some_pairs(draw)
+        at = draw.choice([*pairs.subject, pairs.clean.shape[1] - 1])
+        layer = draw.integer(1, shipped_model().n_layers - 2)
+        return shipped_model(), pairs.corrupted, pairs.clean, layer, at
+
+    on_model(
+        answer,
+        patch_vector,
+        lambda draw: told_apart(draw, make, patch_vector),
+        MISTAKES_32,
+        "Only stream[:, position] of this layer should come from the other run.",
     )
-    expect_close(got, logit_difference(logits, right, wrong), "The mean difference is another one.")
 
 
 # -- 3.3 -------------------------------------------------------------------------------------
 
-STUB_33 = '''\
-def patch_head(z, other, head, position):
-    """z with one head's vector at one position taken from the other run; z itself stays as it is.
 
-    z, other  (batch, pos, n_heads, d_head), of the run that is patched and of the other run
-    """
-    ...
-'''
+def sweep_by_library(model, clean, corrupted, answer, wrong):
+    metric = normalised_logit_diff(model, clean, corrupted, answer.tolist(), wrong.tolist())
+    return activation_patch(model, clean, corrupted, "resid_pre", metric)
 
 
-def patch_head(z, other, head, position):
-    """Clone first: whoever still holds z should not be surprised."""
-    patched = z.clone()
-    patched[:, position, head] = other[:, position, head]
-    return patched
-
-
-def _patched_everywhere(z, other, head, position):
-    z[:, position, head] = other[:, position, head]
-    return z
+EACH = "scale(last, answer, wrong, *ends)"
+MISTAKES_33 = slips(
+    sweep,
+    (
+        "corrupted, clean, layer",
+        "clean, corrupted, layer",
+        "These are corrupted vectors, put into the clean run.",
+    ),
+    (EACH, f"1 - {EACH}", "The ends are swapped: where a patch does nothing the value is 0."),
+    ("return effect", "return effect.T", "The layers come first: (layers, positions)."),
+    (EACH, "scale(last, answer, wrong, 1, 0)", "These are logit differences: use the scale."),
+    (EACH, "scale(last, answer, wrong, 1, 0) - ends[1]", "These are changes: divide by the gap."),
+    ("clean, layer, position)", "clean, max(layer - 1, 0), position)", "The layers are shifted."),
+    ("clean, layer, position)", "clean, layer, -1)", "Every patch is at the last token."),
+)
 
 
 @exercise(
     "3.3",
-    title="Patch one head",
+    title="The sweep",
     difficulty=2,
     importance=5,
-    minutes=10,
-    stub=STUB_33,
-    reference=patch_head,
-    copies=False,
+    minutes=6,
+    reference=sweep,
+    right=[sweep_by_library],
+    survivors=ONE_MODEL
+    | {"range(clean.shape[1]) → range(1, clean.shape[1])": "at 0 both have <bos>: no effect"},
     hints=[
-        "`z.clone()` first, then assign to one slice of the clone.",
-        "One position and one head, in all prompts: `[:, position, head]`.",
+        "First the two unpatched runs: `scale(model(ids)[:, -1], answer, wrong, 1, 0)` is a bare "
+        "logit difference.",
+        "Then two loops around `patch_vector(model, corrupted, clean, layer, position)`.",
     ],
-    wrong=[
-        (_patched_everywhere, "work on a `clone()`"),
-        (
-            lambda z, other, head, position: torch.stack(
-                [other[:, :, h] if h == head else z[:, :, h] for h in range(z.shape[2])], 2
-            ),
-            "every position",
-        ),
-        (
-            lambda z, other, head, position: torch.stack(
-                [other[:, p] if p == position else z[:, p] for p in range(z.shape[1])], 1
-            ),
-            "All heads",
-        ),
-        (
-            lambda z, other, head, position: patch_head(z, other, position, head),
-            "wrong way round",
-        ),
-        (lambda z, other, head, position: other.clone(), "other run as a whole"),
-    ],
+    wrong=MISTAKES_33,
 )
 def check_33(answer) -> None:
-    z, other = draw(2, 5, 4, 3), draw(2, 5, 4, 3, seed=1)
-    kept, kept_other = z.clone(), other.clone()
-    got = answer(z, other, 2, 3)
-    expect(
-        torch.equal(z, kept) and torch.equal(other, kept_other),
-        "Your function changes the tensor that it was given: work on a `clone()`.",
-    )
-    expect_shape(got, (2, 5, 4, 3))
+    def make(draw):
+        pairs = number_pairs(shipped_model(), draw.integer(1, 3), draw.integer(0, 100_000))
+        sides = [(pairs.clean, pairs.answer), (pairs.corrupted, pairs.wrong)]
+        (clean, said), (corrupted, other) = draw.choice([sides, sides[::-1]])  # are or is
+        return shipped_model(), clean, corrupted, torch.tensor(said), torch.tensor(other)
 
-    def put(where):
-        patched = z.clone()
-        patched[where] = other[where]
-        return patched
-
-    expect_none_of(
-        got,
-        (put((slice(None), slice(None), 2)), "The head is replaced at every position, not at one."),
-        (put((slice(None), 3)), "All heads of that position are replaced, not one."),
-        (
-            put((slice(None), 2, 3)),
-            "Position and head are the wrong way round: z is (batch, pos, n_heads, d_head).",
-        ),
-        (put((0, 3, 2)), "Only the first prompt of the batch is patched."),
-        (
-            other,
-            "This is the other run as a whole: only one head at one position is taken from it.",
-        ),
-        (z, "Nothing has changed: the patched tensor has to be returned."),
+    on_model(
+        answer, sweep, make, MISTAKES_33, "One patch for each layer and position, on the scale.", 2
     )
-    expect_close(got, patch_head(z, other, 2, 3), "Another entry than the one asked for differs.")
 
 
 # -- 3.4 -------------------------------------------------------------------------------------
 
-STUB_34 = '''\
-def both_ways(run, clean, corrupted):
-    """The effect of each wire, by denoising and by noising: two tensors (n,).
 
-    run(wires) gives the network's output for wire values (n,): 1 for the clean wires and 0 for the
-    corrupted ones. denoise[i]: the output when wire i alone is clean. noise[i]: how much of the
-    output is lost when wire i alone is corrupted.
-    """
-    ...
-'''
+def at_the_padding(model, base, other, layer, at, taken):
+    ids, there = (model.tokens(texts, pad=True) for texts in (base, other))
+    key = ("resid_pre", layer)
+    kept = model.run_with_cache(there, key)[1][key]
 
+    def hook(x):
+        x[range(len(x)), at] = kept[range(len(x)), taken]
+        return x
 
-def both_ways(run, clean, corrupted):
-    """One wire at a time, starting afresh for each."""
-    denoise, noise = torch.zeros(len(clean)), torch.zeros(len(clean))
-    for i in range(len(clean)):
-        one, rest = corrupted.clone(), clean.clone()
-        one[i], rest[i] = clean[i], corrupted[i]
-        denoise[i], noise[i] = run(one), 1 - run(rest)
-    return denoise, noise
+    with model.hooks({key: hook}):
+        return model(ids)[:, -1]
 
 
-def _both_ways_without_clones(run, clean, corrupted):
-    denoise, noise = torch.zeros(len(clean)), torch.zeros(len(clean))
-    clean, corrupted = clean.clone(), corrupted.clone()
-    start, end = clean.clone(), corrupted.clone()
-    for i in range(len(clean)):
-        corrupted[i], clean[i] = start[i], end[i]
-        denoise[i], noise[i] = run(corrupted), 1 - run(clean)
-    return denoise, noise
+MISTAKES_34 = slips(
+    patch_each,
+    (
+        at_the_padding,
+        "Shorter texts are padded on the right, so position -1 is padding: count from each text's "
+        "own end.",
+    ),
+    ("[0, of]", "[0, to]", "Both texts use `at`: the vector is at `taken`."),
+    ("to=to", "to=of", "Both texts use `taken`: the vector is put in at `at`."),
+    ("to=to", "to=of", "[0, of]", "[0, to]", "`at` and `taken` are swapped."),
+    ("to=to", "to=-1", "[0, of]", "[0, -1]", "The last tokens are patched."),
+    (
+        lambda model, base, other, layer, at, of: patch_each(model, other, base, layer, of, at),
+        "The runs are swapped: base is run, and other gives the vectors.",
+    ),
+    ("stream[0, to] = vector", "pass", "Nothing is patched."),
+)
 
 
-def _both_ways_in_place(run, clean, corrupted):
-    denoise, noise = torch.zeros(len(clean)), torch.zeros(len(clean))
-    for i in range(len(clean)):
-        clean[i], corrupted[i] = corrupted[i].item(), clean[i].item()
-        denoise[i], noise[i] = run(corrupted), 1 - run(clean)
-    return denoise, noise
+def padded_with_care(model, base, other, layer, at, taken):
+    key, rows = ("resid_pre", layer), range(len(base))
+    ids, there = (model.tokens(texts, pad=True) for texts in (base, other))
+    n, m = ([model.tokens(text).shape[1] for text in texts] for texts in (base, other))
+    kept = model.run_with_cache(there, key)[1][key]
+
+    def hook(x):
+        to, of = (
+            [p % size for p, size in zip(ps, s, strict=True)] for ps, s in ((at, n), (taken, m))
+        )
+        x[rows, to] = kept[rows, of]
+        return x
+
+    with model.hooks({key: hook}):
+        return model(ids)[rows, [size - 1 for size in n]].numpy()
+
+
+def patch_each_by_library(model, base, other, layer, at, taken):
+    found = []
+    for row in zip(base, other, at, taken, strict=True):
+        ids = [model.tokens(text) for text in row[:2]]
+        where = Sweep("layers", layers=layer, positions=row[2], source=row[3])
+        activation_patch(model, ids[1], ids[0], "resid_pre", lambda x: keep(found, x), over=where)
+    return torch.cat(found)
+
+
+def keep(found: list, logits):
+    found.append(logits.flatten(0, -2))
+    return logits[..., 0, 0]
 
 
 @exercise(
     "3.4",
-    title="Both ways",
+    title="Prompts of unequal length",
     difficulty=3,
-    importance=5,
-    minutes=15,
-    stub=STUB_34,
-    reference=both_ways,
-    copies=False,
+    importance=4,
+    minutes=6,
+    reference=patch_each,
+    right=[padded_with_care, patch_each_by_library],
+    survivors=ONE_MODEL | {"True → False": "the four lists are always equally long"},
     hints=[
-        "For wire i: a copy of the corrupted wires with the clean value at i, and the reverse.",
-        "Denoising reads the output; noising reads 1 - output, what is lost.",
+        "One prompt at a time needs no padding: `zip(base, other, at, taken)`.",
+        '`model.run_with_cache(other_text, ("resid_pre", layer))` takes a text as well as ids.',
     ],
-    wrong=[
-        (
-            lambda run, clean, corrupted: (
-                both_ways(run, clean, corrupted)[0],
-                1 - both_ways(run, clean, corrupted)[1],
-            ),
-            "not what is lost",
-        ),
-        (
-            lambda run, clean, corrupted: both_ways(run, clean, corrupted)[::-1],
-            "other direction",
-        ),
-        (_both_ways_in_place, "starts from a run that"),
-        (_both_ways_without_clones, "put back"),
-        (
-            lambda run, clean, corrupted: both_ways(run, clean, corrupted)[0],
-            "Return two things",
-        ),
-    ],
+    wrong=MISTAKES_34,
 )
 def check_34(answer) -> None:
-    clean, corrupted = torch.ones(3), torch.zeros(3)
+    def make(draw):
+        model = shipped_model()
+        clean, corrupted, *_ = unequal_pairs(model, draw.integer(3, 4), draw.integer(0, 100_000))
+        at = [draw.choice([2, 3, -1, -2]) for _ in clean]
+        taken = [draw.choice([3, 2, -3, 4]) for _ in clean]
+        return model, corrupted, clean, draw.integer(1, model.n_layers - 2), at, taken
 
-    def run(wires):  # (wire 0 and wire 1) half, wire 1 or wire 2 half
-        both = torch.relu(wires[0] + wires[1] - 1)
-        either = torch.relu(wires[1] + wires[2]) - torch.relu(wires[1] + wires[2] - 1)
-        return (both + either) / 2
-
-    want = both_ways(run, clean, corrupted)
-    got = answer(run, clean, corrupted)
-    expect(
-        isinstance(got, tuple | list) and len(got) == 2,
-        "Return two things: the denoising effects and the noising effects.",
+    on_model(
+        answer, patch_each, make, MISTAKES_34, "Each prompt has its own two positions.", cases=4
     )
-    expect(
-        bool((clean == 1).all() and (corrupted == 0).all()),
-        "Your function changes `clean` or `corrupted`, so that the second wire starts from a run "
-        "that is patched already: start each wire from a `clone()`.",
-    )
-    for name, mine, right, other in (
-        ("denoising", got[0], want[0], want[1]),
-        ("noising", got[1], want[1], want[0]),
-    ):
-        if name == "noising":
-            expect(
-                not same(mine, 1 - right),
-                "The noising values are what is left of the output, not what is lost: 1 minus it.",
-            )
-        expect(
-            not same(mine, other),
-            f"The {name} effects are those of the other direction: denoising puts one clean wire "
-            "into the corrupted run, noising one corrupted wire into the clean run.",
-        )
-        expect_close(
-            mine,
-            right,
-            f"The {name} effects are another list; are the other wires put back before the next?",
-        )
 
 
 # -- 3.5 -------------------------------------------------------------------------------------
 
-STUB_35 = '''\
-def mean_ablation(x, reference, position):
-    """x with one position's vector replaced, in every prompt, by its mean over reference prompts.
+MISTAKES_35 = slips(
+    restored,
+    (
+        ", key: put_in}",
+        "}",
+        "Nothing is restored: put in the vector that the run *without* noise has there.",
+    ),
+    (
+        '"embed": lambda x: x + noise, ',
+        "",
+        "This is the clean run: the noise is missing, or every position is restored.",
+    ),
+    ("x + noise", "noise + 0 * x", "The noise replaces the embedding: add it."),
+    ("resid_pre", "attn_out", "This restores what attention adds: the stream is at resid_pre."),
+    ("[:, position]", "[:, position + 1]", "Another position is restored."),
+    ("[:, position]", "[0, position]", "Only the first prompt is restored."),
+)
 
-    x          (batch, pos, d_model)
-    reference  (prompts, pos, d_model), the same site for prompts of the same form
-    Returns a new tensor; x stays as it is.
-    """
-    ...
-'''
 
+def restored_in_two_blocks(model, ids, noise, layer, position):
+    clean = model.run_with_cache(ids, ("resid_pre", layer))[1]["resid_pre", layer]
 
-def mean_ablation(x, reference, position):
-    """The mean at *that* position: what stands there in any prompt of this form."""
-    changed = x.clone()
-    changed[:, position] = reference[:, position].mean(0)
-    return changed
+    def mixed(x):
+        return torch.stack(
+            [clean[:, i] if i == position else x[:, i] for i in range(x.shape[1])], 1
+        )
 
-
-def _filled(x, value, position):
-    changed = x.clone()
-    changed[:, position] = value
-    return changed
+    with model.hooks({"embed": lambda x: x + noise}), model.hooks({("resid_pre", layer): mixed}):
+        return model(ids)[:, -1]
 
 
 @exercise(
     "3.5",
-    title="The mean ablation, position by position",
-    difficulty=2,
+    title="Noise, and one vector restored",
+    difficulty=3,
     importance=4,
-    minutes=10,
-    stub=STUB_35,
-    reference=mean_ablation,
+    minutes=5,
+    reference=restored,
+    right=[restored_in_two_blocks],
+    survivors=ONE_MODEL,
     hints=[
-        "`reference[:, position]` is (prompts, d_model): average over the prompts.",
-        "Clone x, then assign the mean vector to one position of all prompts.",
+        "Run once without noise, and keep the stream that enters the layer.",
+        'Then one run with two hooks: {"embed": …, ("resid_pre", layer): …}.',
     ],
-    wrong=[
-        (lambda x, reference, position: _filled(x, 0.0, position), "zero ablation"),
-        (
-            lambda x, reference, position: _filled(x, reference.mean((0, 1)), position),
-            "over all positions",
-        ),
-        (
-            lambda x, reference, position: _filled(x, reference[:, position].mean(), position),
-            "one number instead of a vector",
-        ),
-        (
-            lambda x, reference, position: _filled(x, x[:, position].mean(0), position),
-            "the reference was asked for",
-        ),
-        (
-            lambda x, reference, position: reference.mean(0).expand_as(x).clone(),
-            "Every position",
-        ),
-    ],
+    wrong=MISTAKES_35,
 )
 def check_35(answer) -> None:
-    x, reference, kept = draw(2, 4, 3), draw(5, 4, 3, seed=1) + 1, draw(2, 4, 3)
-    got = answer(x, reference, 2)
-    expect(torch.equal(x, kept), "Your function changes x itself: work on a `clone()`.")
-    expect_shape(got, (2, 4, 3))
+    def make(draw):
+        model, pairs = shipped_model(), some_pairs(draw)
+        ids, noise = pairs.clean, torch.zeros(*pairs.clean.shape, model.d_model)
+        size = float(model.run_with_cache(ids, "embed")[1]["embed"].std())
+        at = draw.choice(pairs.subject)
+        noise[:, at:-1] = draw.normal(
+            len(ids), ids.shape[1] - at - 1, model.d_model, scale=3 * size
+        )
+        return model, ids, noise, draw.integer(1, model.n_layers - 2), at
 
-    def put(value, at=2):
-        changed = x.clone()
-        changed[:, at] = value
-        return changed
-
-    expect_none_of(
-        got,
-        (put(0.0), "This is a zero ablation: the mean vector of the reference belongs there."),
-        (
-            put(reference.mean((0, 1))),
-            "The mean is taken over all positions: another position's vectors do not belong there.",
-        ),
-        (
-            put(reference[:, 2].mean()),
-            "The mean is over the model's dimensions as well: one number instead of a vector.",
-        ),
-        (put(x[:, 2].mean(0)), "The mean is over the prompts of x: the reference was asked for."),
-        (
-            put(reference.mean(0), slice(None)),
-            "Every position is replaced, and only one should be.",
-        ),
+    on_model(
+        answer,
+        restored,
+        make,
+        MISTAKES_35,
+        "Noise on the embedding of every position where it is not 0, and one clean vector.",
     )
-    expect_close(got, mean_ablation(x, reference, 2), "Another vector was expected there.")
 
 
 # -- 3.6 -------------------------------------------------------------------------------------
 
-STUB_36 = '''\
-def attribution(base, other, gradient):
-    """What attribution patching says each position's patch will change, (pos,).
+MISTAKES_36 = slips(
+    patch_heads,
+    (
+        "if each == layer]",
+        "if each == layer][-1:]",
+        "Only the last head of each layer is replaced: a dictionary holds one hook for a key, so "
+        "one hook has to replace all heads of its layer.",
+    ),
+    ("[:, -1, chosen]", "[:, :, chosen]", "Every token is patched, not the last alone."),
+    ("[:, -1, chosen]", "[:, -1]", "All heads of the layer are replaced."),
+    ("[:, -1, chosen]", "[:, 0, chosen]", "The first token is patched."),
+    ("[:, -1, chosen]", "[0, -1, chosen]", "Only the first prompt is patched."),
+    (
+        lambda model, base, other, heads: patch_heads(model, other, base, heads),
+        "The runs are swapped: base is run, and other gives the heads.",
+    ),
+    (
+        lambda model, base, other, heads: patch_heads(model, base, other, heads[:1]),
+        "Only the first head of the list is replaced.",
+    ),
+)
 
-    base, other  (pos, d_model), an activation in the run that is patched and in the other run
-    gradient     (pos, d_model), of the metric by that activation, in the run that is patched
-    """
-    ...
-'''
 
+def heads_in_one_loop(model, base, other, heads):
+    values = {layer: model.run_with_cache(other, ("z", layer))[1]["z", layer] for layer, _ in heads}
 
-def attribution(base, other, gradient):
-    """First order: (other - base) · ∂ metric / ∂ activation, summed over the vector's entries."""
-    return ((other - base) * gradient).sum(-1)
+    def hook_of(layer):
+        def hook(z):
+            new = z.clone()
+            for head in [h for each, h in heads if each == layer]:
+                new[:, -1, head] = values[layer][:, -1, head]
+            return new
+
+        return hook
+
+    with model.hooks({("z", layer): hook_of(layer) for layer in values}):
+        return model(base)[:, -1]
 
 
 @exercise(
     "3.6",
-    title="Attribution patching",
-    difficulty=2,
+    title="Several heads at once",
+    difficulty=3,
     importance=5,
-    minutes=10,
-    stub=STUB_36,
-    reference=attribution,
+    minutes=7,
+    reference=patch_heads,
+    right=[heads_in_one_loop],
+    survivors=ONE_MODEL,
     hints=[
-        "To first order, f(x + dx) - f(x) is dx times the gradient, summed. What is dx?",
-        "`(other - base) * gradient`, summed over the last axis.",
+        'As in 3.2, with the site "z". `model.run_with_cache(other, "z")` keeps all layers.',
+        "Group the heads by layer: one hook for a layer replaces all of its heads.",
+        "A function made in a loop sees the loop's last value; `def put_in(z, layer=layer):` keeps "
+        "the one it was made with.",
     ],
-    wrong=[
-        (lambda base, other, gradient: attribution(other, base, gradient), "turned round"),
-        (lambda base, other, gradient: (other * gradient).sum(-1), "removes base as well"),
-        (lambda base, other, gradient: ((other - base) * gradient).sum(), "One number per"),
-        (lambda base, other, gradient: ((other - base) * gradient).mean(-1), "do not average"),
-        (
-            lambda base, other, gradient: (other - base).norm(dim=-1) * gradient.norm(dim=-1),
-            "forget the angle",
-        ),
-    ],
+    wrong=MISTAKES_36,
 )
 def check_36(answer) -> None:
-    base, other, gradient = (draw(4, 6, seed=seed) for seed in range(3))
-    got = answer(base, other, gradient)
-    want = attribution(base, other, gradient)
-    expect_none_of(
-        got,
-        (-want, "The sign is turned round: the patch goes *from* base *to* other."),
-        ((other * gradient).sum(-1), "The patch removes base as well: the change is other - base."),
-        ((base * gradient).sum(-1), "This is base times gradient: the change is other - base."),
-        (want.sum(), "One number per position, not their sum."),
-        ((other - base) * gradient, "Sum over the entries of each position's vector."),
-        (
-            ((other - base) * gradient).mean(-1),
-            "Sum over the vector's entries, do not average them.",
-        ),
-        (
-            (other - base).norm(dim=-1) * gradient.norm(dim=-1),
-            "The lengths alone forget the angle: a large change across the gradient does nothing.",
-        ),
+    def make(draw):
+        pairs, model = some_pairs(draw), shipped_model()
+        late = draw.integer(model.n_layers // 2, model.n_layers - 2)
+        early = draw.integer(1, model.n_layers // 2 - 1)
+        first = draw.integer(0, model.n_heads - 1)
+        second = (first + draw.integer(1, model.n_heads - 1)) % model.n_heads
+        heads = [(late, first), (early, draw.integer(0, model.n_heads - 1)), (late, second)]
+        return model, pairs.corrupted, pairs.clean, heads
+
+    on_model(
+        answer,
+        patch_heads,
+        make,
+        MISTAKES_36,
+        "z[:, -1, head] of each head in the list should come from the other run, and no other.",
     )
-    expect_close(got, want, "Per position: the dot product of the change and the gradient.")
 
 
 # -- 3.7 -------------------------------------------------------------------------------------
 
-STUB_37 = '''\
-def rank_correlation(true, guess):
-    """Spearman's rank correlation of two lists (n,) without ties: the correlation of their ranks.
+COPIES = "one, rest = corrupted.clone(), clean.clone()"
+MISTAKES_37 = slips(
+    both_ways,
+    (
+        "return enough, needed",
+        "return needed, enough",
+        "The two are swapped: enough puts a clean wire in.",
+    ),
+    (
+        "1 - (run(rest)",
+        "(run(rest)",
+        "The second is what is left of the clean run: needed is what is lost, 1 minus it.",
+    ),
+    (
+        f"        {COPIES}\n",
+        "",
+        "    enough, needed",
+        f"    {COPIES}\n    enough, needed",
+        "Put each wire back before the next: start from a `clone()`.",
+    ),
+    (" / gap", "", "Put both on the scale: divide by run(clean) − run(corrupted)."),
+    (
+        lambda run, clean, corrupted: both_ways(run, clean, torch.zeros_like(corrupted)),
+        "The corrupted wires are not zero: take their values from `corrupted`.",
+    ),
+    ("return enough, needed", "return enough, enough", "Both are the same direction."),
+)
 
-    true, guess: tensors (n,), such as the effects of n patches and their estimates.
-    """
-    ...
-'''
 
-
-def ranks(values):
-    """0 for the smallest, n - 1 for the largest."""
-    return values.argsort().argsort().double()
-
-
-def rank_correlation(true, guess):
-    """Pearson's correlation of the ranks."""
-    return torch.corrcoef(torch.stack([ranks(true), ranks(guess)]))[0, 1]
+def both_ways_by_masks(run, clean, corrupted):
+    ends, found = [float(run(x)) for x in (corrupted, clean)], ([], [])
+    for row in torch.eye(len(clean)).bool():
+        for kept, wires in zip(found, (row, ~row), strict=True):
+            value = float(run(torch.where(wires, clean, corrupted)))
+            kept.append((value - ends[0]) / (ends[1] - ends[0]))
+    return found[0], [1 - value for value in found[1]]
 
 
 @exercise(
     "3.7",
-    title="Is the order right?",
-    difficulty=3,
-    importance=3,
-    minutes=10,
-    stub=STUB_37,
-    reference=rank_correlation,
+    title="Enough and needed",
+    difficulty=2,
+    importance=5,
+    minutes=5,
+    reference=both_ways,
+    right=[both_ways_by_masks],
+    copies=False,
     hints=[
-        "First turn each list into ranks: 0 for the smallest, n - 1 for the largest.",
-        "`argsort()` of `argsort()` gives ranks; `torch.corrcoef` then gives the correlation.",
+        "For wire i: a copy of corrupted with the clean value at i, and the reverse.",
+        "Both are put on the scale; needed is 1 minus what the scale says.",
     ],
-    wrong=[
-        (
-            lambda true, guess: torch.corrcoef(torch.stack([true, guess]))[0, 1],
-            "Pearson's correlation",
-        ),
-        (
-            lambda true, guess: torch.corrcoef(
-                torch.stack([true.argsort().double(), guess.argsort().double()])
-            )[0, 1],
-            "apply it twice",
-        ),
-        (lambda true, guess: rank_correlation(true, -guess), "upside down"),
-        (
-            lambda true, guess: (ranks(true) == ranks(guess)).double().mean(),
-            "counts equal ranks",
-        ),
-    ],
+    wrong=MISTAKES_37,
 )
 def check_37(answer) -> None:
-    true = torch.tensor([0.1, 0.9, 0.3, 0.2, 5.0, -0.4])
-    guess = torch.tensor([0.6, 0.3, 0.0, 0.25, 0.4, -9.0])
-    want = rank_correlation(true, guess)
-    got = answer(true, guess)
-    order = torch.corrcoef(torch.stack([true.argsort().double(), guess.argsort().double()]))[0, 1]
-    expect_none_of(
-        got,
-        (
-            torch.corrcoef(torch.stack([true, guess]))[0, 1],
-            "This is Pearson's correlation of the values: outliers decide it. Take ranks first.",
-        ),
-        (
-            order,
-            "`argsort` says which entry comes first, not which rank an entry has: apply it twice.",
-        ),
-        (-want, "One of the two rankings is upside down."),
-        ((ranks(true) == ranks(guess)).double().mean(), "This counts equal ranks: correlate them."),
-    )
-    expect_close(got, want, f"For the example {float(want):.3f} was expected.", 1e-4)
+    def make(draw):
+        W, v = draw.normal("n", "hidden"), draw.normal("hidden")
+        while True:
+            clean, corrupted = draw.normal("n", scale=1.5), draw.normal("n", scale=1.5)
+
+            def run(wires):
+                return torch.relu(torch.as_tensor(wires) @ W) @ v
+
+            if (run(clean) - run(corrupted)).abs() > 1:
+                return run, clean, corrupted
+
+    def watched(run, clean, corrupted):
+        kept = clean.clone(), corrupted.clone()
+        found = answer(run, clean, corrupted)
+        same = torch.equal(clean, kept[0]) and torch.equal(corrupted, kept[1])
+        expect(same, "Your function changes clean or corrupted itself: work on a `clone()`.")
+        return found
+
+    agree(watched, both_ways, make, MISTAKES_37, "One wire at a time, the others as they were.")
 
 
 # -- 3.8 -------------------------------------------------------------------------------------
 
-STUB_38 = '''\
-def head_change(z, other, head, W_O, post_norm):
-    """How what attention adds to the stream changes when one head is taken from the other run.
+CHANGE = '(there[key] - held["here"])'
+PRODUCT = f"({CHANGE} * gradient).sum((0, 2))"
+MISTAKES_38 = slips(
+    attribution,
+    (CHANGE, f"-{CHANGE}", "The sign is turned round: the patch goes from base to other."),
+    (CHANGE, "there[key]", "The change is other − base: the patch removes base, too."),
+    (
+        lambda model, base, other, *rest: -attribution(model, other, base, *rest),
+        "The gradient is of the other run: take it in the base run.",
+    ),
+    ("sum((0, 2))", "sum(2)", "Sum over the prompts, too: (pos,)."),
+    ("sum((0, 2))", "sum()", "One number for each position."),
+    ("sum((0, 2))", "mean((0, 2))", "Sum the products, don't average them."),
+    (
+        PRODUCT,
+        f"({CHANGE}.norm(dim=2) * gradient.norm(dim=2)).sum(0)",
+        "Lengths alone forget the angle: take the dot product.",
+    ),
+    (
+        "scale(model(base)[:, -1], answer, wrong, 1, 0)",
+        "model(base)[range(len(base)), -1, answer].mean()",
+        "This is of the answer's logit alone: subtract the wrong one's.",
+    ),
+    (
+        "wrong, 1, 0)",
+        "wrong, 1, 0) * len(base)",
+        "This is of the sum over the prompts: differentiate their mean.",
+    ),
+)
 
-    z, other   (pos, n_heads, d_head), what the heads have gathered in the two runs
-    W_O        (n_heads, d_head, d_model)
-    post_norm  a function (pos, d_model) -> (pos, d_model), which the summed output of all heads
-               passes before it is added
-    Returns (pos, d_model).
-    """
-    ...
-'''
 
+def attribution_by_backward(model, base, other, layer, answer, wrong):
+    key, held = ("resid_pre", layer), []
+    there = model.run_with_cache(other, key)[1][key]
 
-def heads_out(z, W_O):
-    """Σ over heads of z · W_O, (pos, d_model)."""
-    return torch.einsum("phd,hdm->pm", z, W_O)
+    def hook(x):
+        x = x.detach().requires_grad_()
+        held.append(x)
+        return x
 
-
-def head_change(z, other, head, W_O, post_norm):
-    """Norm with the head from the other run, less norm without: the norm is not linear."""
-    patched = z.clone()
-    patched[:, head] = other[:, head]
-    return post_norm(heads_out(patched, W_O)) - post_norm(heads_out(z, W_O))
+    with model.hooks({key: hook}):
+        last = model(base)[:, -1]
+        chosen = last.gather(1, answer[:, None]) - last.gather(1, wrong[:, None])
+        chosen.mean().backward()
+    return ((there - held[0].detach()) * held[0].grad).sum(-1).sum(0).numpy()
 
 
 @exercise(
     "3.8",
-    title="A head behind a post-norm",
+    title="Every patch from one gradient",
     difficulty=4,
-    importance=4,
-    minutes=15,
-    stub=STUB_38,
-    reference=head_change,
+    importance=5,
+    minutes=8,
+    reference=attribution,
+    right=[attribution_by_backward],
+    survivors=ONE_MODEL,
     hints=[
-        '`torch.einsum("phd,hdm->pm", z, W_O)` is what all heads write, before the norm.',
-        "Compute that twice, with and without the patch, and subtract *after* the norm.",
+        "In the base run a hook keeps the stream, `kept.append(x.requires_grad_())`, and gives it.",
+        "`torch.autograd.grad(scale(…, 1, 0), kept[0])` gives the gradient of the difference.",
+        "Multiply it with other's stream minus base's, and sum over prompts and d_model.",
     ],
-    wrong=[
-        (
-            lambda z, other, head, W_O, post_norm: (other - z)[:, head] @ W_O[head],
-            "left out",
-        ),
-        (
-            lambda z, other, head, W_O, post_norm: post_norm((other - z)[:, head] @ W_O[head]),
-            "norm of the difference",
-        ),
-        (
-            lambda z, other, head, W_O, post_norm: (
-                post_norm(other[:, head] @ W_O[head]) - post_norm(z[:, head] @ W_O[head])
-            ),
-            "this head alone",
-        ),
-        (
-            lambda z, other, head, W_O, post_norm: (
-                post_norm(heads_out(other, W_O)) - post_norm(heads_out(z, W_O))
-            ),
-            "All heads are taken",
-        ),
-        (
-            lambda z, other, head, W_O, post_norm: -head_change(z, other, head, W_O, post_norm),
-            "turned round",
-        ),
-    ],
+    wrong=MISTAKES_38,
 )
 def check_38(answer) -> None:
-    z, other, W_O = draw(3, 2, 4), 3 * draw(3, 2, 4, seed=1), draw(2, 4, 5, seed=2)
-    kept = z.clone()
+    def make(draw):
+        pairs, model = some_pairs(draw), shipped_model()
+        ids = (torch.tensor(each) for each in (pairs.answer, pairs.wrong))
+        layer = draw.integer(1, model.n_layers - 2)
+        return model, pairs.corrupted, pairs.clean, layer, *ids
 
-    def norm(x):
-        return 2 * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    on_model(answer, attribution, make, MISTAKES_38, "Per position: (other − base) · gradient.")
 
-    got = answer(z, other, 1, W_O, norm)
-    expect(torch.equal(z, kept), "Your function changes z itself: work on a `clone()`.")
-    want = head_change(z, other, 1, W_O, norm)
-    one = (other - z)[:, 1] @ W_O[1]
-    alone = norm(other[:, 1] @ W_O[1]) - norm(z[:, 1] @ W_O[1])
-    expect_none_of(
-        got,
-        (one, "The post-norm is left out: its scale belongs to what reaches the stream."),
-        (
-            norm(one),
-            "This is the norm of the difference: any change would come out equally long. Take the "
-            "difference of two norms.",
-        ),
-        (
-            alone,
-            "The norm is applied to this head alone: the model applies it to the sum of all heads.",
-        ),
-        (-want, "The sign is turned round: the patched output less the old one."),
-        (
-            norm(heads_out(other, W_O)) - norm(heads_out(z, W_O)),
-            "All heads are taken from the other run, not one.",
-        ),
-        (
-            norm(heads_out(z, W_O) + one),
-            "This is the patched output itself: subtract what attention added before.",
-        ),
-    )
-    expect_close(got, want, "post_norm(all heads, one patched) - post_norm(all heads).", 1e-4)
+
+# -- 3.9 -------------------------------------------------------------------------------------
+
+FIT = "(said * world).sum() / (world * world).sum()"
+MISTAKES_39 = slips(
+    bias_slope,
+    (
+        "last = torch.stack(",
+        "last = torch.softmax(torch.stack(",
+        " for each in sentences])",
+        " for each in sentences]), -1)",
+        "torch.logit(torch.tensor(p_she))",
+        "torch.tensor(p_she)",
+        "These are probabilities: take log-odds on both sides.",
+    ),
+    (
+        FIT,
+        "(said * world).sum() / ((said - said.mean()) ** 2).sum()",
+        "Turn it round: this is the world over the model.",
+    ),
+    (
+        "last[:, she] - last[:, he]",
+        "last[:, he] - last[:, she]",
+        "The sign is turned round: she over he.",
+    ),
+    ("world = world - world.mean()", "pass", "Centre the world's log-odds first."),
+    (
+        FIT,
+        "torch.corrcoef(torch.stack([said, world]))[0, 1]",
+        "This is the correlation: it does not say how large the bias is.",
+    ),
+    ("[0, -1]", "[0, 0]", "These are the logits of the first token: take the last."),
+)
+
+
+def slope_by_polyfit(model, sentences, p_she):
+    found = []
+    for text in sentences:
+        p = model(text)[0, -1].softmax(-1)
+        she, he = (float(p[model.to_single_token(word)]) for word in (" she", " he"))
+        found.append(np.log(she / he))
+    p = np.array(p_she)
+    return np.polyfit(np.log(p / (1 - p)), found, 1)[0]
+
+
+@exercise(
+    "3.9",
+    title="How much of the bias the model has",
+    difficulty=2,
+    importance=3,
+    minutes=5,
+    reference=bias_slope,
+    right=[slope_by_polyfit],
+    survivors=ONE_MODEL,
+    hints=[
+        "log p(she) − log p(he) is the difference of two logits at the last token.",
+        "The world's log-odds are `torch.logit(torch.tensor(p_she))`.",
+        "With x centred, the slope of y over x is (x · y).sum() / (x · x).sum().",
+    ],
+    wrong=MISTAKES_39,
+    after="That was the last exercise. The investigation is waiting.",
+)
+def check_39(answer) -> None:
+    def make(draw):
+        jobs = draw.sample(JOBS, "jobs")
+        texts = pronoun_texts(draw.integer(0, 999), jobs) + pronoun_texts(
+            draw.integer(0, 999), jobs[1:]
+        )
+        p = [lexicon.occupations()[job] for job in jobs + jobs[1:]]
+        return shipped_model(), texts, p
+
+    on_model(answer, bias_slope, make, MISTAKES_39, "The slope is cov(model, world) / var(world).")

@@ -1,4 +1,4 @@
-"""The figures of lesson 03: effects in, Figure out. Only `PatchingExplorer` patches.
+"""The figures of lesson 03: effects in, Figure out. Only the two explorers run the model.
 
 Effects are normalised logit differences: 0 is the corrupted run, 1 the clean one.
 """
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from mi_helpers.lessons.lesson_03.experiments import PARTS, TASKS
+from mi_helpers.lessons.lesson_03.pairs import CITY, sights
 from mi_helpers.models import LanguageModel
 from mi_helpers.patching import activation_patch, normalised_logit_diff
 from mi_helpers.plots import (
@@ -18,30 +20,15 @@ from mi_helpers.plots import (
     OKABE_ITO,
     Picture,
     as_array,
-    clamp,
+    bars,
     figure,
+    name_series,
     name_ticks,
-    print_values,
     style,
 )
 from mi_helpers.sweeps import pair
 
 MOST_HEADS = 12  # rows of the map over heads and positions
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A Markdown table; numbers are shown with two decimals."""
-    if wrong := [len(row) for row in rows if len(row) != len(head)]:
-        raise ValueError(f"A row has {wrong[0]} cells and the head {len(head)}.")
-
-    def cell(value) -> str:
-        return value if isinstance(value, str) else f"{float(value):z.2f}"
-
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
-
-
-# -- maps --------------------------------------------------------------------------------------
 
 
 def token_names(model: LanguageModel, clean, corrupted=None) -> list[str]:
@@ -55,78 +42,98 @@ def token_names(model: LanguageModel, clean, corrupted=None) -> list[str]:
     return names
 
 
-@style()
-def effect_maps(
-    panels: Mapping[str, Sequence],
-    xlabels: Sequence[str],
-    ylabels: Sequence[str],
-    title: str = "",
-    *,
-    xlabel: str = "position",
-    ylabel: str = "layer",
-    unit: str = "normalised logit difference",
-    limit: float = 1.0,
-) -> Figure:
-    """One map (rows, columns) per title, side by side, on one scale around zero.
+# -- the opening -------------------------------------------------------------------------------
 
-    Realises the maps of "Locating and Editing Factual Associations in GPT" (Meng and others, 2022),
-    figure 1, and of "Interpretability in the Wild" (Wang and others, 2022).
+
+class SwapLab:
+    """`lab(vector_of, layer, word)`: the next tokens when one vector comes from another prompt.
+
+    The model reads about the second of `sights`; the vectors may come from the others.
     """
-    rows, columns = len(ylabels), len(xlabels)
-    each = 0.4 + (0.5 if rows * columns <= 120 else 0.38) * columns
-    wide = clamp(1.4 + len(panels) * max(3.2, each))
-    high = clamp(2.2 + 0.36 * rows)
-    picture = Picture(figsize=(wide, high))
-    axes = picture.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for one, (name, values) in zip(axes, panels.items(), strict=True):
-        values = as_array(values)
-        if values.shape != (rows, columns):
-            raise ValueError(f"'{name}' has shape {values.shape}, expected {(rows, columns)}.")
-        image = one.imshow(values, aspect="auto", cmap=EFFECT, vmin=-limit, vmax=limit)
-        name_ticks(one.xaxis, xlabels, columns)
-        name_ticks(one.yaxis, ylabels, rows)
-        if max(map(len, map(str, xlabels))) > 2:
-            one.tick_params(axis="x", labelrotation=90)
-        one.spines[:].set_visible(False)
-        one.set(title=name, xlabel=xlabel)
-        if values.size <= 120:
-            small = np.where(np.abs(values) < 0.005, np.nan, values)  # zeros would only be clutter
-            print_values(one, image, small, "z.2f")
-            for text in one.texts:
-                text.set_fontsize(9)
-    axes[0].set_ylabel(ylabel)
-    picture.colorbar(image, ax=list(axes), label=unit, fraction=0.03, pad=0.01)
-    if title:
-        picture.suptitle(title, x=0.01, ha="left")
-    return picture
+
+    def __init__(self, model: LanguageModel):
+        first, base, *rest = sights(model)
+        self.model, self.base = model, CITY.format(base.name)
+        self.others = {place.name: CITY.format(place.name) for place in (first, *rest)}
+        self.words = token_names(model, model.tokens(self.base)[0])
+
+    def controls(self) -> dict:
+        """What `explore` needs."""
+        layers = (0, self.model.n_layers - 1, 1)
+        words = self.words[1:]
+        return {"vector_of": list(self.others), "layer": layers, "word": words}
+
+    @torch.no_grad()
+    def __call__(self, vector_of: str, layer: int, word: str) -> Figure:
+        at, key, model = self.words.index(word), ("resid_pre", layer), self.model
+        _, kept = model.run_with_cache(self.others[vector_of], key, stop_at_layer=layer + 1)
+
+        def put_in(stream):
+            stream[:, at] = kept[key][:, at]
+            return stream
+
+        with model.hooks({key: put_in}):
+            p = model(self.base)[0, -1].float().softmax(-1)
+        best = p.topk(6).indices.tolist()
+        said = [model.str_tokens([i])[0].strip() for i in best]
+        shown = {f"{rank + 1}. {said[rank]}": float(p[i]) for rank, i in enumerate(best)}
+        title = f"“{self.base} …”\nstream entering layer {layer}, at “{word}”, from {vector_of}"
+        drawn = bars(shown, title, xlabel="probability of the next token", limits=(0, 1.1))
+        return drawn.reads(f"First comes {said[0]}.")
 
 
 # -- the explorer ------------------------------------------------------------------------------
 
 
 SITES = {  # what the explorer offers: the engine's site, and the axes besides the layers
-    **{name: (name, "positions") for name in ("resid_pre", "resid_mid", "attn_out", "mlp_out")},
+    **{name: (name, "positions") for name in ("resid_pre", "attn_out", "mlp_out")},
     "heads": ("z", "heads"),
     "heads × positions": ("z", "heads x positions"),
-    "queries": ("q", "heads"),
-    "keys": ("k", "heads"),
-    "values": ("v", "heads"),
-    "patterns": ("pattern", "heads"),
+    **{name: (site, "heads") for name, site in PARTS.items()},
 }
 
 
 class PatchingExplorer:
-    """`explorer(clean, corrupted, answers, site, mode)`: the map of any two prompts, as a Figure.
+    """`explorer(pair, clean, corrupted, answers, site, mode)`: a map of patches, as a Figure.
 
-    answers  the clean and the corrupted prompt's answer, as "is / are"; where empty, what the model
-             itself says after each prompt
+    pair     one of `pairs`, which serves where the two prompts are left empty
+    answers  the clean and the corrupted prompt's answer, as "is / are"; where empty, the pair's, or
+             what the model itself says after each prompt
     Effects are kept for the prompts asked last, so that going back costs the drawing only.
     """
 
     def __init__(self, model: LanguageModel, most_heads: int = MOST_HEADS):
         self.model, self.most_heads = model, most_heads
+        self.pairs = {}
+        for name, make in TASKS.items():
+            one = make(model, 1, 0)
+            self.pairs[name] = (*one.texts[0], " / ".join(one.words(model)[0]))
         self.effects = lru_cache(maxsize=64)(self._effects)
         self.prompts = lru_cache(maxsize=32)(self._prompts)
+
+    def controls(self) -> dict:
+        """What `explore` needs."""
+        texts = dict.fromkeys(("clean", "corrupted", "answers"), "")
+        return {
+            "pair": list(self.pairs),
+            **texts,
+            "site": list(SITES),
+            "mode": ["denoise", "noise"],
+        }
+
+    def chosen(self, pair: str, clean: str, corrupted: str, answers: str) -> tuple[str, str, str]:
+        """The two prompts and their answers: those of the pair, or those that were written."""
+        if pair not in self.pairs:
+            raise ValueError(f"There is no pair {pair!r}: choose one of {', '.join(self.pairs)}.")
+        given = [text for text in (clean, corrupted) if text.strip()]
+        if len(given) == 1:
+            raise ValueError(
+                "One prompt is empty: write both, or neither, and the pair above is shown."
+            )
+        if given:
+            return clean, corrupted, answers
+        *texts, known = self.pairs[pair]
+        return texts[0], texts[1], answers if answers.strip() else known
 
     def _prompts(self, clean: str, corrupted: str, answers: str):
         """The two prompts' ids, the metric, and both answers as words."""
@@ -161,12 +168,15 @@ class PatchingExplorer:
         name, over = SITES[site]
         return as_array(activation_patch(self.model, *ids, name, metric, mode, over=over))
 
-    def __call__(self, clean: str, corrupted: str, answers: str, site: str, mode: str) -> Figure:
+    def __call__(
+        self, pair: str, clean: str, corrupted: str, answers: str, site: str, mode: str
+    ) -> Figure:
         """Draw it; ValueError, with a sentence, for prompts that cannot be compared."""
         if site not in SITES:
             raise ValueError(f"There is no site {site!r}: choose one of {', '.join(SITES)}.")
-        ids, metric, names = self.prompts(clean, corrupted, answers)
-        values = self.effects(clean, corrupted, answers, site, mode)
+        asked = self.chosen(pair, clean, corrupted, answers)
+        ids, metric, names = self.prompts(*asked)
+        values = self.effects(*asked, site, mode)
         columns, xlabel = token_names(self.model, ids[0], ids[1]), "position"
         rows, ylabel = [str(layer) for layer in range(self.model.n_layers)], "layer"
         if SITES[site][1] == "heads":  # keys and values have fewer
@@ -196,16 +206,14 @@ def single_map(
 ) -> Figure:
     """One map with fixed margins, which take half the time of a layout that is solved for.
 
-    The colour is the effect: for denoising the value, for noising 1 less the value; the printed
-    number is the value itself.
+    Colour and number are the effect: the metric for denoising, 1 less the metric for noising.
     """
-    values = as_array(values)
-    rows, columns = values.shape
+    effect = as_array(values) if mode == "denoise" else 1 - as_array(values)
+    rows, columns = effect.shape
     high = 2.6 + 0.3 * max(rows, 8)
     picture = Picture(figsize=(11, high), layout="none")
     axes = picture.add_axes((0.07, 1.55 / high, 0.79, 1 - 2.15 / high))
     scale = picture.add_axes((0.885, 1.55 / high, 0.015, 1 - 2.15 / high))
-    effect = values if mode == "denoise" else 1 - values
     image = axes.imshow(effect, aspect="auto", cmap=EFFECT, vmin=-1, vmax=1)
     name_ticks(axes.xaxis, xlabels, columns)
     name_ticks(axes.yaxis, ylabels, rows)
@@ -216,13 +224,43 @@ def single_map(
     axes.set_title(title, fontsize=12)
     for (row, column), value in np.ndenumerate(effect):
         if abs(value) >= 0.02:
-            dark = abs(value) > 0.6
+            colour, size = "white" if abs(value) > 0.6 else "black", 10 if rows <= 12 else 8
             axes.text(
-                column, row, f"{values[row, column]:z.2f}", ha="center", va="center",
-                color="white" if dark else "black", fontsize=10 if rows <= 12 else 8,
-            )  # fmt: skip
-    effect_name = "value" if mode == "denoise" else "1 − value"
-    picture.colorbar(image, cax=scale, label=f"effect ({effect_name})")
+                column, row, f"{value:z.2f}", ha="center", va="center", color=colour, fontsize=size
+            )
+    said = "enough: the metric" if mode == "denoise" else "needed: 1 − the metric"
+    picture.colorbar(image, cax=scale, label=said)
+    return picture
+
+
+# -- enough and needed -------------------------------------------------------------------------
+
+
+@style()
+def enough_and_needed(panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]]) -> Figure:
+    """A point for each head of each task: how far it is needed (x) and enough (y).
+
+    Args:
+        panels: {title: {task: (enough, needed)}}, of any shape.
+
+    Source: Heimersheim and Nanda 2024, How to use and interpret activation patching: AND and OR.
+    """
+    picture, axes = figure(5.4 * len(panels), 5.6, columns=len(panels), squeeze=False, sharey=True)
+    corners = {"one road": (0.95, 1.12), "AND": (1, -0.12), "OR": (-0.08, 1.02)}
+    for one, (title, series) in zip(axes[0], panels.items(), strict=True):
+        one.plot([0, 1], [0, 1], color="grey", linestyle=":", marker="", linewidth=1.5)
+        one.text(0.5, 0.42, "shares", color="0.35", rotation=38, rotation_mode="anchor")
+        for name, (x, y) in corners.items():
+            one.text(x, y, name, color="0.35", ha="center", va="center", fontsize=15)
+        drawn = []
+        for index, (enough, needed) in enumerate(series.values()):
+            look = {"marker": MARKERS[index % 7], "color": OKABE_ITO[index % 7], "alpha": 0.8}
+            x, y = as_array(needed).ravel(), as_array(enough).ravel()
+            drawn += one.plot(x, y, linestyle="", markersize=8, **look)
+        one.set(xlabel="needed: lost by noising", xlim=(-0.25, 1.25), ylim=(-0.25, 1.25))
+        one.set_title(title)
+    axes[0, 0].set_ylabel("enough: won by denoising")
+    name_series(picture, drawn, series, loc="outside lower center", ncols=min(6, len(series)))
     return picture
 
 
@@ -230,30 +268,34 @@ def single_map(
 
 
 @style()
-def interpolation_curves(
-    share: Sequence[float], panels: Mapping[str, tuple[Sequence[float], float]]
+def the_way(
+    share: Sequence[float], panels: Mapping[str, tuple[Sequence[float], float, float]]
 ) -> Figure:
     """One panel per title: the metric as an activation is moved from its own value (share 0) to the
-    other run's (share 1), and the straight line that attribution patching follows.
+    other run's (share 1), the line of the slope at the start, and the estimate of several slopes.
 
-    panels  {title: (metric at each share, what attribution patching says at share 1)}
+    Args:
+        panels: {title: (metric at each share, attribution's estimate, that of several gradients)}.
     """
     share = as_array(share)
     picture, axes = figure(4.6 * len(panels), 4.4, columns=len(panels), squeeze=False, sharey=True)
-    for one, (title, (values, guess)) in zip(axes[0], panels.items(), strict=True):
+    for one, (title, (values, guess, closer)) in zip(axes[0], panels.items(), strict=True):
         values = as_array(values)
         if values.shape != share.shape:
             raise ValueError(f"'{title}' has {values.size} values for {share.size} shares.")
         start = values[0]
-        one.plot(share, values, label="true patch", marker="")
-        one.plot(share, start + share * (guess - start), label="attribution", marker="")
-        one.plot([1], [values[-1]], marker="o", color=OKABE_ITO[0], linestyle="")
-        one.plot([1], [guess], marker="s", color=OKABE_ITO[1], linestyle="")
-        for height in (values[-1], guess):
-            one.text(1.05, height, f"{height:.2f}", va="center", fontsize=11)
-        one.set(title=title, xlabel="share of the other run's activation", xlim=(-0.05, 1.25))
+        one.plot(share, values, label="the true patch", marker="", color=OKABE_ITO[0])
+        line = start + share * (guess - start)
+        one.plot(share, line, label="the slope at the start", marker="", color=OKABE_ITO[1])
+        one.plot(
+            [1], [closer], label="mean of four slopes", linestyle="", marker="D", color="black"
+        )
+        for height, mark in ((values[-1], "o"), (guess, "s")):
+            one.plot([1], [height], marker=mark, color=OKABE_ITO[mark == "s"], linestyle="")
+        one.text(1.05, guess, f"{guess:.2f}", va="center", fontsize=11)
+        one.set(title=title, xlabel="share of the clean run's vector", xlim=(-0.05, 1.25))
     axes[0, 0].set_ylabel("normalised logit difference")
-    axes[0, 0].legend(loc="upper left")
+    axes[0, -1].legend(loc="lower right")
     return picture
 
 
@@ -273,22 +315,4 @@ def true_against_guess(panels: Mapping[str, tuple[Sequence, Sequence]]) -> Figur
         one.plot(true, guess, linestyle="", marker="o", markersize=3, alpha=0.5)
         one.set(title=title, xlabel="effect of the true patch")
     axes[0, 0].set_ylabel("attribution patching")
-    return picture
-
-
-@style()
-def skew_clouds(truth: Sequence[float], panels: Mapping[str, Sequence[float]]) -> Figure:
-    """One cloud per title: each occupation's log-odds of 'she' in the world (x) and in the model
-    (y), with the diagonal on which a perfect reader of this world would be."""
-    truth = as_array(truth)
-    picture, axes = figure(4.2 * len(panels), 4.3, columns=len(panels), squeeze=False, sharey=True)
-    reach = 1.1 * float(np.abs(truth).max())
-    for i, (one, (title, found)) in enumerate(zip(axes[0], panels.items(), strict=True)):
-        found = as_array(found)
-        if found.shape != truth.shape:
-            raise ValueError(f"'{title}' has {found.size} values for {truth.size} occupations.")
-        one.plot([-reach, reach], [-reach, reach], color="grey", linestyle=":", marker="", lw=1.5)
-        one.plot(truth, found, linestyle="", marker=MARKERS[i % 7], color=OKABE_ITO[i % 7])
-        one.set(title=title, xlabel="world: log-odds of 'she'")
-    axes[0, 0].set_ylabel("model: log-odds of 'she'")
     return picture

@@ -11,28 +11,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mi_helpers.layouts import Key
-from mi_helpers.lessons.lesson_03.experiments import Pairs, make_pairs, strongest
+from mi_helpers.lessons.lesson_03.experiments import strongest
+from mi_helpers.lessons.lesson_03.pairs import JOBS, pronoun_pairs, pronoun_texts, sides
 from mi_helpers.lessons.shared import Batch, family_losses
 from mi_helpers.models import LanguageModel
 from mi_helpers.patching import activation_patch
 from mi_helpers.probes import mean_difference, midpoint, project_out, some_layers
 from mi_helpers.tinyworld import lexicon
-from mi_helpers.tinyworld.world import World
-
-
-@cache
-def _world() -> World:
-    return World()
-
-
-JOBS = tuple(lexicon.occupations())
 
 
 def true_log_odds(jobs: Sequence[str] = JOBS) -> np.ndarray:
@@ -41,37 +32,10 @@ def true_log_odds(jobs: Sequence[str] = JOBS) -> np.ndarray:
     return np.log(p / (1 - p))
 
 
-def pronoun_texts(seed: int, jobs: Sequence[str] = JOBS, held: bool = False) -> list[str]:
-    """One sentence with each of the occupations, up to the first pronoun.
-
-    Args:
-        seed: of the phrasing.
-        held: take a phrasing that the model was never trained on.
-    """
-    apart = ("templates",) if held else ()
-    said = [_world().document(seed, "pronoun", apart, occupation=job) for job in jobs]
-    return [each.text[: each.find("pronoun")[0].start].rstrip() for each in said]
-
-
-def sides(jobs: Sequence[str] = JOBS, share: float = 1 / 3) -> tuple[list[str], list[str]]:
-    """The occupations that are most often called 'she', and those most often called 'he'."""
-    order = sorted(jobs, key=lexicon.occupations().get)
-    count = max(1, round(share * len(order)))
-    return order[-count:], order[:count]
-
-
-def pronoun_pairs(model: LanguageModel, n: int, seed: int, jobs: Sequence[str] = JOBS) -> Pairs:
-    """n pairs of one sentence: clean with a 'she' occupation, corrupted with a 'he' occupation.
-
-    Occupations with an unusual number of tokens are left out.
-    """
-    texts = dict(zip(jobs, pronoun_texts(seed, jobs), strict=True))
-    counts = {job: model.tokens(text).shape[1] for job, text in texts.items()}
-    usual = max(set(counts.values()), key=list(counts.values()).count)
-    she, he = sides([job for job in jobs if counts[job] == usual])
-    rng = random.Random(seed)
-    chosen = [(texts[rng.choice(she)], texts[rng.choice(he)]) for _ in range(n)]
-    return make_pairs(model, chosen, [(" she", " he")] * n)
+def learn_and_test() -> tuple[list[str], list[str]]:
+    """Every second occupation by its skew, to find something with; the others, to test it on."""
+    order = sorted(JOBS, key=lexicon.occupations().get)
+    return order[::2], order[1::2]
 
 
 @torch.no_grad()
@@ -108,13 +72,6 @@ def skew(found, jobs: Sequence[str] = JOBS) -> float:
     truth = true_log_odds(jobs)
     truth = truth - truth.mean()
     return float((np.asarray(found) @ truth) / (truth @ truth))
-
-
-def nats_lost(found, jobs: Sequence[str] = JOBS) -> float:
-    """The cost of wrong odds: KL(world's pronoun || model's), in nats, mean over occupations."""
-    p = 1 / (1 + np.exp(-true_log_odds(jobs)))
-    q = 1 / (1 + np.exp(-np.asarray(found, dtype=float)))
-    return float((p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean())
 
 
 def head_effects(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from mi_helpers.attribution import direct_logit_attribution
 from mi_helpers.course.ledger import claim
 from mi_helpers.lens import ranks, read_out, read_stream, train_tuned_lens
+from mi_helpers.lessons.lesson_04 import causal
 from mi_helpers.lessons.lesson_04.experiments import heads_off, make_prompts, world_stream
 from mi_helpers.lessons.shared import shipped_model
 from mi_helpers.loading import untrained
@@ -30,6 +33,53 @@ def tuned_lens_gain(seed: int) -> float:
     held = world_stream(model, 1_500, 1_000 + seed, ("templates", "entities"))
     plain, tuned = (read_out(model, held, lens=each).kl.mean(1) for each in (None, lens))
     return float((plain - tuned)[:-1].min())
+
+
+@claim(
+    "lens-directions",
+    "Losing what the tuned lens leans on, half way: cost to the model, over random directions'",
+    source="Belrose et al. 2023, Tuned Lens, causal basis; measured in the lesson",
+    tolerance=">= 5",
+    seeds=3,
+    fast=False,
+)
+def directions_over_random(seed: int) -> float:
+    """Eight directions of the lens's causal basis, and eight random ones; the ratio of the costs.
+
+    Source: Belrose et al. 2023: the tuned lens uses similar features to the model itself.
+    """
+    on_model, by_chance, _ = _half_way(seed)
+    return float(on_model.mean() / by_chance.mean())
+
+
+@claim(
+    "lens-leans-harder",
+    "The same: what they cost the model, over what they cost the lens",
+    source="measured in the lesson",
+    tolerance="<= 0.6",
+    seeds=3,
+    fast=False,
+)
+def model_over_lens(seed: int) -> float:
+    """Below 1 the lens leans on these directions harder than the model does."""
+    on_model, _, on_lens = _half_way(seed)
+    return float(on_model.mean() / on_lens.mean())
+
+
+@functools.cache
+def _half_way(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Costs in nats (8,): the lens's own directions to the model, random ones to the model, the
+    lens's own to the lens."""
+    model = shipped_model()
+    lens, _ = train_tuned_lens(
+        model, world_stream(model, 4_000, seed), steps=80, size=128, seed=seed
+    )
+    depth, texts = model.n_layers // 2, causal.sentences(model, seed=seed)
+    read = causal.lens_reader(model, lens, depth)
+    basis = causal.lens_basis(model, causal.some_tokens(texts, depth), depth, lens)
+    on_lens, on_model = causal.influences(model, texts, depth, basis, read)
+    drawn = causal.random_basis(basis, seed)
+    return on_model, causal.influences(model, texts, depth, drawn, read)[1], on_lens
 
 
 def _completeness(seed: int, unit: str) -> float:

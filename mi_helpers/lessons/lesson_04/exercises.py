@@ -1,649 +1,987 @@
-"""Exercises of lesson 04, the logit lens."""
+"""Exercises of lesson 04: the logit lens."""
+
+import functools
+import itertools
+import math
 
 import torch
 
-from mi_helpers.course.check import as_numbers, exercise, expect, expect_close, expect_none_of, same
+from mi_helpers.attribution import direct_logit_attribution
+from mi_helpers.course.check import (
+    Wrong,
+    agree,
+    as_numbers,
+    describe,
+    draws,
+    edited,
+    exercise,
+    expect,
+    expect_shape,
+)
+from mi_helpers.course.investigate import investigation, one_of, plain
+from mi_helpers.course.predict import prediction
+from mi_helpers.lens import TunedLens, read_out, settled_depth, train_tuned_lens
+from mi_helpers.lessons.lesson_04 import causal
+from mi_helpers.lessons.lesson_04 import experiments as lab
+from mi_helpers.lessons.shared import on_model, shipped_model, token_pool, word_ids
+from mi_helpers.tinyworld.world import World
+
+SHORT = ("facts", "two_hop", "ioi", "agreement", "truth")  # families of short sentences
+ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
+
+
+def sentence(draw, longest: int = 24) -> str:
+    """The beginning of a TinyWorld document of a few words."""
+    family, seed = draw.choice(SHORT), draw.integer(0, 10_000)
+    words = next(iter(World().documents(seed, family))).text.split()
+    return " ".join(words[: min(len(words) - 1, longest)])
+
 
 # -- 4.1 -------------------------------------------------------------------------------------
 
-STUB_41 = '''\
-def lens(h, w, W_U, cap, eps=1e-6):
-    """Logits of a Gemma 2 that would stop here: norm, unembedding, soft-cap.
 
-    h    (..., d_model), the stream; w (d_model,), the final RMSNorm's weight as it is stored
-    W_U  (d_model, d_vocab); cap, the soft-cap
-    RMSNorm divides by sqrt(mean(h ** 2) + eps), and Gemma then multiplies by 1 + w.
+def lens(model, h):
+    """The logits of a model that would stop at the stream h: (..., d_model) to (..., d_vocab).
+
+    model.ln_final  the final norm, a function of the stream
+    model.W_U       (d_model, d_vocab), the unembedding
+    model.softcap   30 in Gemma 2: a logit y becomes 30 · tanh(y / 30); None where there is no cap
     """
-    ...
-'''
+    logits = model.ln_final(h) @ model.W_U
+    cap = model.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def lens(h, w, W_U, cap, eps=1e-6):
-    """cap tanh(norm(h) W_U / cap)."""
-    normed = h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (1 + w)
-    return cap * torch.tanh(normed @ W_U / cap)
+def whole_norm(model, h):
+    normed = h / h.pow(2).mean().sqrt() * (1 + model.ln_final.weight)
+    return model.softcap * torch.tanh(normed @ model.W_U / model.softcap)
 
 
-def no_norm(h, w, W_U, cap, eps=1e-6):
-    return cap * torch.tanh(h * (1 + w) @ W_U / cap)
+def lens_in_numpy(model, h):
+    import numpy as np
+
+    x, w = h.double().numpy(), model.ln_final.weight.detach().double().numpy()
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + w)
+    return 30 * np.tanh(normed @ model.W_U.detach().double().numpy() / 30)
 
 
-def gain_is_w(h, w, W_U, cap, eps=1e-6):
-    return lens(h, w - 1, W_U, cap, eps)
-
-
-def no_cap(h, w, W_U, cap, eps=1e-6):
-    return h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (1 + w) @ W_U
-
-
-def centred(h, w, W_U, cap, eps=1e-6):
-    return lens(h - h.mean(-1, keepdim=True), w, W_U, cap, eps)
-
-
-def whole_rms(h, w, W_U, cap, eps=1e-6):
-    return cap * torch.tanh(h / (h.pow(2).mean() + eps).sqrt() * (1 + w) @ W_U / cap)
-
-
-def random(*shape, seed=0, shift=0.0):
-    """Normal numbers from a seed of their own, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) + shift
+MISTAKES_41 = [
+    (
+        edited(lens, "model.ln_final(h)", "h"),
+        "The stream is not normalised: `model.ln_final` comes first.",
+    ),
+    (
+        edited(lens, "cap is None", "True"),
+        "The soft-cap is missing: the order is right, the probabilities are not.",
+    ),
+    (
+        edited(lens, "cap * torch.tanh(logits / cap)", "logits.clamp(-cap, cap)"),
+        "This cuts hard at the cap: use tanh, which bends.",
+    ),
+    (
+        edited(lens, "@ model.W_U", "@ model.W_U * model.d_model**0.5"),
+        "Gemma multiplies by √d_model on its way in, not on its way out: W_U as it is.",
+    ),
+    (whole_norm, "All tokens share one norm: each token has its own, over the last axis."),
+    (
+        lambda model, h: lens(model, h).softmax(-1),
+        "These are probabilities: return logits.",
+    ),
+]
 
 
 @exercise(
     "4.1",
-    title="The lens, for Gemma 2",
-    difficulty=2,
+    title="The lens",
+    difficulty=1,
     importance=5,
-    minutes=10,
-    stub=STUB_41,
+    minutes=4,
     reference=lens,
+    right=[lambda model, h: model.unembed(h), lens_in_numpy],
+    survivors=ONE_MODEL,
+    wrong=MISTAKES_41,
     hints=[
-        "`h.pow(2).mean(-1, keepdim=True)` is the mean square of each token, with the axis "
-        "kept, so that it divides h.",
-        "The soft-cap comes last: `cap * torch.tanh(logits / cap)`.",
-    ],
-    wrong=[
-        (no_norm, "not normalised"),
-        (gain_is_w, "1 + w"),
-        (no_cap, "soft-cap is missing"),
-        (centred, "as LayerNorm does"),
-        (whole_rms, "last axis"),
+        "Three steps, in the order of the formula: norm, unembedding, soft-cap.",
+        "`model.ln_final(h) @ model.W_U`, then `cap * torch.tanh(logits / cap)`.",
     ],
 )
 def check_41(answer) -> None:
-    h, w, W_U = 3 * random(2, 5, 8, shift=0.3), random(8, seed=1), 2 * random(8, 11, seed=2)
-    h[0, 0] *= 5
-    given = (h, w, W_U, 6.0)
-    got = answer(*(x.clone() if hasattr(x, "clone") else x for x in given))
-    expect_none_of(
-        got,
-        (no_norm(*given), "The stream is not normalised: divide it by its root mean square first."),
-        (gain_is_w(*given), "Gemma stores w and multiplies by 1 + w: with w = 0 nothing changes."),
-        (
-            no_cap(*given),
-            "The soft-cap is missing: the order of the tokens is right, their probabilities are "
-            "not.",
-        ),
-        (centred(*given), "This takes the mean away first, as LayerNorm does: RMSNorm does not."),
-        (
-            whole_rms(*given),
-            "All tokens share one root mean square: take the mean over the last axis only.",
-        ),
-    )
-    expect_close(got, lens(*given), "Three steps: norm with gain, times W_U, cap tanh(x / cap).")
+    def stream(draw) -> tuple:
+        """The embedding, whose logits go beyond the cap, and a later depth: (2, pos, d_model)."""
+        model = shipped_model()
+        keys = [("resid_pre", layer) for layer in (0, draw.integer(1, model.n_layers - 1))]
+        _, cache = model.run_with_cache(sentence(draw), keys)
+        return model, torch.cat([cache[key] for key in keys])
+
+    otherwise = "Norm, then W_U, then cap · tanh(logits / cap)."
+    on_model(answer, lens, stream, MISTAKES_41, otherwise)
 
 
 # -- 4.2 -------------------------------------------------------------------------------------
 
-STUB_42 = '''\
-def rank_of(logits, target):
-    """The rank of a token at each depth, 1 for the highest logit.
 
-    logits  (depths, d_vocab); target, a token id. Returns integers (depths,).
+def rank_of(logits, target):
+    """At each depth, the rank of each prompt's target, 1 for the highest logit: (depths, n).
+
+    logits  (depths, n, d_vocab)
+    target  (n,), the id of the token that is followed in each prompt
     """
-    ...
-'''
+    own = logits.gather(-1, target.expand(logits.shape[:-1])[..., None])  # (depths, n, 1)
+    return (logits > own).sum(-1) + 1
 
 
-def rank_of(logits, target):
-    """One more than the number of tokens above it."""
-    return (logits > logits[:, [target]]).sum(-1) + 1
+def which_token(logits, target):
+    order = logits.argsort(-1, descending=True)
+    return order.gather(-1, target.expand(logits.shape[:-1])[..., None])[..., 0] + 1
+
+
+def rank_by_sorting(logits, target):
+    place = logits.argsort(-1, descending=True).argsort(-1)
+    return place[:, torch.arange(len(target)), target] + 1
+
+
+def rank_in_python(logits, target):
+    return [
+        [1 + sum(x > row[t] for x in row) for row, t in zip(depth, target.tolist(), strict=True)]
+        for depth in logits.tolist()
+    ]
+
+
+MISTAKES_42 = [
+    (edited(rank_of, ".sum(-1) + 1", ".sum(-1)"), "The best token has rank 1, not 0."),
+    (edited(rank_of, ">", "<"), "The order is turned round: the highest logit has rank 1."),
+    (
+        which_token,
+        "`argsort` at the target's place says which token has that rank. You are asked for the "
+        "rank of the token.",
+    ),
+    (edited(rank_of, "target.expand", "target[:1].expand"), "Each prompt has its own target."),
+    (
+        lambda logits, target: rank_of(logits[-1:], target).expand(logits.shape[:-1]),
+        "These are the ranks at the last depth: count at each depth.",
+    ),
+]
 
 
 @exercise(
     "4.2",
     title="The rank of a token",
-    difficulty=1,
+    difficulty=2,
     importance=4,
     minutes=5,
-    stub=STUB_42,
     reference=rank_of,
+    right=[rank_by_sorting, rank_in_python],
+    wrong=MISTAKES_42,
     hints=[
-        "A rank is a count: how many tokens are above?",
-        "`logits[:, [target]]` keeps the axis, so that it can be compared with all logits.",
-    ],
-    wrong=[
-        (lambda logits, target: rank_of(logits, target) - 1, "not 0"),
-        (lambda logits, target: rank_of(-logits, target), "turned round"),
-        (
-            lambda logits, target: logits.argsort(-1, descending=True)[:, target] + 1,
-            "other way round",
-        ),
+        "A rank is a count: how many tokens have a higher logit?",
+        "First the target's own logit, (depths, n, 1): `logits[:, torch.arange(n), target]` picks "
+        "it, and `[..., None]` keeps an axis to compare along.",
     ],
 )
 def check_42(answer) -> None:
-    logits, target = random(6, 40, seed=3), 7
-    want = rank_of(logits, target)
-    got = answer(logits.clone(), target)
-    expect_none_of(
-        got,
-        (want - 1, "The best token has rank 1, not 0."),
-        (41 - want, "The order is turned round: the highest logit has rank 1."),
-        (
-            logits.argsort(-1, descending=True)[:, target] + 1,
-            "`argsort` at the target's place says *which token* is at that rank. The question is "
-            "the other way round: at which rank is the token?",
-        ),
-        (logits.argsort(-1, descending=True)[:, target], "`argsort` says which token, not where."),
-    )
-    expect_close(got, want, "Count, at each depth, the tokens whose logit is higher.")
+    def case(draw) -> tuple:
+        logits = draw.normal("depths", "n", "vocab")
+        return logits, draw.integers(0, draw.size("vocab") - 1, "n")
+
+    otherwise = "Count, at each depth and prompt, the tokens whose logit is higher."
+    agree(answer, rank_of, case, MISTAKES_42, otherwise)
 
 
 # -- 4.3 -------------------------------------------------------------------------------------
 
-STUB_43 = '''\
-def settled(ranks):
-    """The first depth from which on the rank stays 1 to the end, or None if it is not 1 there.
 
-    ranks: a list, one rank per depth, the last one for the model's output.
+def settled(ranks):
+    """The first depth from which a prompt's target keeps rank 1 up to the last depth: (n,).
+
+    ranks  (depths, n). Where the target is not first at the last depth: the number of depths.
     """
-    ...
-'''
+    first = (ranks == 1).int()
+    kept = first.flip(0).cumprod(0).sum(0)  # (n,)
+    return len(ranks) - kept
 
 
-def settled(ranks):
-    """Walk back from the end while the rank is 1."""
-    depth = len(ranks)
-    while depth and ranks[depth - 1] == 1:
-        depth -= 1
-    return depth if depth < len(ranks) else None
+def first_time(ranks):
+    first = (ranks == 1).int()
+    return torch.where(first.any(0), first.argmax(0), len(ranks))
+
+
+def settled_by_walking(ranks):
+    found = []
+    for column in zip(*ranks.tolist(), strict=True):
+        depth = len(column)
+        while depth and column[depth - 1] == 1:
+            depth -= 1
+        found.append(depth)
+    return found
+
+
+MISTAKES_43 = [
+    (first_time, "This is the first time at rank 1: it may be lost again."),
+    (
+        lambda ranks: (settled(ranks) - 1).clamp(0),
+        "One too early: the depth before the last run has another rank.",
+    ),
+    (
+        edited(settled, "len(ranks) - kept", "kept"),
+        "This is for how many depths it stays: return where that begins.",
+    ),
+    (
+        edited(settled, ".flip(0).cumprod(0)", ""),
+        "Only the last run counts, not every depth with rank 1.",
+    ),
+    (edited(settled, "- kept", "- kept + 1"), "Depths count from 0."),
+    (
+        lambda ranks: settled(ranks).clamp(max=len(ranks) - 1),
+        "What is not first at the end never settles: return the number of depths.",
+    ),
+]
 
 
 @exercise(
     "4.3",
-    title="Where the answer settles",
+    title="Where an answer settles",
     difficulty=2,
     importance=3,
     minutes=5,
-    stub=STUB_43,
     reference=settled,
+    right=[settled_by_walking, lambda ranks: settled_depth(ranks)],
+    wrong=MISTAKES_43,
     hints=[
-        "Go through the list from its end.",
-        "Stop at the last depth whose rank is not 1: the answer is the depth after it.",
-    ],
-    wrong=[
-        (lambda ranks: ranks.index(1), "lost again"),
-        (lambda ranks: max(i for i, r in enumerate(ranks) if r == 1), "last run"),
-        (lambda ranks: max(0, settled(ranks) - 1), "One too early"),
-        (
-            lambda ranks: 1 + max((i for i, r in enumerate(ranks) if r != 1), default=-1),
-            "return None",
-        ),
+        "Walk back from the last depth while the rank is 1.",
+        "`(ranks == 1).int().flip(0).cumprod(0)` is 1 while the lead lasts, seen from the end.",
     ],
 )
 def check_43(answer) -> None:
-    got = answer([50, 1, 9, 1, 1, 1])
-    expect(
-        got != 1,
-        "At depth 1 the rank is 1 for the first time, but it is lost again: look for where it "
-        "stays.",
-    )
-    expect(got != 2, "One too early: depth 2 has rank 9, and depth 3 is the first that stays.")
-    expect(got != 5, "Depth 5 is the last one with rank 1: find the first of that last run.")
-    expect(got == 3, "In [50, 1, 9, 1, 1, 1] the rank stays 1 from depth 3 on.")
-    expect(
-        answer([4, 1, 1, 2]) is None,
-        "In [4, 1, 1, 2] the token is not first at the end: return None.",
-    )
-    expect(answer([1, 1, 1]) == 0, "In [1, 1, 1] it holds from depth 0 on.")
-    expect(answer([3, 2, 1]) == 2, "In [3, 2, 1] only the last depth counts: return 2.")
+    def some_ranks(draw) -> tuple:
+        """Some lead, lose the lead and get it back; the first leads always, the second never."""
+        first = draw.booleans("depths", "n", share=0.6)
+        ranks = torch.where(first, 1, draw.integers(2, 40, "depths", "n"))
+        ranks[:, 0], ranks[-1, 1], ranks[:, 2] = 1, 7, 1
+        ranks[1, 2] = 5
+        return (ranks,)
+
+    agree(answer, settled, some_ranks, MISTAKES_43, "Go back from the end while the rank is 1.")
 
 
 # -- 4.4 -------------------------------------------------------------------------------------
 
-STUB_44 = '''\
-def lens_loss(final_logits, lens_logits):
-    """Mean over the tokens of KL(final ‖ lens), in nats.
 
-    Both are logits (n, d_vocab). KL(p ‖ q) = Σ p (log p - log q), with p the model's final
-    distribution and q what the lens says.
+def stopping_cost(final_logits, lens_logits):
+    """What it costs to stop early: KL(final ‖ lens) of each token, in nats, (...).
+
+    Both are logits (..., d_vocab). KL(p ‖ q) = Σ p (log p - log q), over the vocabulary.
     """
-    ...
-'''
+    p, q = final_logits.log_softmax(-1), lens_logits.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
 
 
-def lens_loss(final_logits, lens_logits):
-    """Weighted by what the model really predicts."""
-    final, lens = final_logits.log_softmax(-1), lens_logits.log_softmax(-1)
-    return (final.exp() * (final - lens)).sum(-1).mean()
+def cost_by_torch(final, early):
+    p, q = final.log_softmax(-1), early.log_softmax(-1)
+    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
+def cost_in_numpy(final, early):
+    import numpy as np
+
+    p, q = (x.double().softmax(-1).numpy() for x in (final, early))
+    return (p * np.log(p / q)).sum(-1)
+
+
+cross_entropy = edited(stopping_cost, "(p - q)", "-q")
+MISTAKES_44 = [
+    (
+        lambda final, early: stopping_cost(early, final),
+        "Lens and final are swapped: the weights are the final p.",
+    ),
+    (
+        cross_entropy,
+        "This is the cross-entropy, which is not 0 for a perfect lens: subtract the final "
+        "distribution's own entropy.",
+    ),
+    (
+        edited(stopping_cost, "(p - q)", "(final_logits - lens_logits)"),
+        "Logits differ from log-probabilities: use `log_softmax` first.",
+    ),
+    (
+        lambda final, early: stopping_cost(final, early) / math.log(2),
+        "These are bits: nats use the natural logarithm.",
+    ),
+    (
+        edited(stopping_cost, ".sum(-1)", ".sum(-1).mean()"),
+        "This is the mean: return one number for each token.",
+    ),
+    (
+        edited(stopping_cost, ".sum(-1)", ".mean(-1)"),
+        "Sum over the vocabulary: there is nothing to average there.",
+    ),
+]
 
 
 @exercise(
     "4.4",
-    title="What a lens is trained on",
+    title="What it costs to stop",
     difficulty=2,
-    importance=4,
-    minutes=10,
-    stub=STUB_44,
-    reference=lens_loss,
+    importance=5,
+    minutes=5,
+    reference=stopping_cost,
+    right=[cost_by_torch, cost_in_numpy],
+    wrong=MISTAKES_44,
     hints=[
-        "`logits.log_softmax(-1)` gives log-probabilities; `.exp()` of it the probabilities.",
+        "`logits.log_softmax(-1)` gives log-probabilities; `.exp()` of them the probabilities.",
         "The weights are the final distribution's probabilities.",
-    ],
-    wrong=[
-        (lambda final_logits, lens_logits: lens_loss(lens_logits, final_logits), "swapped"),
-        (lambda final_logits, lens_logits: 9 * lens_loss(final_logits, lens_logits), "the sum"),
-        (
-            lambda final_logits, lens_logits: lens_loss(final_logits, lens_logits) / 30,
-            "Sum over the vocabulary",
-        ),
-        (
-            lambda final_logits, lens_logits: (
-                -(final_logits.softmax(-1) * lens_logits.log_softmax(-1)).sum(-1).mean()
-            ),
-            "cross-entropy",
-        ),
-        (
-            lambda final_logits, lens_logits: (
-                (final_logits.softmax(-1) * (final_logits - lens_logits)).sum(-1).mean()
-            ),
-            "log_softmax",
-        ),
     ],
 )
 def check_44(answer) -> None:
-    final, early = 2 * random(9, 30, seed=4), random(9, 30, seed=5)
-    want = lens_loss(final, early)
-    got = answer(final.clone(), early.clone())
-    log_p, log_q = final.log_softmax(-1), early.log_softmax(-1)
-    raw = (final.softmax(-1) * (final - early)).sum(-1).mean()
-    expect_none_of(
-        got,
-        (
-            lens_loss(early, final),
-            "Lens and final are swapped: the final distribution's p are the weights.",
-        ),
-        (want / torch.log(torch.tensor(2.0)), "This is in bits: use the natural logarithm."),
-        (9 * want, "This is the sum over the tokens: take the mean."),
-        (want / 30, "Sum over the vocabulary, then take the mean over the tokens."),
-        (
-            -(log_p.exp() * log_q).sum(-1).mean(),
-            "This is the cross-entropy: it is not zero when the lens is perfect. Take the final "
-            "distribution's own entropy away.",
-        ),
-        (
-            raw,
-            "Logits are used where log-probabilities should be: they differ by the log of the "
-            "normaliser. Use `log_softmax`.",
-        ),
-    )
-    expect_close(got, want, "Σ p (log p - log q) over the vocabulary, then the mean.")
+    def two_logits(draw) -> tuple:
+        return draw.normal("n", "pos", "vocab"), draw.normal("n", "pos", "vocab")
+
+    otherwise = "Σ p (log p - log q) over the last axis, p from the final logits."
+    agree(answer, stopping_cost, two_logits, MISTAKES_44, otherwise)
 
 
 # -- 4.5 -------------------------------------------------------------------------------------
 
-STUB_45 = '''\
-def shortcut(early, final):
-    """The affine map from an early depth to the last, by least squares: return W, b.
 
-    early, final: the stream of the same n tokens at two depths, (n, d_model).
-    W (d_model, d_model) and b (d_model,) make the sum of squares of early @ W.T + b - final as
-    small as can be.
+def tuning_step(model, A, b, h, final_logits, optimizer):
+    """One step of training a tuned lens, by autograd. Returns the loss before the step.
+
+    The lens reads h + A h + b in place of h. The loss is its mean stopping cost.
+    A (d_model, d_model) and b (d_model,) require gradients, and `optimizer` moves them.
+    h (n, d_model), the stream at one depth; final_logits (n, d_vocab), the model's own.
     """
-    ...
-'''
+    loss = stopping_cost(final_logits, lens(model, h + h @ A.T + b)).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
-def shortcut(early, final):
-    """A column of ones beside the inputs makes the offset one more row of the solution."""
-    inputs = torch.cat([early, torch.ones_like(early[:, :1])], 1)
-    solution = torch.linalg.lstsq(inputs, final).solution  # (d_model + 1, d_model)
-    return solution[:-1].T, solution[-1]
+def tuned_by_grad(model, A, b, h, final_logits, optimizer):
+    """Torch's own KL, and gradients put where the optimizer looks."""
+    read = model.unembed(h + torch.einsum("ij,nj->ni", A, h) + b).log_softmax(-1)
+    p = final_logits.log_softmax(-1)
+    loss = torch.nn.functional.kl_div(read, p, reduction="batchmean", log_target=True)
+    A.grad, b.grad = torch.autograd.grad(loss, [A, b])
+    optimizer.step()
+    return loss
 
 
-def transposed(early, final):
-    W, b = shortcut(early, final)
-    return W.T, b
+def own_optimizer(model, A, b, h, final_logits, optimizer):
+    return tuning_step(model, A, b, h, final_logits, torch.optim.Adam([A, b], lr=1e-3))
 
 
-def no_offset(early, final):
-    W = torch.linalg.lstsq(early, final).solution.T
-    return W, torch.zeros(len(W), dtype=W.dtype)
+def loss_afterwards(model, A, b, h, final_logits, optimizer):
+    tuning_step(model, A, b, h, final_logits, optimizer)
+    return stopping_cost(final_logits, lens(model, h + h @ A.T + b)).mean().item()
 
 
-def backwards(early, final):
-    return shortcut(final, early)
+NOT_MOVED = edited(tuning_step, "    optimizer.step()\n", "")
+MISTAKES_45 = [
+    (edited(tuning_step, "A.T", "A"), "A is transposed: row i of h @ A.T is A h."),
+    (
+        edited(tuning_step, "h + h @", "h @"),
+        "The stream itself is missing: h + A h + b, so that A = 0 is the logit lens.",
+    ),
+    (edited(tuning_step, "A.T + b", "A.T + 0 * b"), "b is not used."),
+    (
+        edited(
+            tuning_step,
+            "(final_logits, lens(model, h + h @ A.T + b))",
+            "(lens(model, h + h @ A.T + b), final_logits)",
+        ),
+        "Lens and final are swapped in the loss: the weights are the final p.",
+    ),
+    (
+        edited(tuning_step, "stopping_cost(final_logits, lens", "cross_entropy(final_logits, lens"),
+        "This is the cross-entropy: it moves A and b alike, but the loss is not the stopping cost.",
+    ),
+    (edited(tuning_step, ".mean()", ".sum()"), "This is the sum over the tokens: take the mean."),
+    (
+        edited(tuning_step, "    optimizer.zero_grad()\n", ""),
+        "Gradients of all steps add up: call `optimizer.zero_grad()` before backward.",
+    ),
+    (loss_afterwards, "Return the loss *before* the step."),
+    (own_optimizer, "Use the optimizer that is given: a new one has no memory."),
+]
+OPTIMIZERS = {"SGD": torch.optim.SGD, "Adam": functools.partial(torch.optim.Adam, eps=1e-4)}
 
 
-def change_only(early, final):
-    return shortcut(early, final - early)
+def tuning_case(draw) -> tuple:
+    """The model, A and b to begin with, batches (h, final logits), and how to make an optimizer."""
+    model, batches = shipped_model(), []
+    layer, d = draw.integer(0, model.n_layers - 1), model.d_model
+    for _ in range(3):
+        _, cache = model.run_with_cache(sentence(draw), [("resid_pre", layer), "resid_final"])
+        final = model.unembed(cache["resid_final"][0, 1:])
+        batches.append((cache["resid_pre", layer][0, 1:], final))
+    A, b = draw.normal(d, d, scale=0.02), draw.normal(d, scale=0.5)
+    kind, lr = OPTIMIZERS[draw.choice(OPTIMIZERS)], draw.number(0.002, 0.01)
+    return model, A, b, batches, lambda parts: kind(parts, lr=lr)
 
 
-def mean_only(early, final):
-    return torch.eye(early.shape[1], dtype=early.dtype), (final - early).mean(0)
+def tuned_run(step, model, A, b, batches, made) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """What a step returns over some batches, and A and b after them, from a copy of both."""
+    A, b = (each.clone().requires_grad_() for each in (A, b))
+    optimizer = made([A, b])
+    losses = [step(model, A, b, *batch, optimizer) for batch in batches]
+    return losses, A.detach(), b.detach()
+
+
+def equal_runs(one: tuple, other: tuple) -> bool:
+    """Whether two runs moved A and b alike, and had the same losses."""
+    losses = torch.tensor(one[0]), torch.tensor(other[0])
+    pairs = [(*losses, 1e-3), (one[1], other[1], 2e-5), (one[2], other[2], 2e-5)]
+    return all(torch.allclose(a, b, atol=atol, rtol=1e-3) for a, b, atol in pairs)
 
 
 @exercise(
     "4.5",
-    title="A short cut by least squares",
+    title="Train the tuned lens",
     difficulty=3,
-    importance=3,
-    minutes=15,
-    stub=STUB_45,
-    reference=shortcut,
-    hints=[
-        "`torch.linalg.lstsq(A, B).solution` is the X for which A @ X is closest to B.",
-        "Put a column of ones beside `early`: the last row of the solution is then b.",
-    ],
+    importance=5,
+    minutes=8,
+    reference=tuning_step,
+    right=[tuned_by_grad],
+    survivors=ONE_MODEL,
+    copies=False,
     wrong=[
-        (transposed, "transposed"),
-        (no_offset, "column of ones"),
-        (backwards, "swap them"),
-        (change_only, "the change"),
-        (mean_only, "Only the mean"),
+        *MISTAKES_45,
+        (NOT_MOVED, "did not move"),
+        (lambda model, A, b, h, final_logits, optimizer: "done", "Return the loss"),
+    ],
+    hints=[
+        "Your `lens` and your `stopping_cost` give the loss; tokens are rows, so A h is h @ A.T.",
+        "Autograd *adds* to what `A.grad` holds: `optimizer.zero_grad()` clears it.",
+        "`loss.backward()` fills the gradients, `optimizer.step()` moves A and b.",
     ],
 )
 def check_45(answer) -> None:
-    early = random(60, 5, seed=6, shift=1.0)
-    final = early @ (2 * random(5, 5, seed=7)).T + 3 * random(5, seed=8) + random(60, 5, seed=9)
-    result = answer(early.clone(), final.clone())
-    expect(isinstance(result, tuple) and len(result) == 2, "Return two things: W and b.")
-    got = torch.as_tensor(as_numbers(result[0])), torch.as_tensor(as_numbers(result[1]))
-    expect(
-        got[0].shape == (5, 5) and got[1].shape == (5,),
-        f"W and b have shapes {tuple(got[0].shape)} and {tuple(got[1].shape)}, expected (5, 5) and "
-        "(5,).",
-    )
-    for mistake, message in (
-        (transposed, "W is transposed: it should be used as `early @ W.T + b`."),
-        (no_offset, "There is no offset: add a column of ones to the inputs."),
-        (backwards, "This maps the final stream back to the early one: swap them."),
-        (
-            change_only,
-            "This predicts the change, final - early: here W should give the final stream itself.",
-        ),
-        (mean_only, "Only the mean is shifted: fit W, too."),
-    ):
-        W, b = mistake(early, final)
-        expect(not (same(got[0], W) and same(got[1], b)), message)
-    W, b = shortcut(early, final)
-    expect_close(got[0], W, "W is not the least-squares solution.")
-    expect_close(got[1], b, "W is right; the offset b is not.")
+    for draw in draws(3):
+        case = tuning_case(draw)
+        got, want = tuned_run(answer, *case), tuned_run(tuning_step, *case)
+        try:
+            got = as_numbers(got[0]).tolist(), *got[1:]
+        except (TypeError, ValueError):
+            raise Wrong(f"Return the loss, one number, not {describe(got[0][0])}.") from None
+        expect_shape(got[0], (3,), "What three steps return, side by side,")
+        expect(not torch.equal(got[1], case[1]), "A did not move: does the optimizer step?")
+        if equal_runs(got, want):
+            continue
+        for mistake, message in MISTAKES_45:
+            expect(not equal_runs(got, tuned_run(mistake, *case)), message)
+        raise Wrong("A, b or the loss come out otherwise: loss, zero_grad, backward, step.")
 
 
 # -- 4.6 -------------------------------------------------------------------------------------
 
-STUB_46 = '''\
-def split_logit(parts, w, u, eps=1e-6):
-    """What each part adds to a logit, under a frozen final RMSNorm: (n_parts,).
 
-    parts  (n_parts, d_model), all that was written to the stream at one token; the stream is
-           their sum
-    w      (d_model,), Gemma's final norm multiplies by 1 + w; u (d_model,), the token's column
-           of W_U
-    The terms have to add up to norm(parts.sum(0)) @ u.
+def influence(read, h, v, mean):
+    """How much a reader depends on one direction: the mean stopping cost of losing it, in nats.
+
+    read  a function of the stream (batch, pos, d_model) that gives logits, such as a lens, or the
+          rest of the model
+    h     (batch, pos, d_model); v (d_model,), a direction of length 1
+    mean  (d_model,), the mean stream: along v, each token gets the mean's part in place of its own
+
+    The first token stays as it is, and does not count in the mean.
     """
-    ...
-'''
+    along = ((h - mean) @ v)[..., None] * v  # (batch, pos, d_model)
+    along[:, 0] = 0
+    return stopping_cost(read(h), read(h - along))[:, 1:].mean()
 
 
-def split_logit(parts, w, u, eps=1e-6):
-    """One scale for all: that of the whole stream."""
-    scale = 1 / (parts.sum(0).pow(2).mean() + eps).sqrt()
-    return parts @ ((1 + w) * u) * scale
+def influence_by_loops(read, h, v, mean):
+    changed = h.clone()
+    for row, token in itertools.product(range(h.shape[0]), range(1, h.shape[1])):
+        changed[row, token] += (mean @ v - h[row, token] @ v) * v
+    p, q = (read(x).double().softmax(-1) for x in (h, changed))
+    return float((p * (p / q).log()).sum(-1)[:, 1:].mean())
 
 
-def own_norms(parts, w, u, eps=1e-6):
-    return parts / (parts.pow(2).mean(-1, keepdim=True) + eps).sqrt() @ ((1 + w) * u)
+MISTAKES_46 = [
+    (
+        edited(influence, "(h - mean) @ v", "h @ v"),
+        "This sets the part along v to zero: put the mean's part there.",
+    ),
+    (
+        edited(influence, "    along[:, 0] = 0\n", ""),
+        "The first token changed, too: leave it as it is.",
+    ),
+    (edited(influence, "[:, 1:]", ""), "The first token does not count in the mean."),
+    (
+        edited(influence, "    along[:, 0]", "    along = h - mean - along\n    along[:, 0]"),
+        "You took everything but the part along v.",
+    ),
+    (
+        edited(influence, "((h - mean) @ v)[..., None] * v", "h - mean"),
+        "This replaces the whole stream: only its part along v should go.",
+    ),
+    (
+        edited(influence, "(read(h), read(h - along))", "(read(h - along), read(h))"),
+        "The two readings are swapped: the intact one has the weights.",
+    ),
+    (
+        edited(influence, "h - mean", "h - h[:, 1:].mean((0, 1))"),
+        "Use the mean that is given.",
+    ),
+    (
+        edited(influence, "read(h - along)", "read(h - 2 * along)"),
+        "This goes twice as far: each token should end level with the mean.",
+    ),
+    (
+        edited(influence, "(read(h), read(h - along))", "(read(h), read(h))"),
+        "Nothing is lost: did you change h itself, before the intact stream was read?",
+    ),
+]
 
 
-def no_scale(parts, w, u, eps=1e-6):
-    return parts @ ((1 + w) * u)
-
-
-def no_gain(parts, w, u, eps=1e-6):
-    return split_logit(parts, 0 * w, u, eps)
-
-
-def equal_shares(parts, w, u, eps=1e-6):
-    terms = split_logit(parts, w, u, eps)
-    return terms.sum() / len(terms) * torch.ones_like(terms)
+def influence_case(draw) -> tuple:
+    """A lens or the rest of the model, a stream at a drawn depth, and a direction that matters."""
+    model = shipped_model()
+    words, length = word_ids(model), draw.size("pos", 4, 7)
+    rows = words[draw.integers(0, len(words) - 1, draw.size("batch", 2, 4), length)]
+    ids = torch.cat([torch.full_like(rows[:, :1], model.tokenizer.bos_token_id), rows], 1)
+    layer = draw.integer(1, model.n_layers - 1)
+    h = model.run_with_cache(ids, [("resid_pre", layer)])[1]["resid_pre", layer]
+    v = (h[0, 1] - h[0, 2]) / (h[0, 1] - h[0, 2]).norm()
+    far = draw.number(0.5, 1.0) * h[0, 1].norm()  # a small change would look like none
+    mean = h[:, 1:].mean((0, 1)) + far * v + 0.1 * draw.normal(model.d_model)
+    rest = functools.partial(model.run_from_layer, layer=layer)
+    return draw.choice([rest, model.unembed]), h, v, mean
 
 
 @exercise(
     "4.6",
-    title="Splitting a logit",
-    difficulty=3,
-    importance=5,
-    minutes=10,
-    stub=STUB_46,
-    reference=split_logit,
+    title="A direction taken away",
+    difficulty=4,
+    importance=4,
+    minutes=8,
+    reference=influence,
+    right=[influence_by_loops],
+    wrong=MISTAKES_46,
     hints=[
-        "With the scale frozen, the norm is a multiplication, and a dot product can be taken "
-        "part by part.",
-        "The root mean square is that of `parts.sum(0)`.",
-    ],
-    wrong=[
-        (own_norms, "by itself"),
-        (no_scale, "root mean square is missing"),
-        (no_gain, "gain 1 + w is missing"),
-        (lambda parts, w, u, eps=1e-6: split_logit(parts, w - 1, u, eps), "not w"),
-        (equal_shares, "equally"),
+        "How far a token lies along v, measured from the mean: `(h - mean) @ v`, (batch, pos).",
+        "Times v, that is what to take away: `[..., None] * v`. Set it to 0 at position 0.",
+        "`stopping_cost(read(h), read(h - along))`, and the mean over positions 1 on.",
     ],
 )
 def check_46(answer) -> None:
-    parts, w, u = random(7, 12, seed=10), random(12, seed=11), random(12, seed=12)
-    parts[2] *= 4
-    given = (parts, w, u)
-    got = answer(*(x.clone() for x in given))
-    expect_none_of(
-        got,
-        (
-            own_norms(*given),
-            "Each part is normalised by itself, so a part ten times as long counts the same: "
-            "freeze the scale of the whole stream.",
-        ),
-        (no_scale(*given), "The stream's root mean square is missing: divide by it."),
-        (no_gain(*given), "The gain 1 + w is missing."),
-        (
-            split_logit(parts, w - 1, u),
-            "The gain is 1 + w, not w.",
-        ),
-        (split_logit(*given).sum(), "This is the whole logit: return one term per part."),
-        (equal_shares(*given), "The sum is right, but it is shared out equally."),
-    )
-    expect_close(got, split_logit(*given), "The terms should be parts @ (gain * u) / rms.")
+    otherwise = "Take ((h - mean) · v) v away from every token but the first."
+    agree(answer, influence, influence_case, MISTAKES_46, otherwise, tolerance=2e-5)
 
 
 # -- 4.7 -------------------------------------------------------------------------------------
 
-STUB_47 = '''\
-def head_terms(z, W_O, w_post, v, eps=1e-6):
-    """What each head of a Gemma 2 layer adds to a logit: (n_heads,).
 
-    z       (n_heads, d_head), W_O (n_heads, d_head, d_model): head h gives z[h] @ W_O[h]
-    w_post  (d_model,): the norm after attention divides the *sum* of the heads by its root mean
-            square and multiplies by 1 + w_post
-    v       (d_model,): a vector in the stream adds its dot product with v to the logit
+def split_logit(model, text, token):
+    """What each part wrote on a token's logit at the end of a text: (1 + 2 n_layers,).
+
+    In this order: embedding, attention 0, MLP 0, attention 1, MLP 1, …
+    The sites "embed", "attn_out", "mlp_out" and "resid_final" hold (batch, pos, d_model), the
+    second and third with a layer axis before. The terms sum to the logit before the soft-cap.
     """
-    ...
-'''
+    _, cache = model.run_with_cache(text, ["embed", "attn_out", "mlp_out", "resid_final"], pos=-1)
+    blocks = torch.stack([cache["attn_out"], cache["mlp_out"]], 1)  # (n_layers, 2, 1, d_model)
+    parts = torch.cat([cache["embed"], blocks.flatten(0, 2)])  # (1 + 2 n_layers, d_model)
+    frozen = model.ln_final(cache["resid_final"]) / cache["resid_final"]
+    return parts * frozen @ model.W_U[:, token]
 
 
-def head_terms(z, W_O, w_post, v, eps=1e-6):
-    """The post-norm, frozen at what it does to the sum."""
-    heads = torch.einsum("hi,hid->hd", z, W_O)
-    scale = 1 / (heads.sum(0).pow(2).mean() + eps).sqrt()
-    return heads * scale * (1 + w_post) @ v
+def split_by_formula(model, text, token):
+    _, cache = model.run_with_cache(text, ["embed", "attn_out", "mlp_out", "resid_final"])
+    final = cache["resid_final"][0, -1].double()
+    scale = 1 / (final.pow(2).mean() + 1e-6).sqrt()
+    v = scale * (1 + model.ln_final.weight.double()) * model.W_U[:, token].double()
+    terms = [cache["embed"][0, -1].double() @ v]
+    for layer in range(model.n_layers):
+        terms += [cache[s][layer, 0, -1].double() @ v for s in ("attn_out", "mlp_out")]
+    return [float(term) for term in terms]
 
 
-def no_post_norm(z, W_O, w_post, v, eps=1e-6):
-    return torch.einsum("hi,hid->hd", z, W_O) @ v
+def attention_first(model, text, token):
+    terms = split_logit(model, text, token)
+    return torch.cat([terms[:1], terms[1::2], terms[2::2]])
 
 
-def each_head_normed(z, W_O, w_post, v, eps=1e-6):
-    heads = torch.einsum("hi,hid->hd", z, W_O)
-    return heads / (heads.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (1 + w_post) @ v
+NO_GAIN = edited(split_logit, "model.ln_final(cache", "rms_normed(cache")
+MISTAKES_47 = [
+    (
+        edited(split_logit, "parts * frozen", "model.ln_final(parts)"),
+        "Each part is normed by itself: freeze what the norm does to the stream.",
+    ),
+    (
+        edited(split_logit, "parts * frozen", "parts"),
+        "The final norm is missing: freeze it, and multiply each part by it.",
+    ),
+    (NO_GAIN, "The norm's gain is missing, which differs from number to number."),
+    (
+        edited(split_logit, "parts * frozen", "model.ln_final(parts.cumsum(0))"),
+        "These are logits of the stream at each depth: give each part's own term.",
+    ),
+    (attention_first, "The terms stand in another order: attention 0, MLP 0, attention 1…"),
+    (
+        lambda model, text, token: split_logit(model, text, token).sum(),
+        "This is the whole logit: return one term for each part.",
+    ),
+    (edited(split_logit, "pos=-1", "pos=1"), "Read at the end of the text: `pos=-1`."),
+]
 
 
-def post_scale_only(z, W_O, w_post, v, eps=1e-6):
-    return head_terms(z, W_O, 0 * w_post, v, eps)
-
-
-def post_gain_only(z, W_O, w_post, v, eps=1e-6):
-    return torch.einsum("hi,hid->hd", z, W_O) * (1 + w_post) @ v
+def rms_normed(x: torch.Tensor) -> torch.Tensor:
+    """The norm without its gain."""
+    return x / x.pow(2).mean(-1, keepdim=True).sqrt()
 
 
 @exercise(
     "4.7",
-    title="A head, through the post-norm",
-    difficulty=4,
-    importance=4,
-    minutes=15,
-    stub=STUB_47,
-    reference=head_terms,
+    title="Splitting a logit",
+    difficulty=3,
+    importance=5,
+    minutes=7,
+    reference=split_logit,
+    right=[lambda *given: direct_logit_attribution(*given).terms[0], split_by_formula],
+    survivors=ONE_MODEL | {"1 → 2": "with one text, stacking before or after it is the same"},
+    wrong=MISTAKES_47,
     hints=[
-        '`torch.einsum("hi,hid->hd", z, W_O)` gives each head\'s vector, (n_heads, d_model).',
-        "There is one root mean square: that of the sum over the heads.",
-    ],
-    wrong=[
-        (no_post_norm, "common tools"),
-        (each_head_normed, "one norm"),
-        (post_scale_only, "gain 1 + w_post"),
-        (post_gain_only, "division"),
+        "`model.run_with_cache(text, sites, pos=-1)`; then stack what was written, in order.",
+        "The final norm multiplies each number of the stream by something. What is it *here*? "
+        "`model.ln_final(final) / final`. Hold it fixed for all parts.",
+        "`parts * frozen @ model.W_U[:, token]`",
     ],
 )
 def check_47(answer) -> None:
-    z, W_O, w_post, v = (
-        random(4, 3, seed=13),
-        random(4, 3, 10, seed=14),
-        random(10, seed=15),
-        random(10, seed=16),
-    )
-    given = (z, W_O, w_post, v)
-    got = answer(*(x.clone() for x in given))
-    for mistake, message in (
-        (
-            no_post_norm(*given),
-            "The norm after attention is left out: this is the mistake of common tools, and the "
-            "terms do not add up to what attention adds to the stream.",
-        ),
-        (
-            each_head_normed(*given),
-            "Each head has a norm of its own here: there is one norm, over the sum of the heads.",
-        ),
-        (post_scale_only(*given), "The norm's gain 1 + w_post is missing."),
-        (post_gain_only(*given), "The gain is there, but the division by the root mean square is "
-         "missing."),
-        (head_terms(*given).sum(), "This is the sum: return one term per head."),
-    ):  # fmt: skip
-        expect(not same(got, mistake), message)
-    expect_close(got, head_terms(*given), "Freeze the scale that the norm has on the heads' sum.")
+    def text_and_token(draw) -> tuple:
+        return shipped_model(), sentence(draw), draw.choice(word_ids(shipped_model()).tolist())
+
+    otherwise = "The terms should be parts * (norm(final) / final) @ W_U[:, token]."
+    on_model(answer, split_logit, text_and_token, MISTAKES_47, otherwise)
 
 
 # -- 4.8 -------------------------------------------------------------------------------------
 
-STUB_48 = '''\
-def split_logit_layernorm(parts, gain, bias, u, eps=1e-5):
-    """The same for GPT-2's LayerNorm: the terms of the parts (n_parts,), and the bias's term.
 
-    LayerNorm(x) = (x - mean(x)) / sqrt(var(x) + eps) * gain + bias, with the variance over the
-    d_model numbers (divided by d_model). Return two things: terms, bias_term.
+def head_terms(z, W_O, w_post, v):
+    """What each head of a Gemma 2 layer writes along v: (n_heads,).
+
+    z       (n_heads, d_head), W_O (n_heads, d_head, d_model): head h gives z[h] @ W_O[h]
+    w_post  (d_model,): the norm after attention divides the *sum* of the heads by its root mean
+            square, √(mean of the squares), and multiplies by 1 + w_post
+    v       (d_model,): a vector in the stream adds its product with v to the logit
     """
-    ...
-'''
+    heads = torch.einsum("hi,hid->hd", z, W_O)
+    rms = heads.sum(0).pow(2).mean().sqrt()
+    return heads / rms * (1 + w_post) @ v
 
 
-def split_logit_layernorm(parts, gain, bias, u, eps=1e-5):
-    """Each part is centred by itself, as the mean of a sum is the sum of the means."""
-    scale = 1 / (parts.sum(0).var(correction=0) + eps).sqrt()
-    centred = parts - parts.mean(-1, keepdim=True)
-    return centred @ (gain * u) * scale, bias @ u
+def heads_one_by_one(z, W_O, w_post, v):
+    import numpy as np
+
+    z, W_O, w_post, v = (x.double().numpy() for x in (z, W_O, w_post, v))
+    heads = [z[h] @ W_O[h] for h in range(len(z))]
+    total = sum(heads)
+    return [float(head / np.sqrt((total**2).mean()) * (1 + w_post) @ v) for head in heads]
 
 
-def not_centred(parts, gain, bias, u, eps=1e-5):
-    scale = 1 / (parts.sum(0).var(correction=0) + eps).sqrt()
-    return parts @ (gain * u) * scale, bias @ u
-
-
-def rms_scale(parts, gain, bias, u, eps=1e-5):
-    scale = 1 / (parts.sum(0).pow(2).mean() + eps).sqrt()
-    return (parts - parts.mean(-1, keepdim=True)) @ (gain * u) * scale, bias @ u
-
-
-def bias_shared(parts, gain, bias, u, eps=1e-5):
-    terms, constant = split_logit_layernorm(parts, gain, bias, u, eps)
-    return terms + constant / len(terms), 0 * constant
-
-
-def bias_each(parts, gain, bias, u, eps=1e-5):
-    terms, constant = split_logit_layernorm(parts, gain, bias, u, eps)
-    return terms + constant, constant
-
-
-def unbiased(parts, gain, bias, u, eps=1e-5):
-    scale = 1 / (parts.sum(0).var(correction=1) + eps).sqrt()
-    return (parts - parts.mean(-1, keepdim=True)) @ (gain * u) * scale, bias @ u
+MISTAKES_48 = [
+    (
+        edited(head_terms, "heads / rms * (1 + w_post)", "heads"),
+        "The norm after attention is left out, as in common tools: the terms do not add up to what "
+        "attention writes.",
+    ),
+    (
+        edited(head_terms, "heads.sum(0).pow(2).mean()", "heads.pow(2).mean(-1, keepdim=True)"),
+        "Each head has its own norm here: there is one norm, on the sum.",
+    ),
+    (edited(head_terms, "* (1 + w_post)", ""), "The norm's gain 1 + w_post is missing."),
+    (
+        edited(head_terms, "/ rms", ""),
+        "The gain is there, the division by the root mean square is missing.",
+    ),
+    (
+        edited(head_terms, ".pow(2).mean().sqrt()", ".norm()"),
+        "This divides by the length: the root *mean* square is smaller by √d_model.",
+    ),
+    (edited(head_terms, "1 + w_post) @", "w_post) @"), "The gain is 1 + w_post, not w_post."),
+    (
+        lambda *given: head_terms(*given).sum(),
+        "This is the sum: return one term for each head.",
+    ),
+]
 
 
 @exercise(
     "4.8",
-    title="The same for GPT-2",
-    difficulty=4,
-    importance=3,
-    minutes=15,
-    stub=STUB_48,
-    reference=split_logit_layernorm,
+    title="A head, through the norm after attention",
+    difficulty=3,
+    importance=4,
+    minutes=6,
+    reference=head_terms,
+    right=[heads_one_by_one],
+    wrong=MISTAKES_48,
     hints=[
-        "The mean of a sum is the sum of the means, so each part can be centred by itself.",
-        "`parts.sum(0).var(correction=0)` is the variance that LayerNorm uses.",
-    ],
-    wrong=[
-        (not_centred, "not taken away"),
-        (rms_scale, "standard deviation"),
-        (bias_shared, "none of them wrote it"),
-        (bias_each, "comes once"),
-        (unbiased, "d_model - 1"),
-        (lambda *given: split_logit_layernorm(*given)[0], "Return two things"),
+        '`torch.einsum("hi,hid->hd", z, W_O)` gives each head\'s vector, (n_heads, d_model).',
+        "There is one root mean square: that of the sum over the heads.",
     ],
 )
 def check_48(answer) -> None:
-    parts, gain, bias, u = (
-        random(6, 9, seed=17, shift=0.5),
-        random(9, seed=18, shift=1.0),
-        random(9, seed=19),
-        random(9, seed=20),
-    )
-    given = (parts, gain, bias, u)
-    result = answer(*(x.clone() for x in given))
-    expect(
-        isinstance(result, tuple) and len(result) == 2,
-        "Return two things: the terms of the parts, and the term of the bias.",
-    )
-    got = [as_numbers(x) for x in result]
-    for mistake, message in (
-        (not_centred, "The mean is not taken away: centre each part."),
-        (rms_scale, "The scale is a root mean square: LayerNorm divides by the standard deviation "
-         "of the stream."),
-        (bias_shared, "The bias is shared out among the parts: none of them wrote it. Give it a "
-         "term of its own."),
-        (bias_each, "The bias is added to every part: it comes once, as a term of its own."),
-        (unbiased, "The variance divides by d_model - 1: LayerNorm divides by d_model "
-         "(`correction=0`)."),
-    ):  # fmt: skip
-        terms, constant = mistake(*given)
-        expect(not (same(got[0], terms) and same(got[1], constant)), message)
-    terms, constant = split_logit_layernorm(*given)
-    expect_close(got[1], constant, "The term of the bias is bias @ u.")
-    expect_close(got[0], terms, "Centre each part, then parts @ (gain * u) / standard deviation.")
+    def one_layer(draw) -> tuple:
+        z, W_O = draw.normal("heads", "d_head"), draw.normal("heads", "d_head", "d_model")
+        return z, W_O, draw.normal("d_model"), draw.normal("d_model")
+
+    otherwise = "Freeze the scale that the norm has on the heads' sum."
+    agree(answer, head_terms, one_layer, MISTAKES_48, otherwise, tolerance=1e-4)
+
+
+# -- 4.9 -------------------------------------------------------------------------------------
+
+
+def apart(terms, answer, rival):
+    """What each part writes for the answer, and what it writes for the rival: two of (parts,).
+
+    terms          (n, parts, names), what a part writes on the logit of each name, in n prompts
+    answer, rival  (n,), the place of each among the names
+
+    Both are measured from the mean of all *other* names, and averaged over the prompts.
+    """
+    rows = torch.arange(len(terms))
+    right, wrong = terms[rows, :, answer], terms[rows, :, rival]  # (n, parts)
+    others = (terms.sum(-1) - right - wrong) / (terms.shape[-1] - 2)
+    return (right - others).mean(0), (wrong - others).mean(0)
+
+
+def as_difference(terms, answer, rival):
+    right, wrong = apart(terms, answer, rival)
+    return right - wrong, wrong - right
+
+
+def apart_by_loops(terms, answer, rival):
+    found = []
+    for own in (answer, rival):
+        each = []
+        for i, (a, r) in enumerate(zip(answer.tolist(), rival.tolist(), strict=True)):
+            rest = [k for k in range(terms.shape[2]) if k not in (a, r)]
+            each.append(terms[i, :, int(own[i])] - terms[i][:, rest].mean(1))
+        found.append(torch.stack(each).mean(0))
+    return found
+
+
+MISTAKES_49 = [
+    (
+        edited(apart, "- others", ""),
+        "What a part writes on all names alike is still in there: subtract the mean of the other "
+        "names.",
+    ),
+    (
+        edited(apart, "(terms.sum(-1) - right - wrong) / (terms.shape[-1] - 2)", "terms.mean(-1)"),
+        "Answer and rival themselves are among the others: leave them out.",
+    ),
+    (as_difference, "This is the difference of the two: keep them apart."),
+    (lambda *given: apart(*given)[::-1], "The answer comes first, the rival second."),
+    (edited(apart, ".mean(0)", ""), "Average over the prompts."),
+    (
+        edited(apart, ":, answer]", ":, answer[0]]", ":, rival]", ":, rival[0]]"),
+        "Each prompt has its own answer and its own rival.",
+    ),
+]
+
+
+@exercise(
+    "4.9",
+    title="The answer and its rival, apart",
+    difficulty=3,
+    importance=4,
+    minutes=6,
+    reference=apart,
+    right=[apart_by_loops],
+    wrong=MISTAKES_49,
+    hints=[
+        "`terms[torch.arange(n), :, answer]` is (n, parts): each prompt's own answer.",
+        "The others' mean: the sum over all names, less these two, over two names fewer.",
+    ],
+    after="That was the last exercise of the main path. The investigation is waiting.",
+)
+def check_49(answer) -> None:
+    def some_terms(draw) -> tuple:
+        terms = draw.normal("n", "parts", "names") + 3 * draw.normal("n", "parts", 1)
+        names = draw.size("names")
+        own = draw.integers(0, names - 1, "n")
+        return terms, own, (own + draw.integers(1, names - 1, "n")) % names
+
+    otherwise = "(answer's terms - others' mean), and the same for the rival; then the mean."
+    agree(answer, apart, some_terms, MISTAKES_49, otherwise, tolerance=1e-4)
+
+
+# -- 4.10, going further ---------------------------------------------------------------------
+
+
+def split_logit_layernorm(parts, gain, bias, u):
+    """A logit under GPT-2's LayerNorm: the terms of the parts (n_parts,), and the bias's term.
+
+    LayerNorm(x) = (x - mean(x)) / std(x) * gain + bias, with the mean and the standard deviation
+    over the d_model numbers (dividing by d_model).
+    parts (n_parts, d_model); gain, bias and u (d_model,), u the token's column of W_U
+    """
+    centred = parts - parts.mean(-1, keepdim=True)
+    rms = centred.sum(0).pow(2).mean().sqrt()
+    return centred / rms @ (gain * u), bias @ u
+
+
+def bias_shared(parts, gain, bias, u):
+    terms, constant = split_logit_layernorm(parts, gain, bias, u)
+    return terms + constant / len(terms), 0 * constant
+
+
+def layernorm_in_python(parts, gain, bias, u):
+    scale = 1 / parts.sum(0).std(correction=0)
+    return [float(((x - x.mean()) * gain * scale) @ u) for x in parts], float(bias @ u)
+
+
+MISTAKES_410 = [
+    (
+        edited(split_logit_layernorm, "centred / rms", "parts / rms"),
+        "The mean is not taken away: centre each part.",
+    ),
+    (
+        edited(split_logit_layernorm, "centred.sum", "parts.sum"),
+        "This is a root mean square: use the standard deviation of the stream.",
+    ),
+    (bias_shared, "The bias is shared out among the parts: none of them wrote it."),
+    (
+        edited(split_logit_layernorm, "(gain * u), ", "(gain * u) + bias @ u, "),
+        "The bias is added to every part: it comes once, as a term of its own.",
+    ),
+    (
+        edited(split_logit_layernorm, ".pow(2).mean().sqrt()", ".std()"),
+        "This divides by d_model - 1: LayerNorm divides by d_model.",
+    ),
+    (
+        edited(split_logit_layernorm, "parts.mean(-1, keepdim=True)", "parts.mean(0)"),
+        "Centre each part over the d_model numbers, not over the parts.",
+    ),
+]
+
+
+@exercise(
+    "4.10",
+    title="The same for GPT-2 (going further)",
+    difficulty=4,
+    importance=2,
+    minutes=10,
+    reference=split_logit_layernorm,
+    right=[layernorm_in_python],
+    wrong=[*MISTAKES_410, (lambda *given: split_logit_layernorm(*given)[0], "Return 2 things")],
+    hints=[
+        "The mean of a sum is the sum of the means, so each part can be centred by itself.",
+        "The standard deviation is that of the whole stream, and the bias is a term of its own.",
+    ],
+)
+def check_410(answer) -> None:
+    def a_stream(draw) -> tuple:
+        return draw.normal("parts", "d_model"), *(draw.normal("d_model") for _ in range(3))
+
+    otherwise = "Centre each part; parts @ (gain * u) / standard deviation; bias @ u."
+    agree(answer, split_logit_layernorm, a_stream, MISTAKES_410, otherwise, tolerance=1e-4)
+
+
+# -- predictions -----------------------------------------------------------------------------
+
+FIRST = ["brackets", "facts", "ioi", "repetition"]
+
+
+@prediction("4.11", question="Whose answers settle first, on average?", options=FIRST)
+def settles_first() -> str:
+    depths = {family: lab.settling(shipped_model(), family) for family in FIRST}
+    return min(depths, key=lambda family: float(depths[family].double().mean()))
+
+
+COSTS = ["less than a uniform guess", "about as much", "more than a uniform guess"]
+
+
+@prediction("4.12", question="Stopping at the embedding costs…", options=COSTS)
+def cost_at_the_embedding() -> str:
+    found = read_out(shipped_model(), lab.world_stream(shipped_model(), 500, 1, lab.HELD))
+    ratio = float(found.kl[0].mean() / lab.uniform_cost(shipped_model(), found))
+    return COSTS[0 if ratio < 0.8 else 1 if ratio < 1.25 else 2]
+
+
+MOVED = ["more than the lens", "about as much", "less than half as much"]
+
+
+@prediction("4.13", question="Without those directions, the model's answer moves…", options=MOVED)
+def model_against_lens() -> str:
+    ratio = causal.model_over_lens(shipped_model(), quick_lens(), k=4)
+    return MOVED[0 if ratio > 1.25 else 1 if ratio > 0.5 else 2]
+
+
+@functools.cache
+def quick_lens() -> TunedLens:
+    """A tuned lens of tiny-gemma, trained for a few seconds."""
+    stream = lab.world_stream(shipped_model(), 2_000)
+    return train_tuned_lens(shipped_model(), stream, steps=40, size=128)[0]
+
+
+HOW = ["it raises the receiver", "it lowers the giver", "both"]
+
+
+@prediction("4.14", question="The head that favours the receiver most: how?", options=HOW)
+def how_the_best_head_favours() -> str:
+    _, receiver, giver = lab.best_head_apart(shipped_model(), apart)
+    share = receiver / (receiver - giver)
+    return HOW[0 if share > 2 / 3 else 1 if share < 1 / 3 else 2]
+
+
+# -- the investigation -----------------------------------------------------------------------
+
+KINDS = ("fact", "copy")
+
+
+@functools.cache
+def judges() -> tuple:
+    """Fresh prompts of both kinds, and the activations whose mean stands in for a part."""
+    return lab.twins(shipped_model(), 24, 50_000), token_pool(shipped_model())
+
+
+@functools.cache
+def parts() -> list:
+    """Every part of the model: heads, attention blocks and MLPs."""
+    model = shipped_model()
+    layers = range(model.n_layers)
+    heads = list(itertools.product(layers, range(model.n_heads)))
+    return heads + [("attn", i) for i in layers] + [("mlp", i) for i in layers]
+
+
+@functools.cache
+def share_lost(part: tuple, kind: str) -> float:
+    """What a part's mean lesion costs one kind of prompt, as a share of three nats, 0 to 1."""
+    both, reference = judges()
+    nats = lab.harm(shipped_model(), getattr(both, kind), part, reference)
+    return min(max(nats / 3, 0.0), 1.0)
+
+
+def decides(part: tuple, kind: str) -> float:
+    """Own answer lost, times the other's kept: 0 to 1."""
+    other = KINDS[1 - KINDS.index(kind)]
+    return share_lost(part, kind) * (1 - share_lost(part, other))
+
+
+def best_parts() -> tuple:
+    """For each kind the part that decides most, out of all."""
+    return tuple(max(parts(), key=lambda part: decides(part, kind)) for kind in KINDS)
+
+
+@investigation(
+    "4",
+    title="One answer, two routes",
+    form='two parts, for the fact and for the copy, such as ((2, 1), ("mlp", 0))',
+    chance=lambda rng: (rng.choice(parts()), rng.choice(parts())),
+    best=best_parts,
+    good=lambda: (best_parts()[1], best_parts()[1]),
+    foolish=["L2H1", (2, 1), ((2, 1),), ((2, 1), (99, 0)), ((2, 1), ("neuron", 3)), [[1], [2]]],
+)
+def score_routes(answer) -> float:
+    """The mean over both prompts of: its answer lost, times the other's answer kept."""
+    given = plain(answer)
+    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], tuple):
+        raise Wrong(f'Give two parts, ((2, 1), ("mlp", 0)), not {describe(answer)}.')
+    chosen = [one_of(part, parts(), "parts") for part in given]
+    return sum(decides(part, kind) for part, kind in zip(chosen, KINDS, strict=True)) / 2

@@ -8,6 +8,7 @@ ranks(model, stream, p.answer)                           # (depths, n)
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,15 +17,35 @@ import torch
 from torch import Tensor
 
 from mi_helpers.ablation import SITE, Mean, ablate
-from mi_helpers.attribution import Attribution, answer_logit
-from mi_helpers.lens import TunedLens, ranks, read_stream, sample_stream, top_tokens
-from mi_helpers.lessons.shared import answer_positions, tokens_and_ranges
+from mi_helpers.arguments import exact
+from mi_helpers.attribution import Attribution, answer_logit, stream_direction, written_parts
+from mi_helpers.lens import (
+    Readout,
+    TunedLens,
+    ranks,
+    read_stream,
+    sample_stream,
+    settled_depth,
+)
+from mi_helpers.lessons.shared import answer_positions, tokens_and_ranges, word_ids
 from mi_helpers.models import At, LanguageModel
 from mi_helpers.tiny_gemma.skills import is_own_city
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.facts import city_country
 from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.world import World
+
+HELD = ("templates", "entities")  # phrasings and pairs that nothing was trained on
+FAMILIES = {  # whose answers the lesson follows, with the choices of each
+    "facts": {"count": 1},
+    "two_hop": {"count": 1},
+    "ioi": {},
+    "agreement": {},
+    "calendar": {},
+    "arithmetic": {},
+    "brackets": {},
+    "repetition": {"length": 8, "times": 2},
+}
 
 # -- prompts with an answer ------------------------------------------------------------------
 
@@ -115,6 +136,18 @@ def asked_kind(document: Document) -> str:
     return next((f"{s.kind} {s.value}" for s in same if s.kind == "entity"), same[0].kind)
 
 
+def prompts_of(model: LanguageModel, family: str, n: int, seed: int = 0) -> Prompts:
+    """n prompts of one of `FAMILIES`, with its choices."""
+    return make_prompts(model, family, n, seed, **FAMILIES[family])
+
+
+def settling(model: LanguageModel, family: str, n: int = 200, seed: int = 0) -> Tensor:
+    """The first depth from which the model's own answer stays at rank 1, for n prompts, (n,)."""
+    p = prompts_of(model, family, n, seed)
+    stream = read_stream(model, p.ids, p.at)
+    return settled_depth(ranks(model, stream, model.unembed(stream[-1]).argmax(-1)))
+
+
 # -- lenses on TinyWorld ---------------------------------------------------------------------
 
 
@@ -128,23 +161,9 @@ def world_stream(model: LanguageModel, n: int, seed: int = 0, held: Iterable[str
     return sample_stream(model, (document.text for document in documents), n, seed)
 
 
-def favourites(
-    model: LanguageModel, stream: Tensor, lens: TunedLens | None = None
-) -> list[tuple[int, float, float]]:
-    """At each depth, the token that has rank 1 at the most of n tokens.
-
-    Returns:
-        for each depth its id, the share of the tokens where it has rank 1, and its mean probability
-        there.
-    """
-    p, ids = (x[..., 0] for x in top_tokens(model, stream, 1, lens))
-    found = []
-    for at_depth, each in zip(p, ids, strict=True):
-        tokens, counts = each.unique(return_counts=True)
-        best = tokens[counts.argmax()]
-        share, mean_p = counts.max() / len(each), at_depth[each == best].mean()
-        found.append((int(best), float(share), float(mean_p)))
-    return found
+def uniform_cost(model: LanguageModel, found: Readout) -> float:
+    """KL(final ‖ uniform), nats: what a lens would cost that finds all tokens equally likely."""
+    return float(math.log(model.d_vocab) - found.entropy[-1].mean())
 
 
 # -- two-hop facts: the bridge ---------------------------------------------------------------
@@ -226,6 +245,60 @@ def word_tokens(model: LanguageModel, words: Iterable[str]) -> Tensor:
 
 
 @torch.no_grad()
+def written_on(
+    model: LanguageModel, p: Prompts, words: Tensor, unit: str = "component"
+) -> tuple[tuple[str, ...], Tensor]:
+    """What each part writes on the logit of each of some words, before the soft-cap.
+
+    Args:
+        words: token ids (words,).
+        unit: "component" or "head", as in `direct_logit_attribution`.
+
+    Returns:
+        the parts' names, and terms (n, parts, words).
+    """
+    parts, final = written_parts(model, p.ids, p.at, unit)
+    stacked = torch.stack(list(parts.values()), 1)  # (n, parts, d_model)
+    by_word = [
+        stream_direction(model, final, exact(model.W_U[:, word]).expand(final.shape))
+        for word in words.tolist()
+    ]
+    terms = [torch.einsum("npd,nd->np", stacked, v) for v in by_word]
+    return tuple(parts), torch.stack(terms, -1)
+
+
+def names_of(model: LanguageModel) -> Tensor:
+    """The first token of each name of TinyWorld, (names,), each once."""
+    return word_tokens(model, lexicon.people()).unique()
+
+
+def best_head_apart(
+    model: LanguageModel, apart: Callable, n: int = 200, seed: int = 7
+) -> tuple[str, float, float]:
+    """The head that writes most on the receiver's name, less the giver's: its name, what it writes
+    for the receiver, and for the giver, both as `apart(terms, answer, rival)` gives them."""
+    p, names = make_prompts(model, "ioi", n, seed, form="pair"), names_of(model)
+    parts, terms = written_on(model, p, names, "head")
+    at = (place_in(names, tokens) for tokens in (p.answer, p.wrong))
+    receiver, giver = apart(terms, *at)
+    heads = [i for i, name in enumerate(parts) if " head " in name]
+    best = max(heads, key=lambda i: float(receiver[i] - giver[i]))
+    return parts[best], float(receiver[best]), float(giver[best])
+
+
+def place_in(words: Tensor, tokens: Tensor) -> Tensor:
+    """Where each of some tokens (n,) stands among `words` (words,), (n,).
+
+    Raises:
+        ValueError: one of the tokens is none of the words.
+    """
+    same = tokens[:, None] == words
+    if not same.any(1).all():
+        raise ValueError("Some of the tokens are none of the words: give all that can be answers.")
+    return same.int().argmax(1)
+
+
+@torch.no_grad()
 def total_effects(model: LanguageModel, p: Prompts) -> dict[str, float]:
     """{component: by how much the answer's logit, less the wrong one's, falls without it}.
 
@@ -256,3 +329,51 @@ def heads_off(with_norm: Attribution, without: Attribution) -> float:
     """Σ |term without the post-norm - term| / Σ |term|, over all heads and prompts."""
     right, wrong = with_norm.heads(), without.heads()
     return float((wrong - right).abs().sum() / right.abs().sum())
+
+
+# -- one answer, two routes ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Prompts of two kinds with the same answers: ids (n, length), last and answer (n,) of each.
+
+    fact  a landmark's city, asked for; copy  a list of random words begun again, before that city
+    """
+
+    fact: Prompts
+    copy: Prompts
+
+
+def twins(model: LanguageModel, n: int = 24, seed: int = 0) -> Twins:
+    """n facts about the city of a landmark, and n lists of words that go on with the same city."""
+    fact = make_prompts(model, "facts", n, seed, count=1, relation="landmark-city")
+    rng = torch.Generator().manual_seed(seed)
+    words, bos = word_ids(model), model.tokenizer.bos_token_id
+    rows = []
+    for city in fact.answer.tolist():
+        others = words[torch.randperm(len(words), generator=rng)[:8]].tolist()
+        listed = [word for word in others if word != city][:6]
+        at = int(torch.randint(2, 6, (1,), generator=rng))
+        again = [*listed[:at], city, *listed[at:], *listed[:at]]
+        rows.append(again if bos is None else [bos, *again])
+    last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
+    copy = Prompts((), model.pad(rows), last, fact.answer, fact.wrong)
+    return Twins(fact, copy)
+
+
+@torch.no_grad()
+def harm(model: LanguageModel, p: Prompts, part: tuple, reference: dict) -> float:
+    """By how many nats the loss on the answers grows under a part's mean lesion, at all tokens.
+
+    Args:
+        part: (layer, head), ("attn", layer) or ("mlp", layer).
+        reference: activations whose mean is put there, as from `token_pool`.
+    """
+    rows, losses = p.at[0], []
+    for hooks in ({}, ablate(model, [part], Mean(reference))):
+        with model.hooks(hooks):
+            _, cache = model.run_with_cache(p.ids, "resid_final", stop_at_layer=model.n_layers)
+        scores = model.unembed(cache["resid_final"][p.at]).float().log_softmax(-1)
+        losses.append(-scores[rows, p.answer].mean())
+    return float(losses[1] - losses[0])

@@ -2,15 +2,14 @@
 
     circuit = find_circuit(task)                     # {(layer, head, role), …}
     completeness(task, circuit, removals(groups, circuit, 8, seed=0))
-    minimality(task, circuit)
-    jobs(attention_by_role(task), own, relayed)      # {node: its job}
+    needed = minimality(task, circuit)               # {node: the change of each metric}
+    jobs(circuit, attention_by_role(task), own)      # {node: its job}
 
-`ioi.Task` measures any circuit.
+`ioi.Task` measures any circuit, on both metrics.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,71 +17,87 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mi_helpers.heads import Head, head_name
-from mi_helpers.lessons.lesson_05.ioi import ROLES, Node, Task, to_nodes
-from mi_helpers.paths import path_patch, path_patch_map, receivers_of
+from mi_helpers.heads import Head, effective_embedding, head_name, writing
+from mi_helpers.layouts import norm_gain
+from mi_helpers.lessons.lesson_05.ioi import METRICS, NAMED, ROLES, Node, Task, to_nodes
+from mi_helpers.models import LanguageModel
+from mi_helpers.paths import path_patch, path_patch_map
 
 # --------------------------------------------------------------------------------------- the search
 
 
-def find_circuit(task: Task, step: float = 0.01, within: float = 0.1) -> set[Node]:
-    """A small circuit that does what the model does: |F(circuit) - F(model)| <= within * F(model).
+LEAST = 0.01  # a node whose loss is less than this is none of the circuit's
 
-    1. From the last layer to the first, drop sets of nodes whose removal changes F by at most
-       `step` of F(model); halve a set that changes it more, down to single nodes.
-    2. Drop the nodes that are left one by one, the least important first, as long as F stays within
-       the bound; repeat until none can be dropped.
 
-    Source: the order, from output to input, is that of ACDC (Conmy et al. 2023).
+def find_circuit(task: Task, within: float = 0.07) -> set[Node]:
+    """A small circuit that does what the model does: `task.error` stays within `within`.
+
+    The error is of single texts, so that a circuit cannot be right on average alone.
+
+    1. Sort the nodes by a first-order estimate of their effects, and drop as many of the smallest
+       as the bound allows; estimate again in what is left, and repeat until none can go.
+    2. Drop the nodes that are left one by one, the least important first, as long as the bound
+       holds, or the error grows by less than `LEAST`; repeat until no single node can be dropped.
+
+    Source: the estimate is attribution patching (Nanda 2023; Syed et al. 2023), the loop that of
+    ACDC (Conmy et al. 2023).
     """
-    keep, now = task.mask(task.nodes()), task.full
-    for layer in reversed(range(task.model.n_layers)):
-        waiting = [[(layer, h, r) for r in range(len(ROLES)) for h in range(task.shape[1])]]
-        while waiting:
-            some = waiting.pop()
-            trial = _without(keep, some)
-            value = task.F(trial)
-            if abs(value - now) <= step * abs(task.full):
-                keep, now = trial, value
-            elif len(some) > 1:
-                waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
-    return to_nodes(prune(task, keep, within))
+    keep = task.mask(task.nodes())
+    while True:
+        effects = estimates(task, keep)
+        order = effects.masked_fill(~keep, torch.inf).flatten().argsort()[: int(keep.sum())]
+        low, high = 0, len(order)  # `low` can go, `high` cannot
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = task.error(_without(keep, order[:middle])) <= within
+            low, high = (middle, high) if fits else (low, middle)
+        keep = _without(keep, order[:low])
+        if low < 4:
+            return to_nodes(prune(task, keep, within))
+
+
+def estimates(task: Task, keep: Tensor) -> Tensor:
+    """By how much, to first order, each node that is kept changes either metric when it goes, as a
+    share of the model's; (n_layers, n_heads, roles)."""
+    with torch.enable_grad():
+        gate = keep.float().clone().requires_grad_()
+        with task.model.hooks(task.hooks(gate)):
+            stream = task.intact["resid_pre"][0].detach()
+            final = task.model.run_from_layer(stream, 0, stop_at_layer=task.model.n_layers)[:, -1]
+        share = task.metric(task.model.unembed(final)) / task.full
+        found = [torch.autograd.grad(x, gate, retain_graph=True)[0] for x in share]
+    return torch.stack(found).abs().amax(0)
 
 
 def prune(task: Task, keep: Tensor, within: float) -> Tensor:
     """Step 2 of `find_circuit`: afterwards no single node can be dropped."""
-
-    def off(mask: Tensor) -> float:
-        return abs(task.faithfulness(mask) - 1)
-
-    while True:
-        nodes = [tuple(at) for at in keep.nonzero().tolist()]
-        order = sorted(nodes, key=lambda at: off(_without(keep, [at])))
+    while keep.any():
+        now = task.error(keep)
+        places = keep.flatten().nonzero()[:, 0]
+        order = sorted(places, key=lambda at: task.error(_without(keep, at)))
         before = keep
         for at in order:
-            trial = _without(keep, [at])
-            keep = trial if off(trial) <= within else keep
+            trial = _without(keep, at)
+            if (then := task.error(trial)) <= max(within, now + LEAST):
+                keep, now = trial, then
         if torch.equal(before, keep):
-            return keep
+            break
+    return keep
 
 
-def _without(mask: Tensor, places: Sequence[tuple]) -> Tensor:
-    mask = mask.clone()
-    mask[tuple(torch.tensor(places).T)] = False
-    return mask
+def _without(mask: Tensor, places: Tensor) -> Tensor:
+    """A mask without some of its places, which are indices into the flat mask."""
+    flat = mask.flatten().clone()
+    flat[places] = False
+    return flat.view_as(mask)
 
 
-def random_circuits(
-    task: Task, circuit: Iterable[Node], count: int, seed: int = 0, same_roles: bool = False
-) -> list[set[Node]]:
-    """`count` random sets of as many nodes as the circuit has: the control.
+def random_circuits(task: Task, circuit: Iterable[Node], count: int, seed: int = 0) -> list:
+    """`count` random sets of nodes, with as many at each role as the circuit has: the control.
 
-    Args:
-        same_roles: draw as many nodes at each role as the circuit has there, a harder control.
+    It is a harder one than sets of equal size from anywhere, most of which touch no name at all.
     """
     rng, every, circuit = random.Random(seed), sorted(task.nodes()), list(circuit)
-    if not same_roles:
-        return [set(rng.sample(every, len(circuit))) for _ in range(count)]
     sizes = {role: sum(node[2] == role for node in circuit) for role in ROLES}
     pools = {role: [node for node in every if node[2] == role] for role in ROLES}
     return [
@@ -107,35 +122,27 @@ def removals(
 
 def completeness(
     task: Task, circuit: set[Node], sets: Mapping[str, set[Node]]
-) -> dict[str, tuple[float, float]]:
-    """{name of K: (F(model without K), F(circuit without K))}, both as shares of F(model).
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """{metric: {name of K: (F(model without K), F(circuit without K))}}, as shares of F(model).
 
     A complete circuit has all that the model can fall back on, so the two are equal for every K.
     Source: Wang et al. 2022, section 4.2.
     """
-    every = task.nodes()
-    return {
-        name: (task.faithfulness(every - K), task.faithfulness(circuit - K))
-        for name, K in sets.items()
-    }
+    every, found = task.nodes(), {metric: {} for metric in METRICS}
+    for name, K in sets.items():
+        both = task.faithfulness(every - K), task.faithfulness(circuit - K)
+        for metric, *pair in zip(METRICS, *(each.tolist() for each in both), strict=True):
+            found[metric][name] = tuple(pair)
+    return found
 
 
-def minimality(
-    task: Task, circuit: set[Node], sets: Mapping[str, set[Node]] | None = None
-) -> dict[Node, float]:
-    """{node v: the change of F when v leaves the circuit, as a share of F(model)}:
+def minimality(task: Task, circuit: set[Node]) -> dict[Node, Tensor]:
+    """{node: by how much each metric changes when it alone leaves the circuit, (2,), as a share}.
 
-        the largest |F(circuit without K and v) - F(circuit without K)| over K = {} and `sets`.
-
-    A node that never matters does not belong. Source: Wang et al. 2022, section 4.3.
+    A node that changes neither does not belong. Source: Wang et al. 2022, section 4.3, with K = {}.
     """
-    values = {}
-    for K in [set(), *(sets or {}).values()]:
-        whole = task.faithfulness(circuit - K)
-        for v in circuit - K:
-            change = abs(task.faithfulness(circuit - K - {v}) - whole)
-            values[v] = max(values.get(v, 0.0), change)
-    return values
+    whole = task.faithfulness(circuit)
+    return {v: (task.faithfulness(circuit - {v}) - whole).abs() for v in sorted(circuit)}
 
 
 def overlap(a: set[Node], b: set[Node]) -> float:
@@ -145,93 +152,127 @@ def overlap(a: set[Node], b: set[Node]) -> float:
 
 # --------------------------------------------------------------------------- what the heads do here
 
-
-LOOKS = (  # (from, to): the attention that is measured
-    ("END", "IO"),
-    ("END", "S1"),
-    ("END", "S2"),
-    ("END", "END-2"),
-    ("END-2", "S2"),
-    ("S2", "S1"),
-    ("S2", "S1+1"),
-    ("S1+1", "S1"),
-)
+FIRST = ("IO", "S1")  # the two first mentions
+RELAYS = ("END-2", "END-1")
+LOOKS = {  # from: to; the attention that is measured
+    "S1+1": ("S1",),
+    "IO": ("S1", "S2"),
+    "S1": ("IO",),
+    "S2": ("S1", "S1+1", "IO"),
+    "END-2": ("IO", "S1", "S2"),
+    "END-1": ("IO", "S1", "S2"),
+    "END": (*FIRST, "S2", *RELAYS),
+}
+JOBS = {  # what a head does at a role, by where it looks there and whether it copies
+    "previous token": "at the word after S1, looks at S1",
+    "duplicate token": "at S2, looks at S1: this name has been there",
+    "induction": "at S2, looks at the word after S1: the same by another route",
+    "other name": "at a name, looks at an earlier one of somebody else",
+    "S-inhibition": "at END, looks at S2",
+    "name mover": "at END, looks at first mentions, and copies",
+    "negative name mover": "at END, looks at first mentions, and suppresses",
+    "relay": "at a word before END, looks at a name",
+    "relay reader": "at END, looks at such a word",
+    "other": "none of these",
+}
 
 
 def attention_by_role(task: Task) -> dict[tuple[str, str], Tensor]:
     """Mean attention from one role to another, {(from, to): (n_layers, n_heads)}."""
     pattern, prompts = task.intact["pattern"], task.prompts  # (layers, n, heads, q, k)
-    rows = torch.arange(len(prompts), device=pattern.device)
+    rows, by_row = torch.arange(len(prompts), device=pattern.device), pattern.transpose(0, 1)
     at = {role: prompts.at(role) for role in ROLES[:-1]}
-    by_row = pattern.transpose(0, 1)
-    return {(q, k): by_row[rows, :, :, at[q], at[k]].mean(0) for q, k in LOOKS}
-
-
-JOBS = {  # in order of precedence: the role at which a head has the job, and what it is
-    "name mover": ("END", "attends to IO rather than S1, and copies"),
-    "negative mover": ("END", "attends to IO rather than S1, and suppresses"),
-    "candidates": ("END", "attends to IO and S1 alike, and copies: it brings both names"),
-    "excluder": (
-        "END",
-        "attends to S2, or to what a courier has brought to END-2, and suppresses that name",
-    ),
-    "giver's reader": ("END", "attends to S2 and does not suppress (GPT-2: S-inhibition)"),
-    "courier": ("END-2", "attends to S2, and copies: it brings the giver's name to this place"),
-    "duplicate token": ("S2", "attends to S1"),
-    "induction": ("S2", "attends to S1+1"),
-    "previous token": ("S1+1", "attends to S1"),
-}
-
-
-def couriers(looks: Mapping[tuple[str, str], Tensor], own: Tensor, least: float = 0.3) -> list:
-    """The heads that bring the giver's name to END-2: the couriers of `jobs`."""
-    found = (looks["END-2", "S2"] >= least) & (own.to(looks["END-2", "S2"]) >= 1)
-    return [tuple(head) for head in found.nonzero().tolist()]
+    return {
+        (q, k): by_row[rows, :, :, at[q], at[k]].mean(0) for q, each in LOOKS.items() for k in each
+    }
 
 
 def jobs(
-    looks: Mapping[tuple[str, str], Tensor], own: Tensor, relayed: Tensor, least: float = 0.3
+    nodes: Iterable[Node],
+    looks: Mapping[tuple[str, str], Tensor],
+    own: Tensor,
+    least: float = 0.25,
 ) -> dict[Node, str]:
-    """{(layer, head, role): its job of `JOBS` there, by score thresholds}.
+    """{(layer, head, role): its job of `JOBS`}: by where it looks most, if that is `least` or more.
 
     Args:
         looks: `attention_by_role`.
-        own: (n_layers, n_heads), the "own" score of `heads.copying` for the names' tokens: a head
-            copies from 1 on and suppresses from -1 down (standard deviations of a row).
-        relayed: the same for what `couriers` write; NaN counts as nothing.
-        least: attention that counts; for two targets together, twice as much.
+        own: (n_layers, n_heads), the "own" score of `heads.copying` for the names' tokens: above 0
+            a head copies the name that it looks at.
     """
-    io, s1, s2, relay = (looks["END", role] for role in ("IO", "S1", "S2", "END-2"))
-    own, relayed = own.to(io), relayed.to(io)
-    rather = io - s1 >= least
-    both = (io + s1 >= 2 * least) & ((io - s1).abs() < least)
-    carries = torch.zeros_like(rather)
-    for head in couriers(looks, own, least):
-        carries[head] = True
-    is_ = {
-        "name mover": rather & (own >= 1),
-        "negative mover": rather & (own <= -1),
-        "candidates": both & (own >= 1),
-        "excluder": ((s2 >= least) & (own <= -1)) | ((relay >= least) & (relayed <= -1)),
-        "giver's reader": (s2 >= least) & (own > -1),
-        "courier": carries,
-        "duplicate token": looks["S2", "S1"] >= least,
-        "induction": looks["S2", "S1+1"] >= least,
-        "previous token": looks["S1+1", "S1"] >= least,
-    }
-    found: dict[Node, str] = {}
-    for job, (role, _) in JOBS.items():
-        for layer, head in is_[job].nonzero().tolist():
-            found.setdefault((layer, head, role), job)
-    return dict(sorted(found.items()))
+
+    def job(layer: int, head: int, role: str) -> str:
+        seen = {to: float(looks[role, to][layer, head]) for to in LOOKS.get(role, ())}
+        if role == "END":
+            seen["first"] = seen.pop("IO") + seen.pop("S1")
+        place = max(seen, key=lambda to: seen[to], default=None)
+        if place is None or seen[place] < least:
+            return "other"
+        if role == "END":
+            mover = "name mover" if own[layer, head] > 0 else "negative name mover"
+            return {"first": mover, "S2": "S-inhibition"}.get(place, "relay reader")
+        if role in NAMED:
+            same = role == "S2" and place == "S1"
+            return "duplicate token" if same else "induction" if place == "S1+1" else "other name"
+        return "previous token" if role == "S1+1" else "relay"
+
+    return {node: job(*node) for node in sorted(nodes)}
 
 
-def by_job(circuit: Iterable[Node], given: Mapping[Node, str]) -> dict[str, set[Node]]:
-    """The circuit's nodes by their job; "no name" for the rest."""
-    groups: dict[str, set[Node]] = {}
-    for node in sorted(circuit):
-        groups.setdefault(given.get(node, "no name"), set()).add(node)
-    return groups
+def by_job(given: Mapping[Node, str]) -> dict[str, set[Node]]:
+    """{job: its nodes}, in the order of `JOBS`."""
+    groups = {job: {node for node, each in given.items() if each == job} for job in JOBS}
+    return {job: nodes for job, nodes in groups.items() if nodes}
+
+
+def name_circuit(model: LanguageModel, head: Head, ids: Tensor) -> tuple[Tensor, ...]:
+    """What decides whether a head copies names: E (names, d_model), what it reads at each; W_V, W_O
+    with the gain of the norm after attention; U (d_model, names), with the final norm's gain."""
+    layer, h = head
+    E = model.part("ln1", layer)(effective_embedding(model, ids, min(layer, 1))).float()
+    W_V = model.weight("W_V", layer)[h * model.n_kv_heads // model.n_heads].float()
+    U = norm_gain(model.ln_final).float()[:, None] * model.W_U[:, ids].float()
+    return E, W_V, writing(model, layer)[h], U
+
+
+# ------------------------------------------------------------------------------------ path patches
+
+
+def path_share(task: Task, patched: Tensor) -> Tensor:
+    """How far a path carries IO - S over to the swapped text: 0 not at all, 1 all of it.
+
+    Args:
+        patched: the metrics under a path patch, (..., 2).
+    """
+    _, there = (task.metric(x) for x in _last_logits(task))
+    return (task.full[0] - patched[..., 0]) / (task.full[0] - there[0])
+
+
+def _last_logits(task: Task) -> tuple[Tensor, Tensor]:
+    """The logits at END of the texts and of the swapped ones, (n, d_vocab) each."""
+    with torch.no_grad():
+        return tuple(task.model(ids)[:, -1] for ids in (task.prompts.ids, task.prompts.swapped))
+
+
+def senders(
+    task: Task, receivers: Sequence | str, freeze_mlps: bool = False
+) -> tuple[Tensor, float]:
+    """What the paths from every head, and from the words themselves, to some receivers carry of
+    who comes twice, as `path_share`.
+
+    Args:
+        receivers: as in `paths.path_patch`.
+        freeze_mlps: True: straight paths alone; False: MLPs between are recomputed, as Wang et al.
+            do.
+
+    Returns:
+        (n_layers, n_heads), and the embedding's.
+    """
+    clean, swapped, through = task.prompts.ids, task.prompts.swapped, not freeze_mlps
+    given = (task.model, clean, swapped)
+    by_head = path_patch_map(*given, receivers, task.metric, "noise", through)
+    straight = path_patch(*given, ["embed"], receivers, task.metric, "noise", through)
+    return path_share(task, by_head), float(path_share(task, straight))
 
 
 # -------------------------------------------------------------------------------------- self-repair
@@ -239,7 +280,7 @@ def by_job(circuit: Iterable[Node], given: Mapping[Node, str]) -> dict[str, set[
 
 @dataclass(frozen=True)
 class Repair:
-    """What happens to the metric when nodes are removed, before the soft-cap, in logits:
+    """What happens to a metric when nodes are removed, before the soft-cap, in logits:
 
         after = before + own + Σ others + norm, exactly.
 
@@ -256,24 +297,15 @@ class Repair:
     others: dict[str, float]
     norm: float
 
-    @property
-    def repaired(self) -> float:
-        """Share of the lost direct effect that the rest makes up for: 0 none, 1 all of it, negative
-        when the rest loses as well; NaN when nothing was lost."""
-        return 1 - (self.before - self.after) / -self.own if self.own else math.nan
 
-
-def repair(task: Task, removed: Iterable[Node], within: Iterable[Node] | None = None) -> Repair:
-    """Remove nodes, and measure the direct effects of all other parts before and after.
-
-    Args:
-        within: the nodes that are there before; by default the whole model.
+def repair(task: Task, removed: Iterable[Node], metric: str = METRICS[0]) -> Repair:
+    """Remove nodes from the model, and measure all parts' direct effects before and after.
 
     Source: Wang et al. 2022, backup name mover heads; McGrath et al. 2023, The Hydra Effect.
     """
-    start, removed = set(task.nodes() if within is None else within), set(removed)
+    start, removed = task.nodes(), set(removed)
     one, two = task.parts(start), task.parts(start - removed)
-    v, w = task.direction(one["stream"]), task.direction(two["stream"])
+    v, w = (task.direction(each["stream"], metric) for each in (one, two))
 
     def effect(x: Tensor, direction: Tensor) -> float:
         return float((x * direction).sum(-1).mean())
@@ -287,49 +319,3 @@ def repair(task: Task, removed: Iterable[Node], within: Iterable[Node] | None = 
         {name: x for name, x in gained.items() if name not in gone},
         effect(two["stream"], w - v),
     )
-
-
-# ------------------------------------------------------------------------------ paths to the answer
-
-
-def path_shares(
-    task: Task,
-    receivers: Sequence | str = "logits",
-    through_mlps: bool = False,
-    senders: str = "heads",
-) -> Tensor:
-    """The share of F(model) that each sender's path to the receivers carries:
-
-        1 - F with that path patched from the sentence with other names / F(model)
-
-    Args:
-        receivers, through_mlps, senders: as in `path_patch_map`.
-
-    Returns:
-        (n_layers, n_heads), or (n_layers,) for senders "mlp".
-    """
-    clean, corrupted = task.prompts.ids, task.prompts.others[:, 0]
-    patched = path_patch_map(
-        task.model, clean, corrupted, receivers, task.metric, "noise", through_mlps, senders
-    )
-    return 1 - patched / task.full
-
-
-def inputs(task: Task, heads: Iterable[Head]) -> dict[str, dict[str, float]]:
-    """Where the queries, keys and values of some heads get the names from, by path patching.
-
-    Returns:
-        {"q": {"embedding": share of F, "best head": …, "best MLP": …}, "k": …, "v": …}.
-    """
-    clean, corrupted, found = task.prompts.ids, task.prompts.others[:, 0], {}
-    for site in "qkv":
-        receivers = receivers_of(task.model, heads, site)
-        straight = path_patch(
-            task.model, clean, corrupted, ["embed"], receivers, task.metric, "noise"
-        )
-        found[site] = {
-            "embedding": float(1 - straight / task.full),
-            "best head": float(path_shares(task, receivers).max()),
-            "best MLP": float(path_shares(task, receivers, senders="mlp").max()),
-        }
-    return found

@@ -1,11 +1,10 @@
-"""Induction: the gain from repeated words, the loss without some heads, the birth of heads.
+"""Induction: words that come again, the loss without some heads, the birth of heads.
 
-    ids = repeated_tokens(model, n=16, length=24)    # random words, then the same again
-    first, second = halves(model.loss(ids), 24)
-    lost = share_lost(model, [induction_heads], 24)
+    ids = mixed_repeats(model, n=16)                 # random words, again after 10 to 24
+    lost = share_lost(model, [induction_heads])
     log = training_log()                             # {column: (checkpoints,)}
 
-The task of indirect objects is in `ioi`, its circuit in `circuit`.
+The task of who receives is in `ioi`, its circuit in `circuit`.
 """
 
 from __future__ import annotations
@@ -20,61 +19,64 @@ from torch import Tensor
 
 from mi_helpers.ablation import Mean, ablate, record
 from mi_helpers.files import DATA
-from mi_helpers.heads import Head
+from mi_helpers.heads import Head, by_distance, head_name, targets
 from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.shared import repeated_tokens
 from mi_helpers.models import LanguageModel
 from mi_helpers.paths import composition_effect
 
 LOG = DATA / "tiny_gemma" / "training_log.csv"
+PERIODS = range(10, 25)  # after how many words a text begins again
 
-# ------------------------------------------------------------------------- words written twice
+# ------------------------------------------------------------------------- words that come again
 
 
-def halves(losses: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The losses of `length` tokens written twice, as (first writing, second writing).
+def mixed_repeats(model: LanguageModel, n: int = 15, length: int = 48, seed: int = 0) -> Tensor:
+    """n rows of random words, each repeated after a number of words of its own.
 
-    Args:
-        losses: (batch, pos - 1).
+    A head that always looks the same distance back finds its target in one row, not in all.
 
     Returns:
-        (batch, length - 1) each: without the first token of either writing, which nothing predicts.
-
-    Raises:
-        ModelError: too few losses.
+        ids (n, 1 + length), after BOS; the periods go through `PERIODS`.
     """
-    if losses.shape[1] < 2 * length - 1:
-        raise ModelError(f"{losses.shape[1]} losses are too few for {length} tokens written twice.")
-    second = losses[:, -(length - 1) :]
-    first = losses[:, -(2 * length - 1) : -length]
-    return first, second
+    rows = []
+    for i in range(n):
+        period = PERIODS[i % len(PERIODS)]
+        times = -(-length // period)
+        row = repeated_tokens(model, 1, period, seed * n + i, times)
+        rows.append(row[:, : row.shape[1] - period * times + length])
+    return torch.cat(rows)
+
+
+def again(ids: Tensor) -> Tensor:
+    """Which tokens an induction head can foretell, (n, pos - 1): that it has an earlier target, and
+    that what stands there is what comes next."""
+    found = targets(ids)["induction"][:, :-1]  # (n, pos - 1, pos)
+    comes = ids[:, 1:, None] == ids[:, None, :]
+    return (found & comes).any(-1)
 
 
 @torch.no_grad()
-def repetition_gain(
-    model: LanguageModel, ids: Tensor, length: int, hooks: Mapping | None = None
-) -> float:
-    """Loss of the first writing less loss of the second, in nats per token, under `hooks`."""
+def gain(model: LanguageModel, ids: Tensor, hooks: dict | None = None) -> float:
+    """Loss of the tokens that are new less loss of those that come again, under `hooks`."""
     with model.hooks(hooks or {}):
-        first, second = halves(model.loss(ids), length)
-    return float(first.mean() - second.mean())
+        losses, old = model.loss(ids), again(ids)
+    return float(losses[~old].mean() - losses[old].mean())
 
 
 def share_lost(
-    model: LanguageModel, sets: Sequence[Iterable[Head]], length: int, seed: int = 0
+    model: LanguageModel, sets: Sequence[Iterable[Head]], seed: int = 0, n: int = 8
 ) -> np.ndarray:
     """The share of the gain from repetition that is lost without each set of heads, (sets,):
 
         1 - gain without the set / gain of the whole model
 
-    The heads are mean-ablated, with other random repeated tokens as reference.
+    The heads are mean-ablated, position by position, over texts of other words.
     """
-    count = 8 if model.n_parameters < 1e9 else 4
-    ids = repeated_tokens(model, count, length, seed)
-    reference = Mean(record(model, repeated_tokens(model, 2 * count, length, seed + 10_000), "z"))
-    whole = repetition_gain(model, ids, length)
-    left = [repetition_gain(model, ids, length, ablate(model, s, reference)) for s in sets]
-    return 1 - np.array(left) / whole
+    ids = mixed_repeats(model, n, seed=seed)
+    reference = Mean(record(model, mixed_repeats(model, 2 * n, seed=seed + 1_000), "z"))
+    whole = gain(model, ids)
+    return np.array([1 - gain(model, ids, ablate(model, s, reference)) / whole for s in sets])
 
 
 def induction_pair(
@@ -99,6 +101,17 @@ def induction_paths(
     return composition_effect(model, readers, induction_pair(model, n, seed=seed), site)
 
 
+@torch.no_grad()
+def how_far_back(model: LanguageModel, ids: Tensor, some: Sequence[Head]) -> str:
+    """A line for each head: the distance back at which it looks most, on average over a text."""
+    _, cache = model.run_with_cache(ids, "pattern", model.n_layers)
+    distance, lines = by_distance(cache["pattern"]), []  # (n_layers, n_heads, distance)
+    for head in some:
+        far, share = int(distance[head].argmax()), float(distance[head].max())
+        lines.append(f"{head_name(head)} looks {far} back, with {share:.2f} of its attention")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------- when heads form
 
 
@@ -116,17 +129,6 @@ def training_log(path: str | Path = LOG) -> dict[str, np.ndarray]:
     if len(rows) < 3 or "step" not in rows[0]:
         raise ModelError(f"{path.name} needs a column 'step' and three checkpoints or more.")
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-
-
-def step_reaching(steps: np.ndarray, values: np.ndarray, share: float = 0.5) -> float:
-    """The step at which a curve has risen by `share` of the way from its first value to its
-    highest, with straight lines between the checkpoints."""
-    level = values[0] + share * (values.max() - values[0])
-    i = int(np.argmax(values >= level))
-    if i == 0:
-        return float(steps[0])
-    part = (level - values[i - 1]) / (values[i] - values[i - 1])
-    return float(steps[i - 1] + part * (steps[i] - steps[i - 1]))
 
 
 def steepest(steps: np.ndarray, values: np.ndarray, width: float) -> tuple[float, float, float]:
@@ -148,16 +150,12 @@ def steepest(steps: np.ndarray, values: np.ndarray, width: float) -> tuple[float
     return float(starts[best]), float(starts[best] + width), float(gains[best] / rise)
 
 
-def plateau(
-    steps: np.ndarray, values: np.ndarray, level: float, within: float
-) -> tuple[float, float] | None:
-    """The longest run of checkpoints with values `within` of a level: (from, to), or None."""
-    best, start = None, None
-    for i, near in enumerate([*(np.abs(values - level) <= within), False]):
-        if near and start is None:
-            start = i
-        elif not near and start is not None:
-            if best is None or steps[i - 1] - steps[start] > steps[best[1]] - steps[best[0]]:
-                best = (start, i - 1)
-            start = None
-    return None if best is None else (float(steps[best[0]]), float(steps[best[1]]))
+def when_it_begins(log: Mapping[str, np.ndarray], window: tuple[float, float, float]) -> str:
+    """Two lines on `steepest`'s window: its share of the rise, and what was there as it began."""
+    begin, end, share = window
+    there = [
+        f"{name.replace('_', ' ')} {np.interp(begin, log['step'], log[name]):.2f}"
+        for name in ("previous_token_head", "repetition")
+    ]
+    steps = f"{end - begin:.0f} of {log['step'][-1]:.0f} steps"
+    return f"shaded: {steps}, {share:.0%} of the rise\nwhen it begins: {', '.join(there)}"

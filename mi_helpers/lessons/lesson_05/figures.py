@@ -1,24 +1,26 @@
-"""The figures of lesson 05: maps of heads, patterns, the training log, a circuit."""
+"""The figures of lesson 05: maps of heads, the training log, a circuit, its builder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from ipywidgets import Text
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from torch import Tensor
 
-from mi_helpers.heads import SCORES, head_name, pattern_scores
-from mi_helpers.layouts import ModelError
-from mi_helpers.lessons.lesson_05.ioi import ROLES, Node
-from mi_helpers.models import LanguageModel
+from mi_helpers.heads import Head, head_name
+from mi_helpers.lessons.lesson_05.circuit import JOBS, LOOKS, attention_by_role, senders
+from mi_helpers.lessons.lesson_05.ioi import METRICS, ROLES, Node, Task, node_name, own_prompt
+from mi_helpers.paths import receivers_of
+from mi_helpers.picture import HIGHEST
 from mi_helpers.plots import (
     AMOUNT,
     EFFECT,
     MOST_PRINTED,
     OKABE_ITO,
-    Picture,
     as_array,
     clamp,
     colour_limits,
@@ -26,15 +28,6 @@ from mi_helpers.plots import (
     print_values,
     style,
 )
-
-MOST_TOKENS = 48  # of a pattern that is drawn
-ROLE_MEANS = {
-    "IO": "receiver",
-    "S1": "giver",
-    "S2": "giver again",
-    "END-2": "two before",
-    "END": "the last word",
-}
 
 
 @style()
@@ -75,84 +68,6 @@ def head_maps(
         one.set_ylabel("layer")
     picture.colorbar(image, ax=axes, label=unit)
     return picture
-
-
-@style()
-def word_maps(
-    panels: Mapping[str, Sequence], words: Sequence[str], *, axes_names=("", "")
-) -> Figure:
-    """One panel per title, a square of numbers with a row and a column for each word; each row is
-    drawn from its smallest to its largest number, so that its peak can be seen."""
-    picture, axes = figure(5.6 * len(panels), 5.0, columns=len(panels), squeeze=False)
-    for one, (title, values) in zip(axes[0], panels.items(), strict=True):
-        values = as_array(values)
-        low, high = values.min(1, keepdims=True), values.max(1, keepdims=True)
-        one.imshow((values - low) / (high - low), cmap=AMOUNT, vmin=0, vmax=1)
-        peaks = values.argmax(1)
-        one.plot(peaks, range(len(words)), linestyle="", marker="x", color="black", markersize=8)
-        one.set_xticks(range(len(words)), words, rotation=90)
-        one.set_yticks(range(len(words)), words)
-        one.set(title=title, ylabel=axes_names[0], xlabel=axes_names[1])
-    return picture
-
-
-class HeadViewer:
-    """The attention pattern of any head on any text: `figure(layer, head, text)`, for a widget.
-
-    The text is run when it changes; its patterns are kept.
-    """
-
-    def __init__(self, model: LanguageModel):
-        self.model = model
-        self._text: str | None = None
-
-    def _read(self, text: str) -> None:
-        if text == self._text:
-            return
-        ids = self.model.tokens(text)
-        if not 2 <= ids.shape[1] <= MOST_TOKENS:
-            raise ModelError(
-                f"The text has {ids.shape[1]} tokens, and the viewer draws 2 to {MOST_TOKENS}: "
-                "write a shorter or a longer one."
-            )
-        with torch.no_grad():
-            _, cache = self.model.run_with_cache(ids, "pattern", stop_at_layer=self.model.n_layers)
-        self.patterns = cache["pattern"]  # (n_layers, 1, n_heads, pos, pos)
-        self.tokens = [token.strip() or repr(token) for token in self.model.str_tokens(text)]
-        scores = pattern_scores(self.patterns, ids)
-        self.scores = {name: scores[name] for name in SCORES}  # one text: not "positional"
-        self._text = text
-
-    @style()
-    def figure(self, layer: int, head: int, text: str) -> Figure:
-        """Left, the attention of each token; right, its share for each kind of target."""
-        if not (0 <= layer < self.model.n_layers and 0 <= head < self.model.n_heads):
-            raise ModelError(f"{self.model.name} has no head {head} in layer {layer}.")
-        self._read(text)
-        count = len(self.tokens)
-        side = min(max(0.25 * count + 1.5, 4.0), 7.5)
-        width = side + 4.2
-        picture = Picture(figsize=(width, side), layout="none")  # fixed margins take half the time
-        picture.subplots_adjust(1.35 / width, 1.1 / side, 1 - 0.1 / width, 1 - 0.4 / side, 0.62)
-        left, right = picture.subplots(1, 2, width_ratios=[side - 1.5, 2.6])
-        shown = as_array(self.patterns[layer, 0, head])
-        shown = np.where(np.tri(count, dtype=bool), shown, np.nan)
-        left.imshow(shown, cmap=AMOUNT, vmin=0, vmax=1, aspect="auto")
-        left.set(xticks=[], yticks=[])  # texts instead: ticks are slow to make
-        look = {"fontsize": 11 if count <= 26 else 8, "clip_on": False}
-        for i, token in enumerate(self.tokens):
-            left.text(i, count - 0.3, token, rotation=90, ha="center", va="top", **look)
-            left.text(-0.7, i, token, ha="right", va="center", **look)
-        left.set_title(f"{head_name((layer, head))}: rows look at columns, dark 0 to light 1")
-        values = {name: float(each[layer, head]) for name, each in self.scores.items()}
-        places = range(len(values))
-        drawn = right.barh(places, np.nan_to_num(list(values.values())), color=OKABE_ITO[0])
-        texts = [f"{x:.2f}" if np.isfinite(x) else "no target" for x in values.values()]
-        right.bar_label(drawn, texts, padding=3)
-        right.set_yticks(places, values)
-        right.invert_yaxis()
-        right.set(xlim=(0, 1.5), xticks=[0, 0.5, 1], xlabel="score on this text")
-        return picture
 
 
 @style()
@@ -205,7 +120,7 @@ def formation(
     for row, (title, series) in enumerate(panels.items()):
         one = axes[row, 0]
         for label, values in series.items():
-            one.plot(as_array(steps), as_array(values), label=label)
+            one.plot(as_array(steps), as_array(values), label=label.replace("_", " "))
         if window is not None:
             one.axvspan(*window, color=OKABE_ITO[1], alpha=0.2, linewidth=0)
         one.set(title=title, ylabel=[*ylabels, *[""] * len(panels)][row], xlim=(0, last))
@@ -216,107 +131,230 @@ def formation(
 
 @style()
 def circuit_drawing(
-    circuit: Sequence[Node],
-    given: Mapping[Node, str],
-    looks: Mapping[tuple[str, str], Sequence],
-    n_layers: int,
-    title: str = "",
-    least: float = 0.2,
+    task: Task, given: Mapping[Node, str], row: int = 0, title: str = "", least: float = 0.2
 ) -> Figure:
-    """The circuit: a box for each head at the role where it acts, and arrows from what it reads.
+    """The circuit on the words of one text: a box for the heads that do one job at one word, and
+    arrows from what they look at.
+
+    An arrow begins at the word that is looked at, or, where heads of the circuit have written there
+    before, at their box: then what they wrote is what is read. The grey columns are the stream.
 
     After Wang et al. 2022, Interpretability in the Wild, figure 2 (the circuit of GPT-2 small).
 
     Args:
-        given: {node: its job}.
-        looks: mean attention from one role to another, as `circuit.attention_by_role` gives it; it
-            is the width of an arrow.
+        given: {node of the circuit: its job}.
+        row: which of the task's texts is drawn; its attention is the width of an arrow.
         least: the attention from which on an arrow is drawn.
     """
-    nodes = sorted(circuit)
-    roles = [role for role in ROLES if role in {"IO", "S1", "S2", "END"} | {n[2] for n in nodes}]
-    x = {role: 2.6 * i for i, role in enumerate(roles)}
-    slots: dict[tuple[int, str], list[Node]] = {}  # nodes of one layer and role
-    for node in nodes:
-        slots.setdefault((node[0], node[2]), []).append(node)
-    height = max(map(len, slots.values()), default=1)
-    picture, axes = figure(11.5, 2.3 + 0.62 * height * max(1, len({k[0] for k in slots})))
-    levels, top = {}, 1.0
-    for layer in sorted({layer for layer, _ in slots}):
-        levels[layer] = top
-        top += 0.7 + 0.75 * max(len(v) for (i, _), v in slots.items() if i == layer)
-    _role_columns(axes, x, top)
-    colours = {job: OKABE_ITO[i % 6] for i, job in enumerate(dict.fromkeys(given.values()))}
-    for (layer, role), each in slots.items():
-        for i, node in enumerate(each):
-            job = given.get(node, "no name")
-            look = {to: float(as_array(v)[node[:2]]) for (q, to), v in looks.items() if q == role}
-            starts = {x[to]: weight for to, weight in look.items() if to in x and weight >= least}
-            place = (x[role], levels[layer] + 0.75 * i)
-            _head_box(axes, head_name(node[:2]), job, colours.get(job, "0.4"), place, starts)
-    later = f"MLPs of layers {max(levels, default=0)} to {n_layers - 1}, then the logits"
-    axes.text(x["END"], top + 0.25, later, ha="center", va="center", style="italic")
-    axes.set(title=title, xlim=(-1, x["END"] + 2.6), ylim=(-1.1, top + 0.7))
+    prompts, pattern = task.prompts, task.intact["pattern"][:, row]  # (layers, heads, q, k)
+    words = [word.strip() or word for word in task.model.str_tokens(prompts.ids[row])]
+    x = {role: int(prompts.at(role)[row]) for role in ROLES[:-1]}
+    boxes: dict[tuple[int, str, str], list[Node]] = {}
+    for node, job in sorted(given.items()):
+        if node[2] in x:
+            boxes.setdefault((node[0], node[2], job), []).append(node)
+    levels = box_levels(boxes)
+    picture, axes = figure(12, clamp(2.2 + 0.95 * (1 + max(levels.values(), default=0)), HIGHEST))
+    for place, word in enumerate(words):
+        named = prompts.role[row, place] < 3
+        look = {"weight": "bold" if named else "normal", "fontsize": 12}
+        axes.text(
+            place, -0.45, word, rotation=45, ha="right", va="top", rotation_mode="anchor", **look
+        )
+    for key, nodes in boxes.items():
+        layer, role, job = key
+        at, colour = (x[role], levels[key]), OKABE_ITO[list(JOBS).index(job) % 6]
+        axes.plot([at[0]] * 2, [-0.2, at[1]], color="0.85", lw=6, marker="", ls="-", zorder=0)
+        look = pattern[layer, [head for _, head, _ in nodes], x[role]].amax(0)
+        for place in (look >= least).nonzero()[:, 0].tolist():
+            below = [y for (i, r, _), y in levels.items() if x.get(r) == place and i < layer]
+            start = (place, max(below) + 0.3 if below else -0.2)
+            if place != at[0] and place > 0:
+                arrow_to(axes, start, at, colour, 1 + 4 * float(look[place]))
+        name = f"{job}\nL{layer}: " + " ".join(f"H{head}" for _, head, _ in nodes)
+        box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": colour, "lw": 2}
+        axes.text(*at, name, ha="center", va="center", bbox=box, fontsize=11, zorder=4)
+    axes.set(
+        title=title, xlim=(-1, len(words) + 0.6), ylim=(-1.9, max(levels.values(), default=0) + 0.7)
+    )
     axes.axis("off")
     return picture
 
 
-def _role_columns(axes, x: Mapping[str, float], top: float) -> None:
-    """A grey column for each role, with its name and its meaning below."""
-    for role, at in x.items():
-        axes.plot([at, at], [0.2, top], color="0.85", linewidth=6, marker="", ls="-", zorder=0)
-        axes.text(at, -0.3, role, ha="center", va="center", weight="bold")
-        meaning = ROLE_MEANS.get(role, "")
-        axes.text(at, -0.75, meaning, ha="center", va="center", fontsize=11, color="0.35")
+def box_levels(boxes: Iterable[tuple[int, str, str]]) -> dict[tuple[int, str, str], float]:
+    """The height of each box (layer, role, job): layers in order, boxes of one place stacked."""
+    levels: dict[tuple[int, str, str], float] = {}
+    top = 0.6
+    for layer in sorted({layer for layer, *_ in boxes}):
+        here, seen = [key for key in boxes if key[0] == layer], {}
+        for key in here:
+            seen[key[1]] = seen.get(key[1], -1) + 1
+            levels[key] = top + seen[key[1]]
+        top += max(seen.values()) + 1.1
+    return levels
 
 
-def _head_box(
-    axes, name: str, job: str, colour, place: tuple[float, float], starts: Mapping[float, float]
-) -> None:
-    """A head's box with its job beside it, and an arrow from each of `starts` {x: attention}."""
-    x, y = place
-    for start, weight in starts.items():
-        arrow = FancyArrowPatch(
-            (start, 0.1),
-            (x - 0.5, y),
+def arrow_to(axes, start: tuple[float, float], end: tuple[float, float], colour, width: float):
+    """A curved arrow that ends at a box."""
+    axes.add_patch(
+        FancyArrowPatch(
+            start,
+            end,
             arrowstyle="-|>",
             mutation_scale=14,
-            linewidth=1 + 4 * weight,
+            linewidth=width,
             color=colour,
             alpha=0.55,
-            connectionstyle="arc3,rad=-0.12",
+            shrinkB=16,
+            connectionstyle="arc3,rad=-0.18",
         )
-        axes.add_patch(arrow)
-    box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": colour, "linewidth": 2}
-    axes.text(x, y, name, ha="center", va="center", bbox=box)
-    axes.text(x + 0.62, y, job, ha="left", va="center", fontsize=12)
+    )
 
 
 @style()
 def agreement_plot(
-    pairs: Mapping[str, tuple[float, float]], title: str = "", *, xlabel: str = "", ylabel: str = ""
+    panels: Mapping[str, Mapping[str, tuple[float, float]]], *, xlabel: str = "", ylabel: str = ""
 ) -> Figure:
-    """A point for each name at (x, y), and the diagonal on which both are equal; all points but
-    those called "random …" carry their names.
+    """One panel per title: a point for each name at (x, y), and the diagonal on which both are
+    equal; all points but those called "random …" carry their names.
 
     After Wang et al. 2022, figure on completeness: F(M without K) against F(C without K).
     """
-    picture, axes = figure(7.5, 5.5)
-    values = as_array(list(pairs.values()))
-    low, high = min(0.0, values.min()) - 0.08, max(1.0, values.max()) + 0.08
-    axes.plot([low, high], [low, high], color="grey", linestyle="--", marker="", linewidth=1.2)
-    plain = [name.startswith("random ") for name in pairs]
-    for chosen, look in ((True, "o"), (False, "s")):
-        points = values[[each == chosen for each in plain]]
-        if len(points):
-            label = "random subsets" if chosen else "all heads of one job"
-            colour = OKABE_ITO[0 if chosen else 5]
-            axes.plot(*points.T, look, linestyle="", color=colour, label=label, markersize=8)
-    named = sorted((y, x, name) for name, (x, y) in pairs.items() if not name.startswith("random "))
-    below = -np.inf
-    for y, x, name in named:  # names of neighbours stand one above the other
-        below = max(y, below + 0.06 * (high - low))
-        axes.annotate(name, (x, y), xytext=(x + 0.03, below), va="center")
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(low, high), ylim=(low, high))
-    axes.legend(loc="upper left")
+    picture, axes = figure(6 * len(panels), 5, columns=len(panels), squeeze=False)
+    for one, (title, pairs) in zip(axes[0], panels.items(), strict=True):
+        values = as_array(list(pairs.values()))
+        low, high = min(0.0, values.min()) - 0.08, max(1.0, values.max()) + 0.08
+        one.plot([low, high], [low, high], color="grey", linestyle="--", marker="", linewidth=1.2)
+        plain = np.array([name.startswith("random ") for name in pairs])
+        for chosen, look, label in ((plain, "o", "random subsets"), (~plain, "s", "one job")):
+            colour = OKABE_ITO[0 if look == "o" else 5]
+            one.plot(*values[chosen].T, look, ls="", color=colour, label=label, markersize=8)
+        below = -np.inf  # names of neighbours stand one above the other
+        for y, x, name in sorted((y, x, name) for name, (x, y) in pairs.items()):
+            if not name.startswith("random "):
+                below = max(y, below + 0.06 * (high - low))
+                one.annotate(name, (x, y), xytext=(x + 0.03, below), va="center", fontsize=11)
+        one.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(low, high), ylim=(low, high))
+        one.legend(loc="upper left")
     return picture
+
+
+class CircuitBuilder:
+    """Jobs of a circuit, switched on and off: both metrics, and the names on a text of one's own.
+
+        explore(builder.figure, **builder.controls("There was Roger. …"))
+
+    Args:
+        task: what faithfulness is measured on.
+        groups: {job: its nodes}; what is switched off is ablated, with all heads outside.
+    """
+
+    def __init__(self, task: Task, groups: Mapping[str, set[Node]]):
+        self.task, inside = task, set().union(*groups.values())
+        self.groups = {switch_name(job): nodes for job, nodes in groups.items()}
+        self.groups["all_other_heads"] = task.nodes() - inside
+        self._kept: dict[tuple, np.ndarray] = {}
+        self._own: tuple[str, Task] | None = None
+
+    def controls(self, text: str) -> dict:
+        """A switch for each job, all on but the heads outside; a text box."""
+        return {name: name != "all_other_heads" for name in self.groups} | {"text": Text(text)}
+
+    def figure(self, text: str, **on: bool) -> Figure:
+        """Left, faithfulness on both metrics; right, p of the likeliest names after the text."""
+        circuit = set().union(*(self.groups[name] for name, yes in on.items() if yes))
+        state = tuple(sorted(on.items()))
+        if state not in self._kept:
+            self._kept[state] = as_array(self.task.faithfulness(circuit))
+        if self._own is None or self._own[0] != text:
+            self._own = text, Task(self.task.model, own_prompt(self.task.model, text))
+        names = self._own[1].prompts.names
+        with torch.no_grad():
+            logits = self.task.model.unembed(self._own[1].final(circuit))[0].float()
+        p = logits.softmax(-1)[names]
+        best = {
+            self.task.model.token_text(int(names[i])).strip(): float(p[i]) for i in p.topk(5)[1]
+        }
+        return two_bars(dict(zip(METRICS, self._kept[state], strict=True)), best)
+
+
+def switch_name(job: str) -> str:
+    """A job as the name of an argument."""
+    return job.replace(" ", "_").replace("-", "_")
+
+
+@style()
+def two_bars(left: Mapping[str, float], right: Mapping[str, float]) -> Figure:
+    """Faithfulness on the left, with 1 marked; the probabilities of names on the right."""
+    picture, axes = figure(10, 3.2, columns=2)
+    for one, values, label, limits in (
+        (axes[0], left, "faithfulness: F(circuit) / F(model)", (-0.6, 1.6)),
+        (axes[1], right, "probability of the name", (0, 1.2)),
+    ):
+        drawn = one.barh(
+            range(len(values)), np.clip(list(values.values()), *limits), color=OKABE_ITO[0]
+        )
+        plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        one.bar_label(drawn, [f"{x:.2f}" for x in values.values()], padding=3, bbox=plain)
+        one.set_yticks(range(len(values)), list(values))
+        one.invert_yaxis()
+        one.set(xlabel=label, xlim=limits)
+    axes[0].axvline(1, color="black", linestyle="--", marker="", linewidth=1.2, zorder=0)
+    axes[0].axvline(0, color="black", linestyle="-", marker="", linewidth=0.8)
+    return picture
+
+
+def jobs_table(task: Task, given: Mapping[Node, str], copies: Tensor) -> str:
+    """A Markdown table: each node, where it looks, whether it copies names, and its job."""
+    looks, rows = (
+        attention_by_role(task),
+        ["| head, at | looks at | copies | job |", "|---" * 4 + "|"],
+    )
+    for node, job in given.items():
+        (layer, head, role), seen = node, LOOKS.get(node[2], ())
+        there = {to: float(looks[role, to][layer, head]) for to in seen}
+        best = sorted(((x, to) for to, x in there.items() if x >= 0.1), reverse=True)
+        said = ", ".join(f"{to} {x:.2f}" for x, to in best) or "elsewhere"
+        rows.append(f"| {node_name(node)} | {said} | {copies[layer, head]:+.1f} | {job} |")
+    return "\n".join(rows)
+
+
+def paths_table(task: Task, groups: Mapping[str, Iterable[Head]]) -> str:
+    """A Markdown table: who tells the queries, keys and values of some heads, and the answer, who
+    comes twice, with the MLPs between recomputed, and frozen.
+
+    Of keys and values, those shared with a head of an earlier group are left out: what goes into
+    one of the two goes into the other.
+    """
+    model, wires = task.model, {"q": "queries", "k": "keys", "v": "values"}
+    rows = ["| into the | the words | strongest head | it, MLPs frozen |", "|---" * 4 + "|"]
+    taken: set[tuple] = set()
+    for name, some in groups.items():
+        for site, wire in wires.items():
+            left = set(receivers_of(model, some, site)) - taken
+            label = f"{wire} of the {name} heads"
+            rows.append(
+                _path_row(task, label, sorted(left)) if left else f"| {label} | – | – | – |"
+            )
+            taken |= left
+    return "\n".join([*rows, _path_row(task, "answer itself", "logits")])
+
+
+def _path_row(task: Task, label: str, receivers: Sequence | str) -> str:
+    """A row of `paths_table`: what the words and the strongest sender carry into some receivers."""
+    (by_head, words), (frozen, _) = (senders(task, receivers, each) for each in (False, True))
+    best = divmod(int(by_head.argmax()), by_head.shape[1])
+    shares = f"{head_name(best)} {by_head[best]:.2f} | {frozen[best]:.2f}"
+    return f"| {label} | {words:.2f} | {shares} |"
+
+
+def faithfulness_table(kinds: Mapping[str, Sequence[Tensor]]) -> str:
+    """A Markdown table: a row for each kind of circuit, the range of both metrics over its runs."""
+    rows = ["| | " + " | ".join(METRICS) + " |", "|---" * 3 + "|"]
+    for name, values in kinds.items():
+        each = torch.stack(list(values)).T
+        said = [
+            f"{low:.2f} to {high:.2f}" for low, high in zip(each.amin(1), each.amax(1), strict=True)
+        ]
+        rows.append(f"| {name} ({len(values)}) | " + " | ".join(said) + " |")
+    return "\n".join(rows)

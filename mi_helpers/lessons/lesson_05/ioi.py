@@ -1,19 +1,19 @@
-"""Indirect objects: sentences that say who receives, and the metrics of a model and its circuits.
+"""Who receives? Sentences in which repetition is the only cue, and what a circuit makes of them.
 
     prompts = make_prompts(model, n=24, seed=0)      # pairs of names that were never trained on
-    task = Task(model, prompts, "IO - others")       # the metric
-    task.faithfulness(nodes)                         # 1: they do by themselves what the model does
+    task = Task(model, prompts)
+    task.faithfulness(nodes)                         # (IO - S, IO - others): 1 is the model's
 
 A *node* is a head at one role of the sentence, (layer, head, role). A circuit is a set of nodes.
-Every node outside it is ablated, by default to its mean over the same sentence with three other
-names (ABC), which has no information about who is who. MLPs always stay in, and read what the
-circuit writes.
+Every node outside it is ablated, by default to its mean over the same text in which each mention
+has another name, so that nobody comes twice. MLPs stay in, and read what the circuit writes.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +29,11 @@ from mi_helpers.lessons.shared import documents, token_at
 from mi_helpers.models import LanguageModel
 from mi_helpers.tinyworld import lexicon
 
-ROLES = ("IO", "S1", "S1+1", "S2", "END-2", "END", "elsewhere")
+NAMED = ("IO", "S1", "S2")  # the receiver, and the other one's first and second mention
+AFTER = tuple(f"{role}+1" for role in NAMED)  # the word after each
+ROLES = (*NAMED, *AFTER, "END-2", "END-1", "END", "elsewhere")
+ORDERS = ("IBB", "BIB", "BBI")  # I is named once: the receiver
+METRICS = ("IO - S", "IO - others")
 Node = tuple[int, int, str]  # layer, head, role
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -37,16 +41,16 @@ Node = tuple[int, int, str]  # layer, head, role
 
 @dataclass(frozen=True)
 class Prompts:
-    """n sentences up to the word before the receiver, all with the same number of tokens.
+    """n texts up to the word before the receiver, all with the same number of tokens.
 
     Attributes:
         ids: (n, pos); END is the last position.
-        others: (n, k, pos): the same sentences with three other names (A, B and C, all different).
-        role: (n, pos), an index into `ROLES`; -1 at the first token, which never changes.
-        io: (n,), the ids of the receiver's name; s: (n,), those of the giver's.
+        others: (n, k, pos): the same texts, each mention with another name.
+        role: (n, pos), an index into `ROLES`; the first token, which never changes, is elsewhere.
+        io, s: (n,), the ids of the name that comes once, and of the one that comes twice.
         names: (n_names,), the ids of all names in the world.
-        orders: n times "ABB" (the receiver is named first) or "BAB".
-        texts: n sentences with their answer, as they were written.
+        orders: n times one of `ORDERS`.
+        texts: n texts with their answer, as they were written.
     """
 
     ids: Tensor
@@ -66,177 +70,139 @@ class Prompts:
         return (self.names == ids[:, None]).float()
 
     def at(self, role: str) -> Tensor:
-        """The position of a role in each sentence, (n,)."""
+        """The position of a role in each text, (n,)."""
         if role not in ROLES[:-1]:
             raise ModelError(
                 f"There is no role {role!r} with one position: {', '.join(ROLES[:-1])}."
             )
         return (self.role == ROLES.index(role)).int().argmax(1)
 
+    @cached_property
+    def swapped(self) -> Tensor:
+        """(n, pos): the second mention is of the other name, so that S comes once and receives.
+
+        One token differs, and the candidates stay where they were.
+        """
+        ids = self.ids.clone()
+        ids[torch.arange(len(ids)), self.at("S2")] = self.io
+        return ids
+
+    def weights(self) -> Tensor:
+        """The names' weights in each metric, (2, n, n_names).
+
+        IO - S: which of the two; the logit difference of Wang et al. 2022. IO - others: IO against
+        the mean of all names that the text does not have.
+        """
+        io, s = self.one_hot(self.io), self.one_hot(self.s)
+        absent = 1 - io - s
+        return torch.stack([io - s, io - absent / absent.sum(1, keepdim=True)])
+
+
+def single_names(model: LanguageModel) -> dict[str, int]:
+    """{name: its id} of TinyWorld's names that are one token after a space."""
+    ids = {name: model.encode(f" {name}") for name in lexicon.people()}
+    return {name: row[0] for name, row in ids.items() if len(row) == 1}
+
 
 def make_prompts(model: LanguageModel, n: int = 24, seed: int = 0, others: int = 8) -> Prompts:
-    """n of TinyWorld's sentences with an indirect object, half ABB, half BAB, with pairs of names
-    that are held out of training.
+    """n of TinyWorld's texts in which two people are named, one of them twice, and a stranger gives
+    something to the other. The three orders are equally frequent, the pairs of names held out of
+    training.
 
-    In all of them every name follows a space, so that it is the same token everywhere, and all have
-    the commonest length, so that they make one batch.
+        There was Roger. Then Rebecca laughed. Roger left early. The clerk gave a ring to Rebecca.
+
+    Each mention has a sentence of its own, and follows a space, so that a name is the same token
+    everywhere. All texts have the length at which there are enough of each order.
 
     Args:
-        others: k, the number of copies of each sentence with other names.
+        others: k, the number of copies of each text with other names.
 
     Raises:
-        ModelError: too few names are single tokens for this tokenizer.
+        ModelError: too few names are single tokens here, or too few texts have one length.
     """
-    ids = {name: model.encode(f" {name}") for name in lexicon.people()}
-    single = {name: row[0] for name, row in ids.items() if len(row) == 1}
-    rows = {order: [] for order in ("ABB", "BAB")}
+    single, each = single_names(model), -(-n // len(ORDERS))
+    rows = {order: [] for order in ORDERS}
     for order, found in rows.items():
-        for document in documents("ioi", 20 * n + 100, 10_000 + seed, ("entities",), order=order):
+        choices = {"form": "crowd", "order": order, "opening": 1, "giver": "nameless"}
+        for document in documents("ioi", 12 * each + 60, 10_000 + seed, ("entities",), **choices):
             row = _one_prompt(model, document, single)
-            if row:
-                found.append(row)
-    lengths = [len(row["ids"]) for found in rows.values() for row in found]
-    if not lengths:
-        raise ModelError(f"No sentence has names that are one token for {model.name}.")
-    length = max(set(lengths), key=lengths.count)
-    half = -(-n // 2)
-    chosen = [
-        row | {"order": order}
-        for order, found in rows.items()
-        for row in [r for r in found if len(r["ids"]) == length][:half]
-    ]
-    if len(chosen) < 2 * half:
+            found += [row] if row else []
+    counts = [Counter(len(row["ids"]) for row in found) for found in rows.values()]
+    length = max(set().union(*counts), key=lambda k: min(c[k] for c in counts), default=0)
+    have = min(count[length] for count in counts)
+    if have < each:
         raise ModelError(
-            f"Only {len(chosen)} sentences of {length} tokens: ask for fewer than {n}."
+            f"Only {have} texts of each order have {length} tokens: ask for {3 * have} at most."
         )
-    rng = random.Random(seed)
-    made = [_with_other_names(row, sorted(single.values()), others, rng) for row in chosen]
-
+    fit = {order: [r for r in found if len(r["ids"]) == length] for order, found in rows.items()}
+    chosen = [row | {"order": order} for order, found in fit.items() for row in found[:each]]
+    rng, names = random.Random(seed), sorted(single.values())
+    made = [with_other_names(row["ids"], row["role"], names, others, rng) for row in chosen]
     ids, role, io, s = ([row[key] for row in chosen] for key in ("ids", "role", "io", "s"))
-    tensors = (ids, made, role, io, s, sorted(single.values()))
-    return Prompts(
-        *(torch.tensor(each, device=model.device) for each in tensors),
-        tuple(row["order"] for row in chosen),
-        tuple(row["text"] for row in chosen),
-    )
+    tensors = (torch.tensor(x, device=model.device) for x in (ids, made, role, io, s, names))
+    orders, texts = (tuple(row[key] for row in chosen) for key in ("order", "text"))
+    return Prompts(*tensors, orders, texts)
 
 
 def _one_prompt(model: LanguageModel, document, single: Mapping[str, int]) -> dict | None:
     """A document's prompt, its roles and its names, or None if a name is not one token."""
-    spans = sorted(
-        (s for s in document.spans if s.kind in ("entity", "ioi")), key=lambda s: s.start
-    )
-    said = [document.text[span.start : span.end] for span in spans]
-    if len(spans) != 4 or spans[0].start == 0 or not all(name in single for name in said):
+    spans = [s for kind in ("entity", "ioi") for s in document.find(kind)]
+    *mentions, answer = sorted(spans, key=lambda span: span.start)
+    said = [document.text[span.start : span.end] for span in (*mentions, answer)]
+    if mentions[0].start == 0 or not all(name in single for name in said):
         return None
-    whole, _ = token_at(model, document.text, 1)
-    a, b, s2, io = (token_at(model, document.text, span.end)[1] for span in spans)
-    if [whole[i] for i in (a, b, s2, io)] != [single[name] for name in said]:
+    whole, end = token_at(model, document.text, answer.end)
+    places = [token_at(model, document.text, span.end)[1] for span in mentions]
+    if [whole[i] for i in (*places, end)] != [single[name] for name in said]:
         return None
-    first, s1 = (a, b) if document.latents["order"] == "ABB" else (b, a)
-    role = [-1] + [ROLES.index("elsewhere")] * (io - 1)
-    for name, at in zip(ROLES, (first, s1, s1 + 1, s2, io - 3, io - 1), strict=False):
-        role[at] = ROLES.index(name)
+    repeated = Counter(said[:-1]).most_common(1)[0][0]
     return {
-        "ids": whole[:io],
-        "role": role,
-        "io": whole[io],
-        "s": whole[s2],
+        "ids": whole[:end],
+        "role": roles(end, places, [single[name] for name in said[:-1]]),
+        "io": whole[end],
+        "s": single[repeated],
         "text": document.text,
     }
 
 
-def _with_other_names(row: dict, names: Sequence[int], k: int, rng: random.Random) -> list:
-    """k copies of a prompt in which IO, S1 and S2 are three different names, new to the prompt."""
-    places = [row["role"].index(ROLES.index(role)) for role in ("IO", "S1", "S2")]
-    free = [name for name in names if name not in (row["io"], row["s"])]
-    copies = []
+def roles(length: int, places: Sequence[int], names: Sequence[int]) -> list[int]:
+    """The role of each position, as an index into `ROLES`.
+
+    Args:
+        places, names: the position and the id of each mention. A name that comes once is IO, the
+            first mention of another S1, and all later ones S2.
+    """
+    found = [ROLES.index("elsewhere")] * length
+    for back, role in enumerate(("END", "END-1", "END-2")):
+        found[length - 1 - back] = ROLES.index(role)
+    kinds = []
+    for i, name in enumerate(names):
+        kinds.append(0 if names.count(name) == 1 else 1 if name not in names[:i] else 2)
+    for place, kind in zip(places, kinds, strict=True):
+        if place + 1 < length - 3:
+            found[place + 1] = ROLES.index(AFTER[kind])
+    for place, kind in zip(places, kinds, strict=True):
+        found[place] = ROLES.index(NAMED[kind])
+    return found
+
+
+def with_other_names(
+    ids: Sequence[int], role: Sequence[int], names: Sequence[int], k: int, rng: random.Random
+) -> list[list[int]]:
+    """k copies of a text in which all mentions are different names, new to the text."""
+    places = [i for i, each in enumerate(role) if each < len(NAMED)]
+    free, copies = sorted(set(names) - {ids[i] for i in places}), []
     for _ in range(k):
-        ids = list(row["ids"])
-        for place, name in zip(places, rng.sample(free, 3), strict=True):
-            ids[place] = name
-        copies.append(ids)
+        copy = list(ids)
+        for place, name in zip(places, rng.sample(free, len(places)), strict=True):
+            copy[place] = name
+        copies.append(copy)
     return copies
 
 
-# ---------------------------------------------------------------------------------------- behaviour
-
-
-@torch.no_grad()
-def behaviour(model: LanguageModel, prompts: Prompts) -> dict[str, dict[str, float]]:
-    """How well the model does the task.
-
-    Returns:
-        {order: {name: mean}}: IO is the first choice, IO is above S, p(IO), p(S), and the logit
-        difference of IO and S.
-    """
-    _, cache = model.run_with_cache(prompts.ids, "resid_final", model.n_layers, pos=-1)
-    logits = model.unembed(cache["resid_final"]).float()
-    p = logits.softmax(-1)
-    rows = torch.arange(len(prompts), device=logits.device)
-    gap = logits[rows, prompts.io] - logits[rows, prompts.s]
-    each = {
-        "IO first": (logits.argmax(-1) == prompts.io).float(),
-        "IO above S": (gap > 0).float(),
-        "p(IO)": p[rows, prompts.io],
-        "p(S)": p[rows, prompts.s],
-        "logit difference": gap,
-    }
-    found = {}
-    for order in ("ABB", "BAB"):
-        here = [i for i, this in enumerate(prompts.orders) if this == order]
-        found[order] = {name: float(values[here].mean()) for name, values in each.items()}
-    return found
-
-
-@torch.no_grad()
-def name_probabilities(model: LanguageModel, prompts: Prompts) -> dict[str, float]:
-    """Mean probability of each name after "A and B …, C gave … to", with three different names.
-
-    The sentences are those of `prompts.others`; the names are called by the role (IO, S1, S2) of
-    the name that they replace.
-    """
-    rows = prompts.others.flatten(0, 1)
-    _, cache = model.run_with_cache(rows, "resid_final", model.n_layers, pos=-1)
-    p = model.unembed(cache["resid_final"]).float().softmax(-1)
-    k = prompts.others.shape[1]
-    found = {}
-    for role in ("IO", "S1", "S2"):
-        at = prompts.at(role).repeat_interleave(k)
-        name = rows.gather(1, at[:, None])
-        found[role] = float(p.gather(1, name).mean())
-    return found
-
-
-# ------------------------------------------------------------------------------------------ metrics
-
-
-def io_less_s(prompts: Prompts) -> Tensor:
-    """IO 1, S -1: which of the two names. The logit difference of Wang et al. 2022."""
-    return prompts.one_hot(prompts.io) - prompts.one_hot(prompts.s)
-
-
-def both_less_others(prompts: Prompts) -> Tensor:
-    """IO and S 1/2 each, all other names -1 in total: one of the two, and nobody else."""
-    both = prompts.one_hot(prompts.io) + prompts.one_hot(prompts.s)
-    return both / 2 - (1 - both) / (len(prompts.names) - 2)
-
-
-def io_less_others(prompts: Prompts) -> Tensor:
-    """IO 1, all other names, S among them, -1 in total."""
-    right = prompts.one_hot(prompts.io)
-    return right - (1 - right) / (len(prompts.names) - 1)
-
-
-METRICS: dict[str, Callable[[Prompts], Tensor]] = {  # weights of the names' logits, (n, n_names)
-    "IO - S": io_less_s,
-    "both - others": both_less_others,
-    "IO - others": io_less_others,
-}
-ABLATIONS = {"mean": Mean(), "resample": Resample(), "zero": Zero()}
-
-
 # -------------------------------------------------------------------------------- nodes and their F
+
+ABLATIONS = {"mean": Mean(), "resample": Resample(), "zero": Zero()}
 
 
 def to_nodes(mask: Tensor) -> set[Node]:
@@ -249,38 +215,41 @@ def node_name(node: Node) -> str:
     return f"{head_name(node[:2])} at {node[2]}"
 
 
+def closeness(faithfulness: Tensor) -> float:
+    """1 less the distance from 1, of the metric that is farther off: 1 is what the model does."""
+    return float((1 - (1 - faithfulness).abs()).min())
+
+
 class Task:
-    """One metric F on one batch of prompts, for the model and for any circuit in it.
+    """Both metrics F on one batch of prompts, for the model and for any circuit in it.
 
     F is a weighted sum of the names' logits at END, averaged over the prompts. F(circuit) is F with
     every node outside the circuit ablated. What does not depend on a circuit is computed once.
 
     Args:
-        metric: a key of `METRICS`.
-        ablation: what a node outside the circuit becomes. Its reference is the sentence with other
-            names: `Mean()` over them, `Resample()`, the first of them, or `Zero()`.
+        ablation: what a node outside the circuit becomes: `Mean()` over `prompts.others`,
+            `Resample()`, the first of them, or `Zero()`.
 
     Raises:
-        ModelError: no such metric or ablation.
+        ModelError: no such ablation.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         prompts: Prompts,
-        metric: str = "IO - others",
         ablation: Zero | Mean | Resample = ABLATIONS["mean"],
     ):
-        if metric not in METRICS:
-            raise ModelError(f"There is no metric {metric!r}: choose one of {', '.join(METRICS)}.")
         if ablation not in ABLATIONS.values():
             known = ", ".join(map(str, ABLATIONS.values()))
             raise ModelError(f"{ablation!r} is no ablation here: choose one of {known}.")
         self.model, self.prompts, self.ablation = model, prompts, ablation
-        self.weights = METRICS[metric](prompts)  # (n, n_names)
         self.shape = (model.n_layers, model.n_heads, len(ROLES))
-        self.role = prompts.role.clamp(min=0)
-        self.first = prompts.role < 0  # the first token is never ablated
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """(2, n, n_names), `prompts.weights()`."""
+        return self.prompts.weights()
 
     def nodes(self) -> set[Node]:
         """All of them: the whole model."""
@@ -289,23 +258,17 @@ class Task:
     @cached_property
     def ablated(self) -> dict[int, Tensor]:
         """{layer: the z that a node outside the circuit gets, (n, pos, n_heads, d_head)}."""
-        if isinstance(self.ablation, Zero):
-            return {i: torch.zeros_like(self.intact["z", i]) for i in range(self.model.n_layers)}
-        others = self.prompts.others
-        others = others if isinstance(self.ablation, Mean) else others[:, :1]
-        found = record(self.model, others.flatten(0, 1), "z")
-        return {i: z.unflatten(0, others.shape[:2]).mean(1) for (_, i), z in found.items()}
+        return reference(self.model, self.prompts.others, self.ablation)
 
     @cached_property
     def intact(self) -> Cache:
         """The model's own run."""
         sites = ["embed", "resid_pre", "pattern", "z", "attn_out", "mlp_out", "resid_final"]
-        stop = self.model.n_layers
         with torch.no_grad():
-            return self.model.run_with_cache(self.prompts.ids, sites, stop_at_layer=stop)[1]
+            return self.model.run_with_cache(self.prompts.ids, sites, self.model.n_layers)[1]
 
     def mask(self, nodes: Iterable[Node] | Tensor) -> Tensor:
-        """Nodes as booleans (n_layers, n_heads, roles)."""
+        """Nodes as booleans (n_layers, n_heads, roles); a mask as it is."""
         if isinstance(nodes, Tensor):
             return nodes
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.model.device)
@@ -315,66 +278,73 @@ class Task:
 
     def hooks(self, circuit: Iterable[Node] | Tensor) -> dict:
         """Hooks that ablate every node outside the circuit."""
-        keep, instead = self.mask(circuit), self.ablated
+        return keeping(self.mask(circuit), self.prompts.role, self.ablated)
 
-        def ablate(layer: int):
-            kept = keep[layer][:, self.role].permute(1, 2, 0) | self.first[..., None]
-
-            def hook(z: Tensor) -> Tensor:
-                return torch.where(kept[..., None], z, instead[layer])
-
-            return hook
-
-        cut = (~keep).flatten(1).any(1).tolist()
-        return {("z", layer): ablate(layer) for layer, some in enumerate(cut) if some}
-
-    @torch.no_grad()
     def final(self, circuit: Iterable[Node] | Tensor) -> Tensor:
         """The last stream at END, (n, d_model): run from the first layer with an ablated node."""
         hooks, stream = self.hooks(circuit), self.intact["resid_pre"]
         if not hooks:
             return self.intact["resid_final"][:, -1]
-        start = min(layer for _, layer in hooks)
+        start, end = min(layer for _, layer in hooks), self.model.n_layers
         with self.model.hooks(hooks):
-            end = self.model.n_layers
             return self.model.run_from_layer(stream[start], start, stop_at_layer=end)[:, -1]
 
     def metric(self, logits: Tensor) -> Tensor:
-        """Logits at END (..., n, d_vocab) -> the mean metric (...,): what patching takes."""
-        return (logits[..., self.prompts.names].float() * self.weights).sum(-1).mean(-1)
+        """Logits at END (..., n, d_vocab) -> the mean of both metrics, (..., 2)."""
+        names = logits[..., self.prompts.names].float()
+        return torch.einsum("...na,mna->...m", names, self.weights) / len(self.prompts)
 
-    def F(self, circuit: Iterable[Node] | Tensor) -> float:
-        """The circuit's mean metric."""
-        return float(self.metric(self.model.unembed(self.final(circuit))))
+    @torch.no_grad()
+    def each(self, circuit: Iterable[Node] | Tensor) -> Tensor:
+        """The circuit's two metrics in each text, (2, n)."""
+        names = self.model.unembed(self.final(circuit))[:, self.prompts.names].float()
+        return torch.einsum("na,mna->mn", names, self.weights)
 
+    def F(self, circuit: Iterable[Node] | Tensor) -> Tensor:
+        """The circuit's two mean metrics, (2,)."""
+        return self.each(circuit).mean(1)
+
+    @torch.no_grad()
     def first_choice(self, circuit: Iterable[Node] | Tensor) -> float:
-        """Share of the prompts where IO has the highest logit of the vocabulary."""
+        """Share of the prompts in which IO has the highest logit of the vocabulary."""
         choice = self.model.unembed(self.final(circuit)).argmax(-1)
         return float((choice == self.prompts.io).float().mean())
 
     @cached_property
-    def full(self) -> float:
-        """F(model)."""
-        return self.F(self.nodes())
+    def whole(self) -> Tensor:
+        """The model's two metrics in each text, (2, n)."""
+        return self.each(self.nodes())
 
-    def faithfulness(self, circuit: Iterable[Node] | Tensor) -> float:
-        """F(circuit) / F(model): 1 when the circuit does by itself what the model does."""
+    @property
+    def full(self) -> Tensor:
+        """F(model), (2,)."""
+        return self.whole.mean(1)
+
+    def faithfulness(self, circuit: Iterable[Node] | Tensor) -> Tensor:
+        """F(circuit) / F(model), (2,): 1 where the circuit does by itself what the model does."""
         return self.F(circuit) / self.full
 
-    def effects(self) -> Tensor:
-        """F(model) - F(model without one node), (n_layers, n_heads, roles); above 0, it helps."""
-        found, every = torch.zeros(self.shape), self.nodes()
-        for layer, head, role in every:
-            at = (layer, head, ROLES.index(role))
-            found[at] = self.full - self.F(every - {(layer, head, role)})
-        return found
+    def closeness(self, circuit: Iterable[Node] | Tensor) -> float:
+        """`closeness` of the circuit: what this lesson calls success, at 0.9 or more."""
+        return closeness(self.faithfulness(circuit))
+
+    def error(self, circuit: Iterable[Node] | Tensor) -> float:
+        """How far the circuit is from the model text by text, on the metric that is farther off:
+
+            mean over the texts of |circuit - model|, over F(model)
+
+        It is at least |faithfulness - 1|, as errors of several texts cannot cancel.
+        """
+        off = (self.each(circuit) - self.whole).abs().mean(1)
+        return float((off / self.full.abs()).max())
 
     # ---- direct effects: what is written to the stream at END, read by the unembedding alone
 
-    def direction(self, final: Tensor) -> Tensor:
+    def direction(self, final: Tensor, metric: str = "IO - S") -> Tensor:
         """v (n, d_model), float64: a part x of the stream adds x · v to the metric, before the
         soft-cap, with the final norm frozen at the stream `final`."""
-        u = self.weights.double() @ self.model.W_U[:, self.prompts.names].T.double()
+        u = self.weights[METRICS.index(metric)].double()
+        u = u @ self.model.W_U[:, self.prompts.names].T.double()
         return stream_direction(self.model, final, u)
 
     @torch.no_grad()
@@ -388,7 +358,7 @@ class Task:
         sites, end = ["embed", "z", "mlp_out", "resid_final"], self.model.n_layers
         sites += ["pos_embed"] if self.model.layout.pos_embed else []
         with self.model.hooks(hooks):
-            _, cache = self.model.run_with_cache(self.prompts.ids, sites, stop_at_layer=end, pos=-1)
+            _, cache = self.model.run_with_cache(self.prompts.ids, sites, end, pos=-1)
         found = {"stream": cache["resid_final"].double(), "embed": cache["embed"].double()}
         if "pos_embed" in sites:
             found["position"] = cache["pos_embed"].double().expand_as(found["embed"])
@@ -399,8 +369,70 @@ class Task:
             found[f"L{layer} MLP"] = cache["mlp_out", layer].double()
         return found
 
-    def direct(self, circuit: Iterable[Node] | Tensor | None = None) -> dict[str, float]:
-        """Each part's direct effect on the metric, in logits, {name: mean over the prompts}."""
-        parts = self.parts(circuit)
-        v = self.direction(parts.pop("stream"))
-        return {name: float((x * v).sum(-1).mean()) for name, x in parts.items()}
+
+def reference(
+    model: LanguageModel, others: Tensor, ablation: Zero | Mean | Resample = ABLATIONS["mean"]
+) -> dict[int, Tensor]:
+    """{layer: what an ablated z becomes, (n, pos, n_heads, d_head)}.
+
+    Args:
+        others: (n, k, pos), k copies of each text.
+    """
+    texts = others if isinstance(ablation, Mean) else others[:, :1]
+    found = record(model, texts.flatten(0, 1), "z")
+    means = {layer: z.unflatten(0, texts.shape[:2]).mean(1) for (_, layer), z in found.items()}
+    if isinstance(ablation, Zero):
+        return {layer: torch.zeros_like(z) for layer, z in means.items()}
+    return means
+
+
+def keeping(keep: Tensor, role: Tensor, instead: Mapping[int, Tensor]) -> dict:
+    """Hooks on z that keep some nodes, and put `instead` in place of all others.
+
+    Args:
+        keep: (n_layers, n_heads, roles), booleans, or shares between 0 and 1.
+        role: (n, pos), an index into `ROLES`; the first position is never changed.
+        instead: {layer: (n, pos, n_heads, d_head)}.
+    """
+
+    def at(layer: int):
+        kept = keep[layer][:, role].permute(1, 2, 0)  # (n, pos, n_heads)
+
+        def hook(z: Tensor) -> Tensor:
+            mixed = torch.lerp(instead[layer], z, kept[..., None].to(z.dtype))
+            return torch.cat([z[:, :1], mixed[:, 1:]], 1)
+
+        return hook
+
+    cut = keep.is_floating_point() | ~keep.bool().flatten(1).all(1)  # shares are hooked everywhere
+    return {("z", layer): at(layer) for layer, some in enumerate(cut.tolist()) if some}
+
+
+# ----------------------------------------------------------------------------------- one's own text
+
+
+def own_prompt(model: LanguageModel, text: str, others: int = 8) -> Prompts:
+    """A text of one's own as `Prompts` of one row, up to the word before the receiver.
+
+    Whoever is named once is IO, and the last such name the one that the metrics ask for; whoever is
+    named twice is S.
+
+    Raises:
+        ModelError: nobody of TinyWorld is named in it, or somebody has no token of their own.
+    """
+    single, ids = single_names(model), model.tokens(text)[0].tolist()
+    names = sorted(single.values())
+    places = [i for i, token in enumerate(ids[:-3]) if token in names]
+    said = [ids[i] for i in places]
+    if not said:
+        raise ModelError(
+            f"Nobody of TinyWorld is named here, or too late: write names such as "
+            f"{', '.join(list(single)[:4])}, each after a space, and some words after them."
+        )
+    role = roles(len(ids), places, said)
+    once = [name for name in said if said.count(name) == 1] or said
+    twice = [name for name in said if said.count(name) > 1 and name != once[-1]] or said
+    made = with_other_names(ids, role, names, others, random.Random(0))
+    tensors = [torch.tensor([x], device=model.device) for x in (ids, made, role)]
+    single_ids = [torch.tensor([x[-1]], device=model.device) for x in (once, twice)]
+    return Prompts(*tensors, *single_ids, torch.tensor(names, device=model.device), ("",), (text,))

@@ -10,7 +10,7 @@ from torch import Tensor
 from mi_helpers.course.ledger import claim
 from mi_helpers.lessons.lesson_06.experiments import (
     K,
-    around_a_word,
+    at_a_topics_words,
     at_equal_l0,
     experiment,
     fit_plane,
@@ -99,7 +99,7 @@ def explained(seed: int) -> float:
     "sae-recovered",
     "The same SAE spliced into the model: share of the loss recovered, against zeros",
     source="measured in the lesson",
-    tolerance=">= 0.85",
+    tolerance=">= 0.75",
     seeds=3,
     fast=False,
 )
@@ -238,24 +238,26 @@ def gain_over_l1(seed: int) -> float:
 
 
 @claim(
-    "concepts-ahead",
-    "Topics' best latents, a list read again: value at the topic's word over the word before",
-    source="measured in the lesson: such a latent says which words are to be expected",
-    tolerance="<= 0.3",
+    "concepts-together",
+    "Topics' best latents at the topic's words, one in 24 random words, over lists of them alone",
+    source="measured in the lesson: such a latent says what the text is about, not which word",
+    tolerance="<= 0.2",
     seeds=3,
     fast=False,
 )
-def value_ahead(seed: int) -> float:
-    """The latents that are best for a topic, in lists of random words written twice: their mean
-    value at a word of the topic over that at the word before it, second time. Median of topics."""
+def value_alone(seed: int) -> float:
+    """The latents that are best for a topic, at the topic's words in lists: their value where one
+    word in 24 is the topic's and the rest are random, over that where all are. Means of topics."""
     model, outcome = shipped_model(), experiment(seed)
-    shares = []
-    for best in outcome.scores["latent"]:
-        if best.concept != "norwegian":
-            found = around_a_word(model, outcome.coder, best.unit, best.concept, seed=seed)
-            values = found["second time"]
-            shares.append(values["the word of the topic"] / max(values["the word before"], 1e-9))
-    return float(np.median(shares))
+    found = {
+        share: [
+            at_a_topics_words(model, outcome.coder, best.unit, best.concept, share, seed=seed)
+            for best in outcome.scores["latent"]
+            if best.concept != "norwegian"
+        ]
+        for share in (1 / 24, 1.0)
+    }
+    return float(np.mean(found[1 / 24]) / np.mean(found[1.0]))
 
 
 @functools.cache
@@ -289,8 +291,8 @@ def splitting(seed: int) -> float:
 @claim(
     "splitting-topics",
     "The other concepts there: latents of a topic alone at 16 d_model, mean of 28 topics",
-    source="measured in the lesson: one direction says what there is to say",
-    tolerance="<= 1.5",
+    source="measured in the lesson: one direction or two say what there is to say",
+    tolerance="<= 2",
     seeds=3,
     fast=False,
 )

@@ -1,6 +1,6 @@
 """The experiments of lesson 06: what a sparse autoencoder finds, scored against TinyWorld's labels.
 
-    around_a_word(model, coder, latent, "virology")       # a latent where a topic's word stands
+    at_a_topics_words(model, coder, latent, "virology", 0.5)   # in lists that are half the topic's
     structure(x)                                          # real rows against their Gaussian twins
     read_grid()                                           # the table of runs in data/sae/grid.csv
 
@@ -79,43 +79,40 @@ def topic_words(model: LanguageModel, topic: str) -> list[int]:
 
 
 @torch.no_grad()
-def around_a_word(
+def at_a_topics_words(
     model: LanguageModel,
     coder: SparseCoder,
     latent: int,
     topic: str,
-    n: int = 32,
+    share: float,
+    n: int = 200,
     length: int = 24,
     seed: int = 0,
-) -> dict[str, dict[str, float]]:
-    """A latent's mean value around a topic's word in lists of random words.
+) -> float:
+    """A latent's mean value at a topic's words in lists of words that make no sentence.
 
-    Each list has one of `topic_words` at a random place and is written twice in a row. The first
-    time, nothing tells what comes next; the second time, the first writing does.
+    Each word of a list is one of `topic_words` with probability `share`, and otherwise any word at
+    random. The second half of each list counts, where the model has seen the first.
 
     Args:
         topic: TinyWorld's name of it.
         n, length: how many lists, and of how many words.
 
-    Returns:
-        {"first time" or "second time": {place: mean value of the latent at `middle(model)`}}.
+    Raises:
+        ValueError: no word of the topic came up; more lists or a higher share are needed.
     """
-    ids = repeated_tokens(model, n, length, seed)
+    ids = repeated_tokens(model, n, length, seed, times=1)
     generator = torch.Generator().manual_seed(seed)
-    words = torch.tensor(topic_words(model, topic))
-    drawn = words[torch.randint(len(words), (n,), generator=generator)]
-    place = torch.randint(1, length - 1, (n,), generator=generator)
-    row, start = torch.arange(n), ids.shape[1] - 2 * length
-    at = {"first time": start + place, "second time": start + length + place}
-    for each in at.values():
-        ids[row, each] = drawn
+    words = torch.tensor(topic_words(model, topic), device=ids.device)
+    chosen = (torch.rand(n, length, generator=generator) < share).to(ids.device)
+    drawn = words[torch.randint(len(words), (n, length), generator=generator).to(ids.device)]
+    ids[:, -length:] = torch.where(chosen, drawn, ids[:, -length:])
+    counts = chosen & (torch.arange(length, device=ids.device) >= length // 2)
+    if not counts.any():
+        raise ValueError(f"No word of {topic} came up in {n} lists at a share of {share}.")
     (x,) = read_sites(model, ids, [middle(model)])
-    value = coder.encode(x.float())[..., latent]
-    places = {"the word before": -1, "the word of the topic": 0, "the word after": 1}
-    return {
-        time: {name: float(value[row, each + by].mean()) for name, by in places.items()}
-        for time, each in at.items()
-    }
+    value = coder.encode(x.float())[:, -length:, latent]
+    return float(value[counts].mean())
 
 
 # -------------------------------------------------------------------------------------- measures

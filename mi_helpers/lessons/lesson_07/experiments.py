@@ -260,7 +260,7 @@ def plainest(page: Page, layer: int) -> int:
     alone = [i for i in plain if token_inputs(page.model, page.coder, layer, i)[own[i][0]] > 0]
     plain = (alone or plain or list(own) or [0])[:200]
     effects = logit_effects(page.model, page.coder.W_dec[plain])
-    used = effects[:, page.model.in_use]
+    used = effects[:, page.model.in_text]
     effects = (effects - used.mean(1, keepdim=True)) / used.std(1, keepdim=True)
     after = [next_tokens(page, latent) for latent in plain]
     raised = [

@@ -162,7 +162,7 @@ def both_swap(seed: int) -> float:
 
 @claim(
     "two-hop-random",
-    "Negative control: as many features of the same layers, as active, taken out",
+    "Negative control: as many features, of the same layers and positions, as active, taken out",
     source="derived: nothing that is asked for changes",
     published="0",
     tolerance="± 0.1",

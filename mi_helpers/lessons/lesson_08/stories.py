@@ -94,15 +94,15 @@ def make_story(
 
 
 def matched_features(graph: Graph, nodes: Sequence[str], limit: float = float("inf")) -> list[str]:
-    """For each of these features another of its layer with the nearest activation, so that its
-    removal changes the stream about as much; |contribution| at most `limit`."""
+    """For each of these features another of its layer, at its position while any is left, with
+    the nearest activation, so that it writes about as much; |contribution| at most `limit`."""
     own, taken = contributions(graph).abs(), set(nodes)
     free = [n for n in graph.nodes if n.kind == FEATURE and float(own[graph.index(n)]) <= limit]
     chosen: list[str] = []
     for name in nodes:
-        layer, value = graph.nodes[graph.index(name)].layer, graph.value(name)
-        near = [n for n in free if n.layer == layer and n.id not in taken]
-        if near:
+        node, value = graph.nodes[graph.index(name)], graph.value(name)
+        near = [n for n in free if n.layer == node.layer and n.id not in taken]
+        if near := [n for n in near if n.position == node.position] or near:
             chosen.append(min(near, key=lambda n: abs(graph.value(n) - value)).id)
             taken.add(chosen[-1])
     return chosen
