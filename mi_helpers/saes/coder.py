@@ -256,6 +256,19 @@ class SparseCoder(nn.Module):
         new.scale_in.fill_(1.0), new.scale_out.fill_(1.0)
         return new
 
+    @torch.no_grad()
+    def unfold_(self, folded: SparseCoder) -> SparseCoder:
+        """Take over a folded coder's function at this one's scales: the inverse of `folded`."""
+        s_out = self.scale_out
+        ratio = self.scale_in / s_out
+        for name, parameter in self.named_parameters():
+            in_out = name in ("W_enc", "W_skip")
+            by = 1 / ratio if in_out else 1.0 if name == "W_dec" else s_out
+            parameter.copy_(folded.get_parameter(name) * by)
+        if self.apply_b_dec_to_input:
+            self.b_enc -= (ratio - 1) * (self.b_dec @ self.W_enc)
+        return self
+
     def check_latents(self, latents: Sequence[int] | Tensor) -> Tensor:
         """Latent numbers as int64, on the coder's device.
 
@@ -286,6 +299,42 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> float:
     """
     x, x_hat = (exact(t.detach().flatten(0, -2)) for t in (x, x_hat))
     return float(1 - (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
+
+
+@torch.no_grad()
+def quality(
+    coder: SparseCoder, x: Tensor, target: Tensor | None = None, chunk: int = 2_048
+) -> dict[str, float]:
+    """How well a coder predicts t = target (rows, d_out) from x (rows, d_in).
+
+    Args:
+        target: None means x, as for an SAE.
+        chunk: rows at a time.
+
+    Returns:
+        explained_variance: 1 - E‖t - t̂‖² / E‖t - E t‖², over rows and dimensions together.
+        nmse: E‖t - t̂‖² / E‖t - E t‖².
+        relative_error: E‖t - t̂‖² / E‖t‖².
+        l0: mean number of latents that fire per row.
+    """
+    target = x if target is None else target
+    mean = exact(target).mean(0).float()
+    error = spread = power = active = 0.0
+    for begin in range(0, len(x), chunk):
+        t = target[begin : begin + chunk].to(coder.device)
+        rows = x[begin : begin + chunk].to(coder.device)
+        indices, values = coder.encode_sparse(rows)
+        predicted = coder.decode_sparse(indices, values, rows)
+        error += float((t - predicted).pow(2).sum())
+        spread += float((t - mean.to(t.device)).pow(2).sum())
+        power += float(t.pow(2).sum())
+        active += float((values > 0).sum())
+    return {
+        "explained_variance": 1 - error / spread,
+        "nmse": error / spread,
+        "relative_error": error / power,
+        "l0": active / len(x),
+    }
 
 
 def shrinkage(x: Tensor, x_hat: Tensor) -> float:

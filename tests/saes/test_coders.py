@@ -269,3 +269,17 @@ def test_large_activations_are_not_bad():
 
 def test_a_coder_says_what_it_is():
     assert "6 → 20 → 4, topk, k=3, skip" in repr(random_coder("topk", 4, True))
+
+
+@pytest.mark.parametrize("kind", [{}, {"d_out": 5, "skip": True}, {"activation": "jumprelu"}])
+def test_unfolding_is_the_inverse_of_folding(kind):
+    coder, other = (SparseCoder(7, 20, k=3, seed=seed, **kind) for seed in (0, 1))
+    with torch.no_grad():
+        for each, scale in ((coder, 0.4), (other, 2.5)):
+            each.scale_in.fill_(scale), each.scale_out.fill_(3 * scale)
+            for parameter in each.parameters():
+                parameter += 0.1 * torch.rand_like(parameter)
+    other.unfold_(coder.folded())
+    x = torch.randn(30, 7)
+    torch.testing.assert_close(other(x), coder(x))
+    assert float(other.scale_in) == 2.5
