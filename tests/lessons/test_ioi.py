@@ -287,12 +287,13 @@ def test_jobs_by_where_a_head_looks_and_whether_it_copies():
     for head in (0, 1):
         looks["END", "IO"][0, head] = looks["END", "S1"][0, head] = 0.2
     looks["END", "S2"][1, 0], looks["END", "IO"][1, 0] = 0.5, 0.3
-    looks["END", "END-1"][1, 1] = looks["END-1", "S2"][0, 2] = 0.5
+    looks["END", "END-1"][1, 1] = looks["END", "END-1"][0, 2] = looks["END-1", "S2"][0, 2] = 0.5
     looks["S2", "S1"][1, 2] = looks["S2", "S1+1"][2, 0] = looks["S1+1", "S1"][2, 1] = 0.5
     looks["IO", "S1"][2, 2] = 0.5
     want = {
         (0, 0, "END"): "name mover",
         (0, 1, "END"): "negative name mover",
+        (0, 2, "END"): "other",  # nobody has written there before the first layer
         (0, 2, "END-1"): "relay",
         (1, 0, "END"): "S-inhibition",
         (1, 1, "END"): "relay reader",
