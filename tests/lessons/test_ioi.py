@@ -20,6 +20,7 @@ from mi_helpers.lessons.lesson_05.ioi import ROLES, Task
 from mi_helpers.lessons.shared import documents
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
+from mi_helpers.picture import alt_text
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.tokenizer import SPLIT
 from mi_helpers.widgets import corners
@@ -407,7 +408,11 @@ def test_the_builder_draws_every_corner():
     some = {job: groups[job] for job in list(groups)[:2]}
     builder = heads_figures.CircuitBuilder(task, some)
     text = "There was Roger. Then Rebecca laughed. Nobody knew Roger. The clerk gave a ring to"
+    heard = set()  # who cannot see the bars hears them
     for values in corners(**builder.controls(text)):
-        assert plots.render(builder.figure(**values)).startswith(b"\x89PNG")
+        drawn = builder.figure(**values)
+        assert plots.render(drawn).startswith(b"\x89PNG")
+        heard.add(alt_text(drawn))
+    assert len(heard) > 2
     with pytest.raises(ValueError, match="Nobody of TinyWorld"):
         builder.figure("no names at all in this text", all_other_heads=True)
