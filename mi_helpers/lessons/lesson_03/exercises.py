@@ -39,7 +39,6 @@ from mi_helpers.patching import activation_patch, normalised_logit_diff
 from mi_helpers.sweeps import Sweep
 from mi_helpers.tinyworld import lexicon
 
-PROBE = "The Eiffel Tower is in the city of"
 ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
 
 
@@ -234,6 +233,7 @@ MISTAKES_33 = slips(
     importance=5,
     minutes=6,
     reference=sweep,
+    seconds=60,  # a slow machine takes ten
     right=[sweep_by_library],
     survivors=ONE_MODEL
     | {"range(clean.shape[1]) → range(1, clean.shape[1])": "at 0 both have <bos>: no effect"},
