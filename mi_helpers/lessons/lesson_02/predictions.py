@@ -41,7 +41,7 @@ def planes_that_show(n: int = 400) -> list[bool]:
 
 
 @prediction(
-    "2.12",
+    "2.11",
     question="Do the two directions of most variance show the subject's number?",
     options=["after every layer", "after some layers", "after none"],
 )
@@ -51,7 +51,7 @@ def where_a_plane_shows_it() -> str:
 
 
 @prediction(
-    "2.13",
+    "2.12",
     question="After the last layer, which place does the true order take among 360?",
     options=["first", "2nd to 36th", "later"],
 )
@@ -67,7 +67,7 @@ def week_rank() -> int:
 
 
 @prediction(
-    "2.14",
+    "2.13",
     question="With eight times as many sentences, how often is the probe right on the form?",
     options=["under 10 %", "10 to 50 %", "over 50 %"],
 )
@@ -79,7 +79,7 @@ def forms_named() -> str:
 
 
 @prediction(
-    "2.15",
+    "2.14",
     question="Where can a probe read the country of a landmark that it has never seen?",
     options=["at the name", "at the last token, if asked for it", "at the last token, always"],
 )
@@ -93,7 +93,7 @@ def where_the_country_is() -> str:
 
 
 @prediction(
-    "2.16",
+    "2.15",
     question="How often is the cities' direction right on negated statements?",
     options=["as often as on cities", "about half of the time", "mostly wrong"],
 )
@@ -107,7 +107,7 @@ def right_when_negated() -> str:
 
 
 @prediction(
-    "2.17",
+    "2.16",
     question="The other noun's number is removed at that noun. How much of the margin is lost?",
     options=["none", "about half", "all"],
 )

@@ -367,6 +367,7 @@ MISTAKES_35 = slips(
     ("x + noise", "noise + 0 * x", "The noise replaces the embedding: add it."),
     ("resid_pre", "attn_out", "This restores what attention adds: the stream is at resid_pre."),
     ("[:, position]", "[:, position + 1]", "Another position is restored."),
+    ("[:, position]", "[:, : position + 1]", "Every position up to this one is restored."),
     ("[:, position]", "[0, position]", "Only the first prompt is restored."),
 )
 
@@ -403,10 +404,8 @@ def check_35(answer) -> None:
         model, pairs = shipped_model(), some_pairs(draw)
         ids, noise = pairs.clean, torch.zeros(*pairs.clean.shape, model.d_model)
         size = float(model.run_with_cache(ids, "embed")[1]["embed"].std())
-        at = draw.choice(pairs.subject)
-        noise[:, at:-1] = draw.normal(
-            len(ids), ids.shape[1] - at - 1, model.d_model, scale=3 * size
-        )
+        places, at = ids.shape[1] - 2, draw.choice(pairs.subject)
+        noise[:, 1:-1] = draw.normal(len(ids), places, model.d_model, scale=3 * size)
         return model, ids, noise, draw.integer(1, model.n_layers - 2), at
 
     on_model(
@@ -677,7 +676,17 @@ MISTAKES_39 = slips(
         "torch.corrcoef(torch.stack([said, world]))[0, 1]",
         "This is the correlation: it does not say how large the bias is.",
     ),
-    ("[0, -1]", "[0, 0]", "These are the logits of the first token: take the last."),
+    (
+        "last[:, she] - last[:, he]",
+        "last.softmax(-1)[:, she].logit()",
+        "This is she against all other words: take she against he.",
+    ),
+    (
+        "[0, -1]",
+        "[0, 0]",
+        'The slope is 0: take the last token\'s logits, and the ids of " she" and " he", each with '
+        "its space.",
+    ),
 )
 
 
@@ -715,6 +724,7 @@ def check_39(answer) -> None:
             draw.integer(0, 999), jobs[1:]
         )
         p = [lexicon.occupations()[job] for job in jobs + jobs[1:]]
-        return shipped_model(), texts, p
+        cut = [text.rsplit(" ", draw.choice([0, 1]))[0] for text in texts]  # not only she or he
+        return shipped_model(), cut, p
 
     on_model(answer, bias_slope, make, MISTAKES_39, "The slope is cov(model, world) / var(world).")
