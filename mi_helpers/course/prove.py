@@ -94,9 +94,8 @@ def right(exercise: Exercise) -> list[str]:
 
 
 def draws_anew(exercise: Exercise) -> bool:
-    """Whether a check draws its inputs, by `agree` or `draws`."""
-    names = exercise.check.__code__.co_names
-    return "agree" in names or "draws" in names
+    """Whether a check draws its inputs, by `agree`, `on_model` or `draws`."""
+    return bool({"agree", "on_model", "draws"} & set(exercise.check.__code__.co_names))
 
 
 def wrong(exercise: Exercise) -> list[str]:

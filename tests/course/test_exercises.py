@@ -45,6 +45,7 @@ def test_the_exercise_is_proved(exercise, lesson):
 def test_an_answer_that_gets_the_model_cannot_leave_it_changed(exercise, lesson):
     if "model" in inspect.signature(exercise.reference).parameters:
         assert "on_model" in exercise.check.__code__.co_names
+        assert prove.draws_anew(exercise)  # so right answers are tried on other inputs, too
 
 
 @pytest.mark.parametrize(("exercise", "lesson"), EXERCISES)
