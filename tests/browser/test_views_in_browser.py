@@ -164,6 +164,94 @@ def test_the_lens_by_keyboard(page):
     assert height <= 647
 
 
+def by_hand() -> dict:
+    """A graph's JSON: two words, three features in a row, an error, two answers, hostile names."""
+    kinds = ["embedding"] * 2 + ["cross layer transcoder"] * 3
+    kinds += ["mlp reconstruction error", "logit", "logit"]
+    names = ["E_5_0", "E_6_1", "0_1_1", "1_2_1", "1_3_1", "0_-1_1", "3_9_1", "3_8_1"]
+    words = ["", "", "<b>about $x$</b> 0.81", "weak? 0.10", "a third 0.60", ""]
+    words += ['Output " Rome" (p=0.900)', 'Output "<img src=x>" (p=0.100)']
+    layers, places = ["E", "E", "0", "1", "1", "0", "3", "3"], [0, 1, 1, 1, 1, 1, 1, 1]
+    nodes = [
+        {"node_id": n, "feature_type": k, "clerp": w, "layer": i, "ctx_idx": p, "influence": c,
+         "own_influence": 1 - c, "value": 2.0, "activation": 2.0}
+        for n, k, w, i, p, c in zip(names, kinds, words, layers, places,
+                                    [0.1, 0.2, 0.3, 0.5, 0.95, 0.6, 1.0, 1.0], strict=True)
+    ]  # fmt: skip
+    edges = [(0, 2, 3.0), (1, 2, -1.0), (2, 3, 2.0), (2, 4, 0.5), (5, 3, 0.7), (3, 6, 4.0)]
+    edges += [(3, 7, -2.0), (4, 6, 0.2), (1, 6, 0.1)]
+    links = [{"source": names[a], "target": names[b], "weight": w} for a, b, w in edges]
+    card = {
+        "contexts": [[["The", 0.0], [" cat", 1.0]]],
+        "raises": [["</script>", 2.0]],
+        "lowers": [],
+    }
+    meta = {"prompt": "The cat", "prompt_tokens": ["The", " cat"], "n_layers": 2}
+    return {"metadata": meta, "nodes": nodes, "links": links, "cards": {"1_2_1": card}}
+
+
+def use_the_graph(page) -> None:
+    """The answer, a node below it, a pin, a group, a threshold: all by keyboard."""
+    for _ in range(3):  # two sliders, then the answer
+        page.keyboard.press("Tab")
+    assert focused(page) == "Rome 0.90 at cat, 2.00"
+    page.keyboard.press("ArrowDown")
+    assert focused(page) == "weak? 0.10 at cat, layer 1, 2.00"
+    card = page.get_by_role("region", name="card of the node")
+    assert "+4.00 Rome 0.90" in card.inner_text() and "</script> +2.00" in card.inner_text()
+    assert card.locator("mark").inner_text() == " cat"
+    page.keyboard.press("p")
+    assert focused(page) == "weak? 0.10 at cat, layer 1, 2.00, pinned"
+    page.get_by_role("textbox", name="name of the group").focus()
+    page.keyboard.type("<i>step</i>")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    said = page.get_by_role("list", name="links between groups").inner_text()
+    assert "<i>step</i> → Rome 0.90 +4.00" in said
+    count = page.get_by_role("option").count()
+    page.get_by_role("slider", name="nodes").focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    assert page.get_by_role("option").count() == count + 1  # the third feature comes
+    for _ in range(30):
+        page.keyboard.press("ArrowLeft")
+    left = page.get_by_role("option")
+    assert left.count() < count and left.first.get_attribute("aria-label").startswith("Rome")
+    assert page.locator("b >> text=about").count() == page.locator("img, section i").count() == 0
+
+
+def test_the_graph_by_keyboard(page):
+    show(page, "graph", views.graph_view_json(by_hand()))
+    use_the_graph(page)
+    done = page.evaluate("() => window.chosen.at(-1)")
+    assert done["pinned"] == ["1_2_1"] and done["groups"] == {"<i>step</i>": ["1_2_1"]}
+    shot(page, "graph")
+    height = page.evaluate("() => document.querySelector('section').getBoundingClientRect().height")
+    assert height <= 647
+
+
+def test_the_card_leads_on_by_mouse(page):
+    show(page, "graph", views.graph_view_json(by_hand()))
+    page.get_by_role("option", name="weak? 0.10").click()
+    card = page.get_by_role("region", name="card of the node")
+    card.get_by_role("button", name="<b>about").click()
+    assert focused(page).startswith("<b>about $x$</b> 0.81")
+    assert page.locator(".mi-near").count() == 2  # of the edges that are drawn
+
+
+def test_a_graph_is_one_page_that_needs_no_network(browser, tmp_path):
+    place = tmp_path / "graph.html"
+    place.write_text(views.graph_page(by_hand()), "utf-8")
+    page, asked = browser.new_page(viewport=SCREEN), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.context.set_offline(True)
+    page.goto(place.as_uri())
+    use_the_graph(page)
+    shot(page, "graph_page")
+    page.close()
+    assert asked == [place.as_uri()]
+
+
 LIVE = """\
 import ipywidgets
 from mi_helpers import plots, views
@@ -258,6 +346,44 @@ def test_a_prompt_is_typed_into_the_lens_in_lab(lab, page):
     page.keyboard.press("Enter")
     page.get_by_text("choose a word that is one token").wait_for(timeout=30 * SECONDS)
     shot(page, "lens_in_lab")
+
+
+GRAPH = """\
+from mi_helpers import load_model, views
+from mi_helpers.circuits.edges import attribution_graph
+from mi_helpers.circuits.files import graph_json
+from mi_helpers.circuits.graphs import prune
+from mi_helpers.saes.transcoders import coders_for
+model = load_model("tiny-gemma")
+coders = coders_for(model, range(model.n_layers))
+view = views.graph(
+    lambda prompt: graph_json(prune(attribution_graph(model, coders, prompt))),
+    prompt="The capital of Poland is",
+)
+view
+"""
+
+
+def test_a_prompt_is_typed_into_the_graph_in_lab(lab, page):
+    page.set_viewport_size(SCREEN)
+    write(lab, "graph.ipynb", new_code_cell(GRAPH), new_code_cell("1 + 1"))
+    open_notebook(page, lab, "graph.ipynb")
+    assert run_all(page) == []
+    page.get_by_role("option", name="Warsaw").wait_for(timeout=60 * SECONDS)
+    prompt = page.get_by_role("textbox", name="prompt")
+    prompt.focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The dxd of Spain ddx")  # shortcuts of the notebook are letters here
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The capital of Spain is")
+    page.keyboard.press("Enter")
+    page.get_by_role("option", name="Madrid").wait_for(timeout=30 * SECONDS)
+    assert cells(page) == 2 and focused(page) == "prompt"
+    page.keyboard.press("Control+A")
+    page.keyboard.press("Delete")
+    page.keyboard.press("Enter")
+    page.locator(".mi-message:not(:empty)").first.wait_for(timeout=30 * SECONDS)
+    shot(page, "graph_in_lab")
 
 
 def test_without_kernel_and_state_the_html_stands(lab, page):
