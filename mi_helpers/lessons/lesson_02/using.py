@@ -228,6 +228,7 @@ def left_after(
     centre, found = midpoint(x, y), {}
     for name in ("mean difference", "probe", "random"):
         v = find_direction(x, y, name)
+        v = v * np.sign(v @ mean_difference(x, y))  # a random one points either way
         reads = float((((fresh - centre) @ v > 0) == truth).mean())
         old, new = (project_out(*map(as_float32, (each, v, centre))) for each in (x, fresh))
         found[name] = reads, fit_probe(old, y).score(new, truth)

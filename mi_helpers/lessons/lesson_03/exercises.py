@@ -419,8 +419,30 @@ def check_35(answer) -> None:
 
 # -- 3.6 -------------------------------------------------------------------------------------
 
+
+def bound_late(model, base, other, heads):
+    """As the reference, but the hooks share the loop's variables."""
+    _, kept = model.run_with_cache(other, "z")
+    hooks = {}
+    for layer in dict(heads):
+        chosen = [head for each, head in heads if each == layer]
+
+        def put_in(z):
+            z[:, -1, chosen] = kept["z", layer][:, -1, chosen]  # noqa: B023
+            return z
+
+        hooks["z", layer] = put_in
+    with model.hooks(hooks):
+        return model(base)[:, -1]
+
+
 MISTAKES_36 = slips(
     patch_heads,
+    (
+        bound_late,
+        "All hooks replace the heads of the loop's last layer: a function made in a loop sees the "
+        "variables as they are when it runs.",
+    ),
     (
         "if each == layer]",
         "if each == layer][-1:]",
