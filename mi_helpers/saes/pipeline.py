@@ -87,6 +87,7 @@ class Settings:
     k: int = setting(32, "latents that fire per token")
     activation: str = setting("topk", "", "topk", "batchtopk", "relu", "jumprelu")
     skip: bool = setting(False, "an affine path around the latents")
+    prefixes: str = setting("", "widths of a Matryoshka coder's nested prefixes, as 256,1024")
     products: str = setting("auto", "", "auto", *PRODUCTS)
     sparsity: float = setting(0.0, "penalty's coefficient, of relu and jumprelu")
     dead_after: int = setting(1_000_000, "tokens without firing that make a latent dead")
@@ -125,7 +126,12 @@ class Settings:
 
     def training(self, d_in: int) -> TrainConfig:
         """What is trained, on sites of this width."""
-        return TrainConfig(**self._fields(TrainConfig) | {"latents": self.latents or 8 * d_in})
+        own = {"latents": self.latents or 8 * d_in}
+        try:
+            own["prefixes"] = tuple(int(width) for width in self.prefixes.split(",") if width)
+        except ValueError:
+            raise RunError(f"prefixes is {self.prefixes!r}: give widths, as 256,1024.") from None
+        return TrainConfig(**self._fields(TrainConfig) | own)
 
     def _fields(self, kind: type) -> dict:
         """The settings that are fields of another configuration."""

@@ -56,7 +56,7 @@ def check_recipe(folder: Path, own: dict, extends: bool = False) -> None:
                 f"{folder} holds a run of {before['steps']:,} steps that is not finished: finish "
                 f"it with --steps {before['steps']} first, then extend it."
             )
-        if own[key] != before.get(key):
+        if own[key] != before.get(key, type(own[key])()):  # a setting of a later version was off
             what = f"{key} {before.get(key)}, not {own[key]}"
             raise RunError(
                 f"{folder} holds a run with {'another harvest' if key == 'harvest' else what}: "

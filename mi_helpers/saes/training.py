@@ -80,6 +80,7 @@ class TrainConfig:
 
     Args:
         latents, k, activation, skip: the coder's, see `coder.SparseCoder`.
+        prefixes: widths of nested prefixes, which make a Matryoshka coder of it.
         products: how to multiply: "auto" chooses by the processor;
             "float32", "bfloat16" and "int8" are choices.
         sparsity: coefficient of the penalty, for relu and jumprelu; see `step.SparseStep`.
@@ -98,6 +99,7 @@ class TrainConfig:
     k: int = 32
     activation: str = "topk"
     skip: bool = False
+    prefixes: tuple[int, ...] = ()
     products: str = "auto"
     sparsity: float = 0.0
     dead_after: int = 1_000_000
@@ -129,7 +131,7 @@ def new_coder(config: TrainConfig, d_in: int, d_out: int | None = None) -> Spars
     Raises:
         ValueError: what cannot be, such as k > latents.
     """
-    return SparseCoder(
+    coder = SparseCoder(
         d_in,
         config.latents,
         d_out,
@@ -138,6 +140,7 @@ def new_coder(config: TrainConfig, d_in: int, d_out: int | None = None) -> Spars
         skip=config.skip,
         seed=config.seed,
     )
+    return coder.nested_(config.prefixes) if config.prefixes else coder
 
 
 def coder_for(held: Activations, config: TrainConfig) -> SparseCoder:

@@ -26,6 +26,7 @@ from mi_helpers.files import RunError
 from mi_helpers.saes import training
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.files import load_coder
+from mi_helpers.saes.pipeline import Settings
 from mi_helpers.saes.training import TrainConfig, learning_rate, peak_rate, quality, read_log, train
 
 LEARN = TrainConfig(
@@ -435,3 +436,44 @@ def test_every_activation_is_extended(held, tmp_path, activation):
     for (name, a), b in zip(first.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
     train(held, tmp_path, replace(config, steps=30), progress=False)
+
+
+# -- Matryoshka ------------------------------------------------------------------------------
+
+
+def test_a_matryoshka_run_keeps_its_prefixes(held, tmp_path, monkeypatch):
+    config = replace(LEARN, steps=60, save_every=20, prefixes=(8, 24))
+    coder = train(held, tmp_path / "whole", config, progress=False)
+    assert coder.prefixes == (8, 24, 64)
+    real = training.Run.advance
+
+    def stops(run):
+        if run.step_number == 30:
+            raise Stopped
+        return real(run)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training.Run, "advance", stops)
+        train(held, tmp_path / "run", config, progress=False)
+    with pytest.raises(RunError, match=r"holds a run with prefixes \[8, 24\], not \[\]"):
+        train(held, tmp_path / "run", replace(config, prefixes=()), progress=False)
+    train(held, tmp_path / "run", config, progress=False)
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
+
+
+def test_a_run_of_before_there_were_prefixes_goes_on(held, tmp_path):
+    config = replace(LEARN, steps=10)
+    train(held, tmp_path, config, progress=False)
+    recipe = training.read_sealed(tmp_path / "recipe.json")
+    del recipe["prefixes"]
+    training.write_sealed(tmp_path / "recipe.json", recipe)
+    training.check_recipe(tmp_path, training.asdict(config))
+    with pytest.raises(RunError, match=r"holds a run with prefixes None, not \[8\]"):
+        training.check_recipe(tmp_path, training.asdict(replace(config, prefixes=(8,))))
+
+
+def test_prefixes_are_read_from_an_option():
+    assert Settings(prefixes="8, 24").training(4).prefixes == (8, 24)
+    assert Settings().training(4).prefixes == ()
+    with pytest.raises(RunError, match="prefixes is '8,x': give widths, as 256,1024"):
+        Settings(prefixes="8,x").training(4)
