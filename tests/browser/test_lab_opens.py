@@ -99,7 +99,7 @@ def run_all(page, minutes: float = 5) -> list[str]:
 
 
 def go_to_first(page, wanted: str) -> bool:
-    """Go to the first cell with a widget in which there is such an element; whether one is there."""
+    """Go to the first cell with a widget that has such an element; whether there is one."""
     for index in page.evaluate(WIDGETS):
         page.evaluate(GO_TO, [index])
         page.locator(SHOWN).first.wait_for(timeout=30 * SECONDS)
