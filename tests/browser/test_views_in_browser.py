@@ -252,6 +252,89 @@ def test_a_graph_is_one_page_that_needs_no_network(browser, tmp_path):
     assert asked == [place.as_uri()]
 
 
+def a_dictionary(n: int = 300) -> list[dict]:
+    """Latents that fire at a word of their own, ever more rarely; the last one is dead."""
+    words = ["virus", "the", "liver"]
+    return [
+        {
+            "latent": i,
+            "fires": n - 1 - i,
+            "frequency": (n - 1 - i) / (10 * n),
+            "mean": 1.0,
+            "top": [[2.0, f"of a [[{words[i % 3]}]] <img src=x>"]] if i < n - 1 else [],
+            "quantiles": ["a [[weak]] one"],
+            "nearest": [[(i + 7) % n, 0.5]],
+            "raises": [[f" up{i}", 1.5]],
+            "lowers": [[" down", -1.5]],
+        }
+        for i in range(n)
+    ]
+
+
+def browse(page) -> None:
+    """Search, sort and read a dictionary by keyboard."""
+    assert page.locator("img").count() == 0  # a context that is HTML stays text
+    box, card = page.get_by_role("listbox", name="latents found"), page.locator(".mi-card")
+    assert box.get_by_role("option").count() == 200
+    assert "300 latents, the first 200" in page.get_by_role("status").inner_text()
+    assert "latent 4: chess" in card.inner_text() and "fires at 9.8 %" in card.inner_text()
+    search = page.get_by_role("searchbox", name="search")
+    search.focus()
+    page.keyboard.type("liver")
+    assert box.get_by_role("option").count() == 99  # the dead one would be the hundredth
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")  # search in: what is raised
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("UP17")
+    assert box.get_by_role("option").count() == 1 and "latent 17" in card.inner_text()
+    page.keyboard.press("Control+A")
+    page.keyboard.press("Delete")
+    for name, option in (("search in", "name or topic"), ("order", "rarest first")):
+        page.get_by_role("combobox", name=name).select_option(option)
+    assert "latent 298" in card.inner_text()  # the rarest that fires
+    page.get_by_role("combobox", name="order").select_option("best score first")
+    assert box.get_by_role("option").first.get_attribute("aria-label").startswith("latent 4, chess")
+    page.get_by_role("combobox", name="density").select_option("dead")
+    assert "It never fires" in card.inner_text() and box.get_by_role("option").count() == 1
+    page.get_by_role("combobox", name="density").select_option("any density")
+    box.get_by_role("option").first.focus()
+    page.keyboard.press("ArrowDown")
+    assert focused(page).startswith("latent 5, tennis") and "latent 5" in card.inner_text()
+    assert "[[liver]] <img src=x>" in card.inner_text() and "[[weak]]" in card.inner_text()
+    page.get_by_role("button", name="latent 12, cosine 0.50").focus()
+    page.keyboard.press("Enter")
+    assert "latent 12" in card.inner_text() and focused(page) == "the latent"
+    search.focus()
+    page.keyboard.type("zzz")
+    assert "No latent fits" in page.get_by_role("status").inner_text()
+
+
+def test_a_dictionary_by_keyboard(page):
+    names = {4: ("chess", 0.9), 5: ("tennis", 0.8)}
+    show(page, "latents", views.latents_json(a_dictionary(), names=names, start=4, label="a run"))
+    height = page.evaluate("() => document.querySelector('section').getBoundingClientRect().height")
+    assert height <= 647
+    shot(page, "latents")
+    browse(page)
+    assert page.evaluate("() => window.chosen.at(-1)") == {"latent": 12}
+
+
+def test_a_whole_dictionary_is_one_page_from_disk(page, tmp_path):
+    names = {4: ("chess", 0.9), 5: ("tennis", 0.8)}
+    made = views.latents_page(tmp_path / "a.html", a_dictionary(), names=names, start=4)
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda each: problems.append(each.text) if each.type == "error" else None)
+    page.set_viewport_size(SCREEN)
+    page.context.set_offline(True)
+    page.goto(made.as_uri())
+    browse(page)
+    page.context.set_offline(False)
+    assert problems == []
+
+
 LIVE = """\
 import ipywidgets
 from mi_helpers import plots, views

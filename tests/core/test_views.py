@@ -272,3 +272,68 @@ def test_the_page_holds_data_that_cannot_leave_it():
     inside = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert json.loads(inside[1])["prompt"] == "</script><b>$x$"
     assert not json.loads(inside[1])["live"]
+
+
+LATENT = {
+    "latent": 3,
+    "fires": 40,
+    "frequency": 0.004,
+    "mean": 2.0,
+    "top": [[8.0, "the [[virus]] of <b>$x$"], [4.0, "a\n[[ liver]] cell"]],
+    "quantiles": ["the [[virus]]", "to the [[</script>]]"],
+    "nearest": [[5, 0.61239]],
+    "raises": [[" virus", 2.5], ["\n", 1.0]],
+    "lowers": [[" the", -1.0]],
+}
+DEAD = {"latent": 5, "fires": 0, "frequency": 0.0, "mean": 0.0, "top": []}
+
+
+def test_latents_are_read_from_rows_and_from_a_file(tmp_path):
+    data = views.latents_json([LATENT, DEAD], names={3: ("virology", 0.912345)}, start=5)
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    first, dead = data["latents"]
+    assert (first["name"], first["score"], first["density"]) == ("virology", 0.912, 0.004)
+    assert [each["token"] for each in first["top"]] == ["virus", " liver"]
+    assert first["top"][1]["before"] == "a↵" and first["top"][0]["after"] == " of <b>$x$"
+    assert first["nearest"] == [[5, 0.612]] and first["raises"][1] == ["↵", 1.0]
+    assert dead["top"] == [] and dead["highest"] == 0 and data["start"] == 5
+    path = tmp_path / "latents.jsonl"
+    path.write_text("\n".join(map(json.dumps, [LATENT, DEAD])), "utf-8")
+    assert views.latents_json(path, names={3: ("virology", 0.912345)}, start=5) == data
+
+
+def test_a_firing_token_can_be_read_on_its_colour():
+    rows = [LATENT | {"top": [[v, "a [[b]] c"] for v in np.linspace(8, 0.1, 8)]}]
+    (one,) = views.latents_json(rows)["latents"]
+    assert len({each["colour"] for each in one["top"]}) == 8
+    for each in one["top"]:
+        light, dark = sorted((luminance(each["colour"]), luminance(each["ink"])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_what_is_no_dictionary_is_said(tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"latent": 1', "utf-8")
+    for rows, look, said in (
+        ([], {}, "no latents"),
+        ([{"latent": 1}], {}, "Line 1 is no latent: fires, frequency, mean, top"),
+        ([LATENT, LATENT], {}, "stands there twice"),
+        ([LATENT], {"start": 9}, "no latent 9"),
+        ([LATENT], {"link": "https://example.org/7"}, "has no {latent}"),
+        (tmp_path / "none.jsonl", {}, "is not there"),
+        (broken, {}, "Line 1 of .* is no JSON"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            views.latents_json(rows, **look)
+
+
+def test_latents_stand_without_a_kernel_and_as_one_page(tmp_path):
+    bundle, _ = views.latents([LATENT, DEAD])._repr_mimebundle_()
+    assert "<b>$x$" not in bundle["text/html"] and "[[virus]]" in bundle["text/html"]
+    assert not re.search(r"<script|https?://| on[a-z]+=", bundle["text/html"])
+    assert "3: fires at 0.40%" in bundle["text/plain"]
+    page = views.latents_page(tmp_path / "all.html", [LATENT, DEAD], label="a & b").read_text(
+        "utf-8"
+    )
+    assert page.count("</script>") == 2 and "<title>a &amp; b</title>" in page
+    assert not re.search(r"https?://|src=|import ", page) and list(tmp_path.iterdir()) != []
