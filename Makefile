@@ -96,8 +96,9 @@ notebook-tests: $(READY) unit
 	  -n $(WORKERS) --dist loadscope --junitxml=.cache/notebooks.xml notebooks
 	@$(BIN)/python tests/notebook_times.py .cache/notebooks.xml
 
-exercises: $(READY)  ## prove every exercise: reference, stub, wrong answers
-	@$(BIN)/python -m mi_helpers exercises
+exercises: export OMP_NUM_THREADS = 1
+exercises: $(READY)  ## prove every exercise: reference, stub, wrong answers, mutants
+	@printf '%s\n' $(LESSONS) | xargs -n 1 -P $(WORKERS) $(BIN)/python -m mi_helpers exercises --lessons
 
 notebooks: $(READY)  ## run the notebooks again and save them clean (NAMES="00 03")
 	@$(BIN)/python -m mi_helpers notebooks $(NAMES)

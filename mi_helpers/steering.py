@@ -78,6 +78,10 @@ class Latent:
         index, value = self.coder.encode_sparse(x.to(self.coder.device))
         return (value * (index == self.number)).sum(-1).to(x.device)
 
+    def size(self, x: Tensor) -> Tensor | float:
+        """How much of its direction one unit writes: σ (..., 1) where the coder normalises x."""
+        return self.coder.statistics(x)[1]
+
 
 Along = Latent | Tensor | np.ndarray | Sequence[float]
 
@@ -226,6 +230,8 @@ def _change(steering: Steering, width: int, device) -> Callable[[Tensor, Tensor]
 
     def change(x: Tensor, read: Tensor) -> Tensor:
         unit = v.to(x.dtype)
+        if isinstance(along, Latent) and not isinstance(steering, Erase):
+            unit = unit * along.size(read)
         if isinstance(steering, Add):
             return x + to * unit
         if isinstance(steering, Clamp) and isinstance(along, Latent):

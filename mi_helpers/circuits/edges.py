@@ -97,7 +97,7 @@ def edges_by_backward(
     Hooks put in the frozen norms, patterns and MLP outputs, and the prompt is run once for every
     target.
     """
-    run = _FrozenRun(local, len(positions))
+    run = FrozenRun(local, len(positions))
     with torch.enable_grad():
         run.up_to(min(layer + 1, local.model.n_layers))
         read = run.seen[layer][torch.arange(len(positions), device=positions.device), positions]
@@ -114,7 +114,7 @@ def edges_by_backward(
     return edges, (values - edges.sum(1)).detach()
 
 
-class _FrozenRun:
+class FrozenRun:
     """A run of a batch of copies of the prompt, frozen by hooks, with leaves for its gradients.
 
     leaves  {layer: what its MLP writes, its skip path aside; -1: the embeddings}
@@ -215,7 +215,7 @@ def attribution_graph(
     return Graph(
         _prompt_text(model, prompt, local.ids),
         tuple(_texts(model, local.ids)),
-        tuple(_nodes(local, ids)),
+        tuple(nodes_of(local, ids)),
         adjacency,
         bias,
         _values(local, value),
@@ -305,7 +305,7 @@ def _targets(
         yield rows, model.n_layers, last[low:high], vectors[low:high]
 
 
-def _nodes(local: LocalReplacement, ids: Tensor) -> list[Node]:
+def nodes_of(local: LocalReplacement, ids: Tensor) -> list[Node]:
     """The nodes, in the order of the columns, and then the logits."""
     nodes = [Node(EMBEDDING, -1, i, token) for i, token in enumerate(local.ids.tolist())]
     for layer in range(local.model.n_layers):

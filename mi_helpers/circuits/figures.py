@@ -8,7 +8,7 @@ subtract.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -21,9 +21,7 @@ from mi_helpers.circuits.graphs import (
     FEATURE,
     LOGIT,
     Graph,
-    graph_scores,
     merge,
-    prune,
 )
 from mi_helpers.circuits.interventions import Intervention
 from mi_helpers.plots import OKABE_ITO, Picture, before_after, style
@@ -36,6 +34,7 @@ LOOKS = {  # marker, face
     LOGIT: ("^", OKABE_ITO[1]),
 }
 MOST_EDGES, MOST_LABELS = 300, 14
+OF_ANSWER = 2  # edges into a logit that are always drawn
 WIDEST = 9  # nodes side by side in one cell before they are pushed together
 
 
@@ -188,40 +187,6 @@ def _legend(picture: Picture) -> None:
     picture.legend(handles=marks, loc="lower center", ncols=len(marks), fontsize=11)
 
 
-class GraphExplorer:
-    """`explorer(prompt, node_threshold, edge_threshold)`: a figure of that prompt's pruned graph.
-
-    Args:
-        graphs: {name: whole graph}.
-        drawing: options of `graph_figure`.
-
-    Raises:
-        ValueError: there is no graph, none of that name, or no feature is left at a threshold; in
-            one sentence, which `mi_helpers.widgets.explore` shows.
-    """
-
-    def __init__(self, graphs: Mapping[str, Graph], **drawing):
-        if not graphs:
-            raise ValueError("Give the explorer at least one graph: {'a prompt': graph}.")
-        self.graphs, self.drawing = dict(graphs), drawing
-
-    def __call__(
-        self, prompt: str, node_threshold: float = 0.8, edge_threshold: float = 0.98
-    ) -> Figure:
-        if prompt not in self.graphs:
-            raise ValueError(f"There is no graph of {prompt!r}: choose one of {list(self.graphs)}.")
-        whole = self.graphs[prompt]
-        small = prune(whole, node_threshold, edge_threshold)
-        replacement, completeness = graph_scores(small)
-        features = int(small.mask(FEATURE).sum())
-        title = (
-            f"{features} of {int(whole.mask(FEATURE).sum())} features, "
-            f"{int((small.adjacency != 0).sum())} edges; replacement {replacement:.2f}, "
-            f"completeness {completeness:.2f}"
-        )
-        return graph_figure(small, title, **self.drawing)
-
-
 # ------------------------------------------------------------------------------------ supernodes
 
 
@@ -234,7 +199,8 @@ def supernode_figure(
     A box is at the mean layer and position of its nodes; its frame is as thick as its influence.
 
     Args:
-        share: draw the edges that are at least this share of the strongest.
+        share: draw the edges that are at least this share of the strongest, and the strongest into
+            each logit, however weak.
 
     Raises:
         ValueError: the graph has no supernodes.
@@ -246,6 +212,10 @@ def supernode_figure(
     merged = merge(graph)
     weights = merged.weights.numpy()
     linked = (np.abs(weights) >= share * max(np.abs(weights).max(), 1e-9)) & (weights != 0)
+    answers = [i for i, (first, *_) in enumerate(merged.members) if first >= graph.first_logit]
+    for i in answers:  # always drawn, with what speaks most for it and against it
+        for strongest in np.abs(weights[i]).argsort()[-OF_ANSWER:]:
+            linked[i, strongest] = weights[i, strongest] != 0
     names = [_short(graph, *each) for each in zip(merged.names, merged.members, strict=True)]
     spots = _spots(graph, merged.members, names, width)
     picture = Picture(figsize=(width, height))

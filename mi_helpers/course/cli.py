@@ -30,6 +30,7 @@ COMMANDS = {
         "train": ("mi_helpers.saes.pipeline:main_train", "a sparse coder, from a harvest"),
         "report": ("mi_helpers.saes.pipeline:main_report", "a coder measured, in the model too"),
         "features": ("mi_helpers.saes.pipeline:main_features", "what each latent of a coder is"),
+        "find": ("mi_helpers.saes.find:main", "a run's latents that fire at a text"),
         "lens": ("mi_helpers.saes.tuned:main", "a tuned lens of any model, from your own text"),
     },
     "The course": {

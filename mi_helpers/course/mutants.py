@@ -120,24 +120,26 @@ def edits(function: Callable, table: str) -> list[tuple[Callable, str]]:
             You project x itself: the centre is left out.
 
     Each `old → new` stands at the margin, and its message is indented below it. An empty `new`
-    leaves a piece out.
+    leaves a piece out; a line that begins with `& ` is one more change of the same wrong answer.
 
     Raises:
         ValueError: a line at the margin is no change, an old piece does not stand in the text, or a
             change has no message.
     """
-    found: list[tuple[Callable, str]] = []
+    found: list[tuple[list[str], list[str]]] = []  # pieces, old and new; lines of the message
     for line in textwrap.dedent(table).strip().splitlines():
         if line.startswith(" "):
-            found[-1] = found[-1][0], f"{found[-1][1]} {line.strip()}".strip()
+            found[-1][1].append(line.strip())
             continue
-        old, arrow, new = map(str.strip, line.partition("→"))
+        old, arrow, new = map(str.strip, line.removeprefix("& ").partition("→"))
         if not arrow:
             raise ValueError(f"{line!r} is no change: write 'old → new', its message indented.")
-        found.append((edited(function, old, new), ""))
+        if not line.startswith("& "):
+            found.append(([], []))
+        found[-1][0].extend((old, new))
     if not all(message for _, message in found):
         raise ValueError(f"A change of {function.__name__} has no message below it.")
-    return found
+    return [(edited(function, *pieces), " ".join(message)) for pieces, message in found]
 
 
 # -- the changes -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 
-from mi_helpers.course.answers import Wrong
+from mi_helpers.course.answers import Wrong, unnamed
 from mi_helpers.course.exercise import (
     NOT_ATTEMPTED,
     RIGHT,
@@ -94,9 +94,8 @@ def right(exercise: Exercise) -> list[str]:
 
 
 def draws_anew(exercise: Exercise) -> bool:
-    """Whether a check draws its inputs, by `agree` or `draws`."""
-    names = exercise.check.__code__.co_names
-    return "agree" in names or "draws" in names
+    """Whether a check draws its inputs, by `agree`, `on_model` or `draws`."""
+    return bool({"agree", "on_model", "draws"} & set(exercise.check.__code__.co_names))
 
 
 def wrong(exercise: Exercise) -> list[str]:
@@ -146,7 +145,8 @@ def survey(exercise: Exercise) -> Survey:
     evaluate(exercise, exercise.reference, SEED)
     hurried = replace(exercise, seconds=PATIENCE + 3 * (time.perf_counter() - start))
     made = mutants(exercise.reference)
-    lived = [m.change for m in made if evaluate(hurried, m.function, SEED).status == RIGHT]
+    with unnamed():
+        lived = [m.change for m in made if evaluate(hurried, m.function, SEED).status == RIGHT]
     excuses = exercise.survivors
     return Survey(
         killed=len(made) - len(lived),

@@ -12,6 +12,7 @@ is. Its training is in `step`, its files are read and written by `files`.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,11 @@ class SparseCoder(nn.Module):
         b_dec      (d_out,)
         threshold  (d_latent,), of jumprelu and batchtopk
         W_skip     (d_out, d_in), of a coder with skip=True: x̂ gets s_in x @ W_skip^T / s_out too
+
+    A Matryoshka coder (`nested_`) is trained so that the first latents predict by themselves, too;
+    what it computes is the same. With `layer_norm`, an SAE reads (x - μ) / (σ + 1e-5), and gives
+    x̂ σ + μ, with the mean and the standard deviation of each x: as SAELens has it, and for reading
+    such files alone, as it is not trained here.
 
     A transcoder (`d_out` given) leaves out the "- b_dec", as its input and output are different
     spaces; so do some published SAEs. The scales s_in and s_out are 1 but in training, which wants
@@ -103,6 +109,8 @@ class SparseCoder(nn.Module):
             self.W_skip = nn.Parameter(torch.zeros(d_out, d_in))
         self.register_buffer("scale_in", torch.ones(()))
         self.register_buffer("scale_out", torch.ones(()))
+        self.prefixes: tuple[int, ...] = ()  # see `nested_`
+        self.layer_norm = False
         self.metadata: dict = {}  # what a file says about the coder beyond its numbers
 
     @property
@@ -117,7 +125,39 @@ class SparseCoder(nn.Module):
     def extra_repr(self) -> str:
         k = f", k={self.k}" if self.k else ""
         skip = ", skip" if self.skip else ""
+        skip += f", prefixes {self.prefixes}" if self.prefixes else ""
+        skip += ", layer_norm" if self.layer_norm else ""
         return f"{self.d_in} → {self.d_latent} → {self.d_out}, {self.activation}{k}{skip}"
+
+    def nested_(self, widths: Sequence[int]) -> SparseCoder:
+        """Make it a Matryoshka coder: its training loss becomes the sum over nested prefixes.
+
+            Σ_m ‖t - t̂_m‖²,    t̂_m = f_{0 … width_m - 1} @ W_dec[: width_m] + b_dec
+
+        The k latents are chosen among all, as in any TopK coder; the first ones have to predict
+        without those after them, and so are not split or absorbed by them.
+
+        Args:
+            widths: of the prefixes, rising; all latents are the last one, and may be left out.
+
+        Raises:
+            ValueError: widths that do not rise or fit, or an activation that fixes no number of
+                latents.
+
+        Source: Bussmann et al. 2025, "Learning Multi-Level Features with Matryoshka Sparse
+        Autoencoders", equation 4.
+        """
+        widths = [*widths, *([self.d_latent] if list(widths)[-1:] != [self.d_latent] else [])]
+        fits = all(type(w) is int for w in widths)
+        if not fits or widths[0] < 1 or any(a >= b for a, b in itertools.pairwise(widths)):
+            raise ValueError(
+                f"The prefixes are {widths}: expected whole numbers that rise to "
+                f"{self.d_latent}, the number of latents."
+            )
+        if self.activation not in ("topk", "batchtopk"):
+            raise ValueError(f"Prefixes are for topk and batchtopk, not for {self.activation}.")
+        self.prefixes = tuple(widths)
+        return self
 
     # ---- from activations to latents
 
@@ -133,9 +173,25 @@ class SparseCoder(nn.Module):
                 f"reads {self.d_in} numbers per token."
             )
         x = x.to(self.W_dec.dtype)
+        if self.layer_norm:
+            mean, std = self.statistics(x)
+            x = (x - mean) / (std + 1e-5)
         if not self.apply_b_dec_to_input:
             return x * self.scale_in
         return torch.addcmul(-self.b_dec, x, self.scale_in)
+
+    def statistics(self, x: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+        """μ and σ (..., 1) of each x (..., d_in) where its input is normalised, else 0 and 1.
+
+        Raises:
+            ValueError: they are needed, and there is no x.
+        """
+        if not self.layer_norm:
+            return 0.0, 1.0
+        if x is None:
+            raise ValueError("This coder normalises what it reads: give x, to go back to its size.")
+        x = x.to(self.W_dec.dtype)
+        return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
 
     def encode_pre_act(self, x: Tensor, latents: Sequence[int] | Tensor | None = None) -> Tensor:
         """pre = (s_in x - b_dec) @ W_enc + b_enc (..., d_latent), or that of some latents only."""
@@ -187,15 +243,20 @@ class SparseCoder(nn.Module):
     # ---- from latents to predictions
 
     def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
-        """x̂ (..., d_out) from dense latents f (..., d_latent); only a skip path needs x."""
-        return (f @ self.W_dec + self.b_dec + self.skip_path(x)) / self.scale_out
+        """x̂ (..., d_out) from latents f (..., d_latent); a skip path and layer_norm need x, too."""
+        return self._output(f @ self.W_dec, x)
 
     def decode_sparse(self, indices: Tensor, values: Tensor, x: Tensor | None = None) -> Tensor:
         """`decode` from the latents that fire: indices and values (..., n)."""
         self.check_latents(indices)
         flat = (t.reshape(-1, t.shape[-1]) for t in (indices, values))
         sums = weighted_sums(self.W_dec, *flat).view(*indices.shape[:-1], self.d_out)
-        return (sums + self.b_dec + self.skip_path(x)) / self.scale_out
+        return self._output(sums, x)
+
+    def _output(self, sums: Tensor, x: Tensor | None) -> Tensor:
+        """x̂ from what the latents write."""
+        mean, std = self.statistics(x)
+        return (sums + self.b_dec + self.skip_path(x)) / self.scale_out * std + mean
 
     def skip_path(self, x: Tensor | None) -> Tensor | float:
         """s_in x @ W_skip^T (..., d_out); 0 without a skip path or without x."""
@@ -256,6 +317,19 @@ class SparseCoder(nn.Module):
         new.scale_in.fill_(1.0), new.scale_out.fill_(1.0)
         return new
 
+    @torch.no_grad()
+    def unfold_(self, folded: SparseCoder) -> SparseCoder:
+        """Take over a folded coder's function at this one's scales: the inverse of `folded`."""
+        s_out = self.scale_out
+        ratio = self.scale_in / s_out
+        for name, parameter in self.named_parameters():
+            in_out = name in ("W_enc", "W_skip")
+            by = 1 / ratio if in_out else 1.0 if name == "W_dec" else s_out
+            parameter.copy_(folded.get_parameter(name) * by)
+        if self.apply_b_dec_to_input:
+            self.b_enc -= (ratio - 1) * (self.b_dec @ self.W_enc)
+        return self
+
     def check_latents(self, latents: Sequence[int] | Tensor) -> Tensor:
         """Latent numbers as int64, on the coder's device.
 
@@ -286,6 +360,42 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> float:
     """
     x, x_hat = (exact(t.detach().flatten(0, -2)) for t in (x, x_hat))
     return float(1 - (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
+
+
+@torch.no_grad()
+def quality(
+    coder: SparseCoder, x: Tensor, target: Tensor | None = None, chunk: int = 2_048
+) -> dict[str, float]:
+    """How well a coder predicts t = target (rows, d_out) from x (rows, d_in).
+
+    Args:
+        target: None means x, as for an SAE.
+        chunk: rows at a time.
+
+    Returns:
+        explained_variance: 1 - E‖t - t̂‖² / E‖t - E t‖², over rows and dimensions together.
+        nmse: E‖t - t̂‖² / E‖t - E t‖².
+        relative_error: E‖t - t̂‖² / E‖t‖².
+        l0: mean number of latents that fire per row.
+    """
+    target = x if target is None else target
+    mean = exact(target).mean(0).float()
+    error = spread = power = active = 0.0
+    for begin in range(0, len(x), chunk):
+        t = target[begin : begin + chunk].to(coder.device)
+        rows = x[begin : begin + chunk].to(coder.device)
+        indices, values = coder.encode_sparse(rows)
+        predicted = coder.decode_sparse(indices, values, rows)
+        error += float((t - predicted).pow(2).sum())
+        spread += float((t - mean.to(t.device)).pow(2).sum())
+        power += float(t.pow(2).sum())
+        active += float((values > 0).sum())
+    return {
+        "explained_variance": 1 - error / spread,
+        "nmse": error / spread,
+        "relative_error": error / power,
+        "l0": active / len(x),
+    }
 
 
 def shrinkage(x: Tensor, x_hat: Tensor) -> float:

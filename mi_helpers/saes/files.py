@@ -43,6 +43,7 @@ from mi_helpers.saes.hub import (
 )
 
 INFLATED, INFLATION = 64 * 2**20, 20  # most bytes of an archive unpacked, and times its own size
+PREFIXES = "matryoshka_widths"  # what SAELens calls them in its own training
 LAYOUT = "6.54.12"  # the version of SAELens whose cfg.json is written
 
 # SAELens' `architecture` of an SAE and of a transcoder. It has no TopK transcoder: those two names
@@ -82,7 +83,8 @@ def save_coder(coder: SparseCoder, folder: Path | str, **metadata) -> Path:
     """Write the folded coder to `folder` in SAELens' layout, each file whole or not at all.
 
     SAELens reads it, except a TopK transcoder, for which it has no class. A BatchTopK coder is
-    written as the JumpReLU coder that it is after training.
+    written as the JumpReLU coder that it is after training. A Matryoshka coder is the TopK coder
+    that it is; its prefixes, for which SAELens has no place, are in the metadata.
 
     Args:
         metadata: JSON-able facts for cfg.json, such as model_name and hook_name; they are added to
@@ -114,7 +116,7 @@ def config_of(coder: SparseCoder) -> dict:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": coder.apply_b_dec_to_input,
-        "normalize_activations": "none",
+        "normalize_activations": "layer_norm" if coder.layer_norm else "none",
         "reshape_activations": "none",
     }
     if coder.transcoder:
@@ -125,7 +127,8 @@ def config_of(coder: SparseCoder) -> dict:
 
 
 def _metadata(coder: SparseCoder, added: dict) -> dict:
-    return {"sae_lens_version": LAYOUT} | coder.metadata | added
+    nested = {PREFIXES: list(coder.prefixes)} if coder.prefixes else {}
+    return {"sae_lens_version": LAYOUT} | coder.metadata | nested | added
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -182,11 +185,11 @@ def _sae_lens(path: Path, name: str, transcoder: bool, k: int | None) -> SparseC
             f"{', '.join(_ACTIVATION)}."
         )
     activation = _ACTIVATION[architecture]
-    _refuse_other_functions(config, activation, name)
     transcoder = architecture.endswith("transcoder")
+    _refuse_other_functions(config, activation, transcoder, name)
     if activation == "topk" and config.get("rescale_acts_by_decoder_norm") and "W_dec" in tensors:
         _scale_latents(tensors)
-    return build(
+    coder = build(
         tensors,
         name,
         activation=activation,
@@ -196,16 +199,18 @@ def _sae_lens(path: Path, name: str, transcoder: bool, k: int | None) -> SparseC
         metadata=config.get("metadata"),
         file=path.name,
     )
+    coder.layer_norm = config.get("normalize_activations") == "layer_norm"
+    return coder
 
 
-def _refuse_other_functions(config: dict, activation: str, name: str) -> None:
+def _refuse_other_functions(config: dict, activation: str, transcoder: bool, name: str) -> None:
     """Raise ModelError where a cfg.json of SAELens has a setting that makes another function of the
     same weights."""
     said = config.get("activation_fn", config.get("activation_fn_str")) or activation
     for key, allowed, why in (
         (
             "normalize_activations",
-            ("none",),
+            ("none", *(() if transcoder else ("layer_norm",))),
             "its activations were divided by numbers that are not in its files: fold them into its "
             "weights in SAELens and save it again",
         ),
@@ -377,6 +382,11 @@ def build(
         setattr(coder, key, _parameter(key, parameter.shape, tensors, name))
     coder.scale_in, coder.scale_out = torch.ones(()), torch.ones(())
     coder.metadata = dict(metadata or {})
+    if activation == "topk" and PREFIXES in coder.metadata:
+        try:
+            coder.nested_(coder.metadata.pop(PREFIXES))
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{name} has wrong {PREFIXES}: {first_line(error)}") from None
     return coder
 
 

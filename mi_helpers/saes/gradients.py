@@ -12,8 +12,10 @@ encoder's product is a sum over them, and equals what autograd gets from dense m
     ∂W_enc[j] = Σ_b ∂pre_bj u_b,  u = s_in x - b_dec         the same
     ∂b_dec    = 2/B Σ_b error_b - Σ_j ∂b_enc[j] W_enc[:, j]  no product with the rows of ∂pre
 
-The other activations get their gradients from autograd. The gradients of the two weight matrices
-are given one block of latents at a time, so that none of a whole matrix has to exist.
+A Matryoshka coder has an error for each prefix; latent j gets the sum of those of the prefixes that
+have it, in the place of error_b. The other activations get their gradients from autograd. The
+gradients of the two weight matrices are given one block of latents at a time, so that none of a
+whole matrix has to exist.
 """
 
 from __future__ import annotations
@@ -95,15 +97,19 @@ def by_pairs(
     u, r = _read(coder, x, target)
     indices, pre = top_k(u, coder.b_enc, coder.k)
     values = F.relu(pre)  # (rows, k)
-    error = weighted_sums(coder.W_dec.detach(), indices, values)  # (rows, d_out)
-    if coder.skip:
-        error += u @ coder.W_skip.T  # a skip path is a transcoder's, and there u = s_in x
-    error -= r
-    metrics = _sums(error, r, values)
-    d_pre = dots(error, coder.W_dec.detach(), indices) * (pre > 0)
-    u, error, indices, values, d_pre = (
-        gathered(t, processes) for t in (u, error, indices, values, d_pre)
+    W_dec = coder.W_dec.detach()
+    first = _first_prefix(coder, indices)  # (rows, k), of the prefixes that have the latent
+    errors = _errors(coder, u, r, (indices, values, first))  # (prefixes, rows, d_out)
+    metrics = _sums(errors[-1], r, values) | {"penalty": errors[:-1].square().sum()}
+    # for the latents of each prefix that are in none before it, the errors of all that have them
+    felt = errors.flip(0).cumsum(0).flip(0) if coder.prefixes else errors
+    d_pre = dots(felt[-1], W_dec, indices)
+    for m, error in enumerate(felt[:-1]):
+        d_pre = torch.where(first == m, dots(error, W_dec, indices), d_pre)
+    u, indices, values, d_pre, first = (
+        gathered(t, processes) for t in (u, indices, values, d_pre * (pre > 0), first)
     )
+    felt = torch.stack([gathered(e, processes) for e in felt]) if processes.size > 1 else felt
     factor = 2 / len(u)
     fired = torch.bincount(indices[values > 0], minlength=coder.d_latent) > 0
 
@@ -111,30 +117,55 @@ def by_pairs(
     row = order // coder.k  # (pairs,), by latent
     value, d_value = values.flatten()[order] * factor, d_pre.flatten()[order] * factor
     b_enc = weighted_sums(u.new_ones(len(u), 1), row, d_value, offsets).flatten()
-    aux = aux_gradients(coder, u, error, dead, config, processes)
+    aux = aux_gradients(coder, u, felt[-1], dead, config, processes)
     metrics["aux_loss"] = aux.loss
     b_enc[aux.dead] += aux.b_enc
-    small = {"b_enc": b_enc, "b_dec": error.sum(0) * factor}
+    small = {"b_enc": b_enc, "b_dec": felt[0].sum(0) * factor}
     if coder.apply_b_dec_to_input:
         small["b_dec"] -= b_enc @ top_k.rows
     if coder.skip:
-        small["W_skip"] = error.T @ u * factor
-    block = _blocks_of_pairs(u, error, (row, value, d_value), offsets, aux)
+        small["W_skip"] = felt[0].T @ u * factor
+    felt_row = row + len(u) * first.flatten()[order] if coder.prefixes else row  # in felt, flat
+    pairs = row, felt_row, value, d_value
+    block = _blocks_of_pairs(u, felt.flatten(0, 1), pairs, offsets, aux)
     return Gradients(small, block, fired, metrics)
 
 
+def _first_prefix(coder: SparseCoder, indices: Tensor) -> Tensor:
+    """The number of the first prefix that has each latent; 0 in a coder without prefixes."""
+    if not coder.prefixes:
+        return torch.zeros_like(indices)
+    bounds = torch.tensor(coder.prefixes, device=indices.device)
+    return torch.bucketize(indices, bounds, right=True)
+
+
+def _errors(coder: SparseCoder, u: Tensor, r: Tensor, pairs: tuple) -> Tensor:
+    """t̂ - t of each prefix, (prefixes, rows, d_out); that of all latents is the last."""
+    indices, values, first = pairs
+    W_dec, n = coder.W_dec.detach(), len(coder.prefixes)
+    if n:
+        each = [weighted_sums(W_dec, indices, values * (first == m)) for m in range(n)]
+        errors = torch.stack(each).cumsum(0)
+    else:
+        errors = weighted_sums(W_dec, indices, values)[None]
+    if coder.skip:
+        errors += u @ coder.W_skip.T  # a skip path is a transcoder's, and there u = s_in x
+    return errors.sub_(r)
+
+
 def _blocks_of_pairs(
-    u: Tensor, error: Tensor, pairs: tuple[Tensor, Tensor, Tensor], offsets: Tensor, aux: Aux
+    u: Tensor, felt: Tensor, pairs: tuple[Tensor, ...], offsets: Tensor, aux: Aux
 ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-    """`Gradients.block` from pairs by latent: their rows, values and values' gradients (pairs,)."""
-    row, value, d_value = pairs
+    """`Gradients.block` from pairs by latent: their rows in u and in `felt`, values and values'
+    gradients (pairs,)."""
+    row, felt_row, value, d_value = pairs
     starts = offsets.tolist()
 
     def block(first: int, last: int) -> tuple[Tensor, Tensor]:
         here = slice(starts[first], starts[last])
         at = offsets[first : last + 1] - starts[first]
         W_enc = weighted_sums(u, row[here], d_value[here], at)
-        W_dec = weighted_sums(error, row[here], value[here], at)
+        W_dec = weighted_sums(felt, felt_row[here], value[here], at)
         aux.add_to(W_enc, W_dec, first, last)
         return W_enc, W_dec
 
@@ -155,7 +186,10 @@ def by_autograd(
     with torch.enable_grad():
         given = {name: p for name, p in coder.named_parameters() if p.requires_grad}
         f, penalty = _activate(coder, coder.encode_pre_act(x), config)
-        error = f @ coder.W_dec + coder.b_dec + coder.skip_path(x) - target
+        rest = coder.b_dec + coder.skip_path(x) - target
+        error = f @ coder.W_dec + rest
+        for width in coder.prefixes[:-1]:
+            penalty = penalty + (f[:, :width] @ coder.W_dec[:width] + rest).pow(2).sum()
         loss = (error.pow(2).sum() + penalty) / n
         found = torch.autograd.grad(loss, list(given.values()), allow_unused=True)
     small = {

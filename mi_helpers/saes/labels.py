@@ -48,14 +48,14 @@ def subject(tokenizer, source: TinyWorldText, document: Document) -> list[str | 
     """What each token is about, `<bos>` left out; None where it is unknown.
 
     Prose has its topic where a perfect reader is sure of it, Norwegian and Python their family, and
-    other families "other". Facts are unknown, as they name what topics name too.
+    other families "other". Facts and verdicts are unknown, as they name what topics name too.
     """
     n = len(offsets(tokenizer, document.text)[0])
     if document.family == "prose":
         sure = token_posterior(tokenizer, source.world, document)[1:]  # without <bos>
         topics = source.world.topics
         return [topics[int(p.argmax())] if p.max() >= KNOWN else None for p in sure]
-    if document.family in ("facts", "two_hop"):
+    if document.family in ("facts", "two_hop", "truth"):
         return [None] * n
     return [document.family if document.family in ("norwegian", "python") else "other"] * n
 

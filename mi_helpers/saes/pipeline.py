@@ -1,7 +1,8 @@
 """`python -m mi_helpers harvest | train | report | features | run`: text to features, in stages.
 
 Each stage leaves files in --folder, which the next one reads. A stage that was killed continues
-from where it was when the same command is given again. Settings come from a TOML file (`key =
+from where it was when the same command is given again; a finished training goes on where it is
+given again with more --steps. Settings come from a TOML file (`key =
 value`; the keys are the options' names, with "_" for "-") and from options, which win.
 
     python -m mi_helpers run                                    # tiny-gemma on TinyWorld
@@ -86,6 +87,7 @@ class Settings:
     k: int = setting(32, "latents that fire per token")
     activation: str = setting("topk", "", "topk", "batchtopk", "relu", "jumprelu")
     skip: bool = setting(False, "an affine path around the latents")
+    prefixes: str = setting("", "widths of a Matryoshka coder's nested prefixes, as 256,1024")
     products: str = setting("auto", "", "auto", *PRODUCTS)
     sparsity: float = setting(0.0, "penalty's coefficient, of relu and jumprelu")
     dead_after: int = setting(1_000_000, "tokens without firing that make a latent dead")
@@ -124,7 +126,12 @@ class Settings:
 
     def training(self, d_in: int) -> TrainConfig:
         """What is trained, on sites of this width."""
-        return TrainConfig(**self._fields(TrainConfig) | {"latents": self.latents or 8 * d_in})
+        own = {"latents": self.latents or 8 * d_in}
+        try:
+            own["prefixes"] = tuple(int(width) for width in self.prefixes.split(",") if width)
+        except ValueError:
+            raise RunError(f"prefixes is {self.prefixes!r}: give widths, as 256,1024.") from None
+        return TrainConfig(**self._fields(TrainConfig) | own)
 
     def _fields(self, kind: type) -> dict:
         """The settings that are fields of another configuration."""
@@ -251,7 +258,7 @@ class Pipeline:
             self.check_harvest(held)
             rows, d_in, more = held.rows, held.d_in, [held.d_out] if held.target else []
         d_out = more[0] if more else None
-        training = self.check_training(rows, d_in, d_out)
+        training = self.check_training(rows, d_in, d_out, "train" in stages)
         if plan is not None and not (s.path / CODER).exists():
             there = sum(file.stat().st_size for file in s.path.glob(f"{HARVEST}/shard-*"))
             needed = disk_of_harvest(plan, [d_in, *more]) - there
@@ -278,7 +285,7 @@ class Pipeline:
         said = {key: wanted[key] for key in wanted if names.get(key, {key}) & given}
         check_plan(held.folder, said)
 
-    def check_training(self, rows: int, d_in: int, d_out: int | None) -> TrainConfig:
+    def check_training(self, rows: int, d_in: int, d_out: int | None, extends: bool) -> TrainConfig:
         """The settings of the training; refuse what it would refuse with so many rows."""
         config = self.settings.training(d_in)
         check_config(config, self.group)
@@ -290,7 +297,7 @@ class Pipeline:
                 f"{rows:,} tokens are fewer than one batch of {config.batch:,} and the held-out "
                 f"{rows - n:,}: harvest more, or choose a smaller --batch."
             )
-        check_recipe(self.settings.path, dataclasses.asdict(config))
+        check_recipe(self.settings.path, dataclasses.asdict(config), extends)
         return config
 
     def train(self) -> None:

@@ -12,8 +12,9 @@ import os
 from pathlib import Path
 
 from mi_helpers.errors import reading
-from mi_helpers.files import RunError, read_sealed, sha256, why_not_written, write_text
-from mi_helpers.saes.activations import Activations
+from mi_helpers.files import RunError, read_about, read_sealed, sha256, why_not_written, write_text
+from mi_helpers.layouts import hook_name
+from mi_helpers.saes.activations import Activations, site_name
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.files import CONFIG, WEIGHTS, load_coder
 
@@ -26,6 +27,7 @@ RECIPE, LOG, CHECKPOINT, CODER, SECONDS = (
 )
 SUMS = "SHA256SUMS"  # in the coder's folder, as `sha256sum --check` reads it
 EVERY = (CONFIG, WEIGHTS, f"../{RECIPE}", f"../{LOG}")  # what it has
+MADE = ("report.json", "report.md", "curves.png", "features.safetensors", "latents.jsonl")  # of it
 AGAIN = "Move the folder coder away, and run the training again."
 
 
@@ -34,8 +36,11 @@ def is_begun(folder: Path) -> bool:
     return (folder / CHECKPOINT).exists() or (folder / CODER).exists()
 
 
-def check_recipe(folder: Path, own: dict) -> None:
+def check_recipe(folder: Path, own: dict, extends: bool = False) -> None:
     """Check that nothing was trained in a folder by another recipe, in the keys that `own` has.
+
+    Args:
+        extends: whether more steps than a finished run has are to extend it, and no other recipe.
 
     Raises:
         RunError: it was, and in what it differs.
@@ -44,7 +49,14 @@ def check_recipe(folder: Path, own: dict) -> None:
         return
     before, own = read_sealed(folder / RECIPE), json.loads(json.dumps(own))
     for key in own:
-        if own[key] != before.get(key):
+        if extends and key == "steps" and own[key] > before["steps"]:
+            if is_extended_by(folder, own[key]):
+                continue
+            raise RunError(
+                f"{folder} holds a run of {before['steps']:,} steps that is not finished: finish "
+                f"it with --steps {before['steps']} first, then extend it."
+            )
+        if own[key] != before.get(key, type(own[key])()):  # a setting of a later version was off
             what = f"{key} {before.get(key)}, not {own[key]}"
             raise RunError(
                 f"{folder} holds a run with {'another harvest' if key == 'harvest' else what}: "
@@ -52,9 +64,48 @@ def check_recipe(folder: Path, own: dict) -> None:
             )
 
 
+def is_extended_by(folder: Path, steps: int) -> bool:
+    """Whether a folder holds a finished run of fewer steps."""
+    return (folder / CODER).is_dir() and steps > read_sealed(folder / RECIPE)["steps"]
+
+
+def put_aside_if_extended(folder: Path) -> None:
+    """Move the coder of a run that is being extended, and what was made of it, to coder-STEPS.
+
+    Such a coder is beside a checkpoint and a recipe that go further than it does; a kill may have
+    come between writing those and moving it.
+    """
+    if not (folder / CODER).is_dir() or not (folder / CHECKPOINT).exists():
+        return
+    recipe, (_, about) = read_sealed(folder / RECIPE), read_about(folder / CHECKPOINT)
+    if "begun" not in recipe or about.get("step") != recipe["begun"]:
+        return
+    try:
+        for path in (folder / name for name in MADE if (folder / name).exists()):
+            path.replace(folder / CODER / path.name)
+        (folder / CODER).rename(folder / f"{CODER}-{recipe['begun']}")
+    except OSError as error:
+        raise RunError(f"{folder / CODER} could not be moved: {error}.") from error
+
+
 def identity(held: Activations) -> list[str]:
     """The checksums of a harvest's shards: what tells it from others."""
     return [shard["sha256"] for shard in held.manifest["shards"]]
+
+
+def origin(held: Activations) -> dict:
+    """What a coder's file says about where it belongs, in SAELens' terms where it has any."""
+    manifest = held.manifest
+    about = {
+        "model_name": manifest["model"]["name"],
+        "hook_name": hook_name(held.source),
+        "site": site_name(held.source),
+        "context_size": manifest.get("context"),
+        "training_tokens": manifest["tokens"],
+    }
+    if held.target:
+        about |= {"hook_name_out": hook_name(held.target), "target": site_name(held.target)}
+    return {key: value for key, value in about.items() if value is not None}
 
 
 def log_row(path: Path, row: dict) -> None:

@@ -32,6 +32,7 @@ class SparseStep:
     Loss, on inputs and targets scaled to unit mean squared norm, and averaged over the batch:
 
         ‖t - t̂‖²  + aux_coefficient · min(1, dead / aux_k) · ‖e - ê‖²     topk, batchtopk
+        Σ_m ‖t - t̂_m‖²  + the same                                        with nested prefixes
         ‖t - t̂‖²  + sparsity · Σ_j f_j                                    relu
         ‖t - t̂‖²  + sparsity · Σ_j 1[pre_j > threshold_j]                 jumprelu
 
@@ -70,6 +71,8 @@ class SparseStep:
     ):
         if coder.W_dec.dtype != torch.float32:
             raise ValueError(f"The coder is in {coder.W_dec.dtype}: train it in float32.")
+        if coder.layer_norm:
+            raise ValueError("A coder with layer_norm is read and used, but not trained here.")
         self.coder, self.lr, self.processes = coder, lr, processes
         self.config = StepConfig() if config is None else config
         self.dense = dense or coder.activation != "topk"

@@ -4,7 +4,8 @@
     coder = train(Activations.open("runs/demo/harvest"), "runs/demo", config)
     coder = fit(x, config)                      # rows x (n, d_in) in memory, no files
 
-`train` continues from its last checkpoint when it was killed. A run's folder holds `recipe.json`
+`train` continues from its last checkpoint when it was killed, and extends a finished run to more
+steps (`extend`). A run's folder holds `recipe.json`
 (what is trained, and on what), `log.csv`, `checkpoint.safetensors` until the run is complete, and
 then `coder/`, in SAELens' layout, with the checksums of it, the recipe and the log in `SHA256SUMS`.
 """
@@ -19,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mi_helpers.arguments import exact
 from mi_helpers.errors import checked, reading
 from mi_helpers.files import (
     RunError,
@@ -36,9 +36,8 @@ from mi_helpers.files import (
     write_atomically,
     write_sealed,
 )
-from mi_helpers.layouts import hook_name
-from mi_helpers.saes.activations import GIB, Activations, Shuffled, check_counts, site_name
-from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.activations import GIB, Activations, Shuffled, check_counts
+from mi_helpers.saes.coder import SparseCoder, quality
 from mi_helpers.saes.files import load_coder, save_coder
 from mi_helpers.saes.gradients import Diverged
 from mi_helpers.saes.processes import ALONE, Processes
@@ -53,8 +52,11 @@ from mi_helpers.saes.run_files import (
     check_recipe,
     identity,
     is_begun,
+    is_extended_by,
     keep_log_until,
     log_row,
+    origin,
+    put_aside_if_extended,
     read_seconds,
     trained_coder,
     write_sums,
@@ -78,6 +80,7 @@ class TrainConfig:
 
     Args:
         latents, k, activation, skip: the coder's, see `coder.SparseCoder`.
+        prefixes: widths of nested prefixes, which make a Matryoshka coder of it.
         products: how to multiply: "auto" chooses by the processor;
             "float32", "bfloat16" and "int8" are choices.
         sparsity: coefficient of the penalty, for relu and jumprelu; see `step.SparseStep`.
@@ -96,6 +99,7 @@ class TrainConfig:
     k: int = 32
     activation: str = "topk"
     skip: bool = False
+    prefixes: tuple[int, ...] = ()
     products: str = "auto"
     sparsity: float = 0.0
     dead_after: int = 1_000_000
@@ -127,7 +131,7 @@ def new_coder(config: TrainConfig, d_in: int, d_out: int | None = None) -> Spars
     Raises:
         ValueError: what cannot be, such as k > latents.
     """
-    return SparseCoder(
+    coder = SparseCoder(
         d_in,
         config.latents,
         d_out,
@@ -136,6 +140,7 @@ def new_coder(config: TrainConfig, d_in: int, d_out: int | None = None) -> Spars
         skip=config.skip,
         seed=config.seed,
     )
+    return coder.nested_(config.prefixes) if config.prefixes else coder
 
 
 def coder_for(held: Activations, config: TrainConfig) -> SparseCoder:
@@ -143,12 +148,15 @@ def coder_for(held: Activations, config: TrainConfig) -> SparseCoder:
     return new_coder(config, held.d_in, held.d_out if held.target else None)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step 0, 1, …: a linear rise, the peak, a linear fall to nearly 0."""
-    peak = config.rate or peak_rate(config.latents)
-    rise = max(1.0, config.warm_up * config.steps)
-    fall = max(1.0, config.decay * config.steps)
-    return peak * min(1.0, (step + 1) / rise, (config.steps - step) / fall)
+def learning_rate(step: int, config: TrainConfig, begun: int = 0) -> float:
+    """The rate of step 0, 1, …: a linear rise, the peak, a linear fall to nearly 0.
+
+    Args:
+        begun: the steps of the finished run that this one extends; the rate rises anew after them.
+    """
+    peak, steps = config.rate or peak_rate(config.latents), config.steps - begun
+    rise, fall = (max(1.0, share * steps) for share in (config.warm_up, config.decay))
+    return peak * min(1.0, (step - begun + 1) / rise, (config.steps - step) / fall)
 
 
 def check_config(config: TrainConfig, processes: Processes = ALONE) -> None:
@@ -195,45 +203,6 @@ def dead_window(config: TrainConfig, n: int) -> int:
     return min(config.dead_after, n)
 
 
-# ------------------------------------------------------------------------------------ metrics
-
-
-@torch.no_grad()
-def quality(
-    coder: SparseCoder, x: Tensor, target: Tensor | None = None, chunk: int = 2_048
-) -> dict[str, float]:
-    """How well a coder predicts t = target (rows, d_out) from x (rows, d_in).
-
-    Args:
-        target: None means x, as for an SAE.
-        chunk: rows at a time.
-
-    Returns:
-        explained_variance: 1 - E‖t - t̂‖² / E‖t - E t‖², over rows and dimensions together.
-        nmse: E‖t - t̂‖² / E‖t - E t‖².
-        relative_error: E‖t - t̂‖² / E‖t‖².
-        l0: mean number of latents that fire per row.
-    """
-    target = x if target is None else target
-    mean = exact(target).mean(0).float()
-    error = spread = power = active = 0.0
-    for begin in range(0, len(x), chunk):
-        t = target[begin : begin + chunk].to(coder.device)
-        rows = x[begin : begin + chunk].to(coder.device)
-        indices, values = coder.encode_sparse(rows)
-        predicted = coder.decode_sparse(indices, values, rows)
-        error += float((t - predicted).pow(2).sum())
-        spread += float((t - mean.to(t.device)).pow(2).sum())
-        power += float(t.pow(2).sum())
-        active += float((values > 0).sum())
-    return {
-        "explained_variance": 1 - error / spread,
-        "nmse": error / spread,
-        "relative_error": error / power,
-        "l0": active / len(x),
-    }
-
-
 # --------------------------------------------------------------------------------- the run's files
 
 
@@ -247,7 +216,7 @@ def keep_config(folder: Path, config: TrainConfig, held: Activations, processes:
         RunError: the folder holds a run with another setting or another harvest.
     """
     own = asdict(config) | {"harvest": identity(held)}
-    check_recipe(folder, own)
+    check_recipe(folder, own, extends=True)
     processes.wait()
     if processes.first:
         if not (folder / RECIPE).exists() or not is_begun(folder):
@@ -272,26 +241,15 @@ def finish_coder(coder: SparseCoder, folder: Path, about: dict) -> None:
     write_atomically(folder / CODER, write, load_coder)
 
 
-def origin(held: Activations) -> dict:
-    """What a coder's file says about where it belongs, in SAELens' terms where it has any."""
-    manifest = held.manifest
-    about = {
-        "model_name": manifest["model"]["name"],
-        "hook_name": hook_name(held.source),
-        "site": site_name(held.source),
-        "context_size": manifest.get("context"),
-        "training_tokens": manifest["tokens"],
-    }
-    if held.target:
-        about |= {"hook_name_out": hook_name(held.target), "target": site_name(held.target)}
-    return {key: value for key, value in about.items() if value is not None}
-
-
 # ------------------------------------------------------------------------------------- training
 
 
 class Run:
-    """A training run: the coder, its step, the order of the rows, and how far it is."""
+    """A training run: the coder, its step, the order of the rows, and how far it is.
+
+    Args:
+        finished: the coder that it goes on from, where it extends a run.
+    """
 
     def __init__(
         self,
@@ -300,13 +258,17 @@ class Run:
         config: TrainConfig,
         recipe: dict,
         processes: Processes = ALONE,
+        finished: SparseCoder | None = None,
     ):
         self.held, self.folder, self.config, self.processes = held, folder, config, processes
         self.n = split(held, config, processes)
         self.order = Shuffled(held, self.n, config.seed, config.memory)
         self.test = held.slice(self.n, held.rows)
         self.coder = coder_for(held, config).to(processes.device)
-        self.step_number, self.seconds, self.recipe = 0, 0.0, seal(recipe)
+        self.begun: int = recipe.get("begun", 0)
+        self.step_number, self.seconds, self.recipe = self.begun, 0.0, seal(recipe)
+        if finished is not None:
+            self.initialise().unfold_(finished.to(processes.device))
         with reading(folder / RECIPE, RunError, "Choose a new folder."):
             products = Products(checked_kinds(recipe[CHOSEN]["kinds"]), recipe[CHOSEN]["float32"])
         self.step = SparseStep(self.coder, config.step(), products=products, processes=processes)
@@ -330,19 +292,23 @@ class Run:
                 self.step_number = about["step"]
             self.seconds = read_seconds(self.folder / SECONDS)
         else:
-            x, target = self.order.rows(0, min(self.n, max(self.config.batch, 8_192)))
-            self.coder.initialise(x, target)
+            self.initialise()
         if self.processes.first:
             keep_log_until(log, self.step_number)
             if about and about["log"] != (sha256(log) if log.exists() else None):
                 raise RunError(f"{log} is not what was written: its checksum differs. {advice}")
+
+    def initialise(self) -> SparseCoder:
+        """The coder, with the scales and b_dec of the first rows."""
+        x, target = self.order.rows(0, min(self.n, max(self.config.batch, 8_192)))
+        return self.coder.initialise(x, target)
 
     def advance(self) -> dict:
         """One step on this process's part of the next batch; the step's metrics."""
         begin = self.step_number * self.config.batch
         part = self.processes.share(self.config.batch)
         x, target = self.order.rows(begin + part.start, begin + part.stop)
-        self.step.lr = learning_rate(self.step_number, self.config)
+        self.step.lr = learning_rate(self.step_number, self.config, self.begun)
         batch = [None if each is None else each.to(self.processes.device) for each in (x, target)]
         try:
             metrics = self.step(*batch)
@@ -375,7 +341,7 @@ class Run:
         window = dead_window(self.config, self.n)
         row = {
             "step": self.step_number,
-            "rate": learning_rate(self.step_number - 1, self.config),
+            "rate": learning_rate(self.step_number - 1, self.config, self.begun),
             "loss": loss,
             "dead": float((self.step.tokens_since_fired >= window).float().mean()),
             **quality(self.coder, *self.test),
@@ -412,6 +378,8 @@ def train(
 ) -> SparseCoder:
     """The coder of `config`, trained on a harvest; what is already in `folder` is not done again.
 
+    A finished run is extended where config.steps is larger than its own: see `extend`.
+
     Args:
         folder: where the run's files are, or will be.
         processes: the processes that share each batch.
@@ -427,13 +395,41 @@ def train(
     with torch.device("meta"):
         coder_for(held, config)  # says now what would be wrong with it
     with processes.alone_in(folder):
-        done = (folder / CODER).is_dir()
+        if processes.first:
+            put_aside_if_extended(folder)
+        processes.wait()
+        done = (folder / CODER).is_dir() and not is_extended_by(folder, config.steps)
         needed = 0 if done else disk_needed(config, held.d_in, held.d_out)
         need_space(folder, needed, "The training")
         recipe = keep_config(folder, config, held, processes)
+        if not done and (folder / CODER).is_dir():
+            recipe = extend(held, folder, config, recipe, processes)
         if not done:
             learn(Run(held, folder, config, recipe, processes), progress)
         return finished(folder, processes)
+
+
+def extend(
+    held: Activations, folder: Path, config: TrainConfig, recipe: dict, processes: Processes
+) -> dict:
+    """Make a finished run one that is to go on to config.steps; its new recipe.
+
+    It goes on from the coder, with the rows that come next. AdamW's moments are not kept with a
+    coder, so the rate rises and falls anew over the added steps, and no latent counts as dead at
+    first: the result is near that of a run of as many steps at once, and not the same. The coder
+    until then, and what was made of it, moves to `coder-STEPS`.
+    """
+    recipe = recipe | {"steps": config.steps, "begun": recipe["steps"]}
+    if (folder / f"{CODER}-{recipe['begun']}").exists():
+        raise RunError(f"{folder / CODER}-{recipe['begun']} is there already: move it away.")
+    run = Run(held, folder, config, recipe, processes, trained_coder(folder))
+    processes.wait()
+    if processes.first:
+        run.save(read_seconds(folder / SECONDS))
+        write_sealed(folder / RECIPE, recipe)
+        put_aside_if_extended(folder)
+    processes.wait()
+    return recipe
 
 
 def disk_needed(config: TrainConfig, d_in: int, d_out: int) -> int:

@@ -89,7 +89,7 @@ def page(browser):
 
     def note(request):
         address = urlsplit(request.url)
-        if address.scheme not in ("data", "blob") and address.hostname != "127.0.0.1":
+        if address.scheme not in ("data", "blob", "file") and address.hostname != "127.0.0.1":
             outside.append(request.url)
 
     made = browser.new_page(viewport={"width": 1400, "height": 1000})

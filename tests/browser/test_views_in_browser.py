@@ -164,6 +164,177 @@ def test_the_lens_by_keyboard(page):
     assert height <= 647
 
 
+def by_hand() -> dict:
+    """A graph's JSON: two words, three features in a row, an error, two answers, hostile names."""
+    kinds = ["embedding"] * 2 + ["cross layer transcoder"] * 3
+    kinds += ["mlp reconstruction error", "logit", "logit"]
+    names = ["E_5_0", "E_6_1", "0_1_1", "1_2_1", "1_3_1", "0_-1_1", "3_9_1", "3_8_1"]
+    words = ["", "", "<b>about $x$</b> 0.81", "weak? 0.10", "a third 0.60", ""]
+    words += ['Output " Rome" (p=0.900)', 'Output "<img src=x>" (p=0.100)']
+    layers, places = ["E", "E", "0", "1", "1", "0", "3", "3"], [0, 1, 1, 1, 1, 1, 1, 1]
+    nodes = [
+        {"node_id": n, "feature_type": k, "clerp": w, "layer": i, "ctx_idx": p, "influence": c,
+         "own_influence": 1 - c, "value": 2.0, "activation": 2.0}
+        for n, k, w, i, p, c in zip(names, kinds, words, layers, places,
+                                    [0.1, 0.2, 0.3, 0.5, 0.95, 0.6, 1.0, 1.0], strict=True)
+    ]  # fmt: skip
+    edges = [(0, 2, 3.0), (1, 2, -1.0), (2, 3, 2.0), (2, 4, 0.5), (5, 3, 0.7), (3, 6, 4.0)]
+    edges += [(3, 7, -2.0), (4, 6, 0.2), (1, 6, 0.1)]
+    links = [{"source": names[a], "target": names[b], "weight": w} for a, b, w in edges]
+    card = {
+        "contexts": [[["The", 0.0], [" cat", 1.0]]],
+        "raises": [["</script>", 2.0]],
+        "lowers": [],
+    }
+    meta = {"prompt": "The cat", "prompt_tokens": ["The", " cat"], "n_layers": 2}
+    return {"metadata": meta, "nodes": nodes, "links": links, "cards": {"1_2_1": card}}
+
+
+def use_the_graph(page) -> None:
+    """The answer, a node below it, a pin, a group, a threshold: all by keyboard."""
+    for _ in range(3):  # two sliders, then the answer
+        page.keyboard.press("Tab")
+    assert focused(page) == "Rome 0.90 at cat, 2.00"
+    page.keyboard.press("ArrowDown")
+    assert focused(page) == "weak? 0.10 at cat, layer 1, 2.00"
+    card = page.get_by_role("region", name="card of the node")
+    assert "+4.00 Rome 0.90" in card.inner_text() and "</script> +2.00" in card.inner_text()
+    assert card.locator("mark").inner_text() == " cat"
+    page.keyboard.press("p")
+    assert focused(page) == "weak? 0.10 at cat, layer 1, 2.00, pinned"
+    page.get_by_role("textbox", name="name of the group").focus()
+    page.keyboard.type("<i>step</i>")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    said = page.get_by_role("list", name="links between groups").inner_text()
+    assert "<i>step</i> → Rome 0.90 +4.00" in said
+    count = page.get_by_role("option").count()
+    page.get_by_role("slider", name="nodes").focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    assert page.get_by_role("option").count() == count + 1  # the third feature comes
+    for _ in range(30):
+        page.keyboard.press("ArrowLeft")
+    left = page.get_by_role("option")
+    assert left.count() < count and left.first.get_attribute("aria-label").startswith("Rome")
+    assert page.locator("b >> text=about").count() == page.locator("img, section i").count() == 0
+
+
+def test_the_graph_by_keyboard(page):
+    show(page, "graph", views.graph_view_json(by_hand()))
+    use_the_graph(page)
+    done = page.evaluate("() => window.chosen.at(-1)")
+    assert done["pinned"] == ["1_2_1"] and done["groups"] == {"<i>step</i>": ["1_2_1"]}
+    shot(page, "graph")
+    height = page.evaluate("() => document.querySelector('section').getBoundingClientRect().height")
+    assert height <= 647
+
+
+def test_the_card_leads_on_by_mouse(page):
+    show(page, "graph", views.graph_view_json(by_hand()))
+    page.get_by_role("option", name="weak? 0.10").click()
+    card = page.get_by_role("region", name="card of the node")
+    card.get_by_role("button", name="<b>about").click()
+    assert focused(page).startswith("<b>about $x$</b> 0.81")
+    assert page.locator(".mi-near").count() == 2  # of the edges that are drawn
+
+
+def test_a_graph_is_one_page_that_needs_no_network(browser, tmp_path):
+    place = tmp_path / "graph.html"
+    place.write_text(views.graph_page(by_hand()), "utf-8")
+    page, asked = browser.new_page(viewport=SCREEN), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.context.set_offline(True)
+    page.goto(place.as_uri())
+    use_the_graph(page)
+    shot(page, "graph_page")
+    page.close()
+    assert asked == [place.as_uri()]
+
+
+def a_dictionary(n: int = 300) -> list[dict]:
+    """Latents that fire at a word of their own, ever more rarely; the last one is dead."""
+    words = ["virus", "the", "liver"]
+    return [
+        {
+            "latent": i,
+            "fires": n - 1 - i,
+            "frequency": (n - 1 - i) / (10 * n),
+            "mean": 1.0,
+            "top": [[2.0, f"of a [[{words[i % 3]}]] <img src=x>"]] if i < n - 1 else [],
+            "quantiles": ["a [[weak]] one"],
+            "nearest": [[(i + 7) % n, 0.5]],
+            "raises": [[f" up{i}", 1.5]],
+            "lowers": [[" down", -1.5]],
+        }
+        for i in range(n)
+    ]
+
+
+def browse(page) -> None:
+    """Search, sort and read a dictionary by keyboard."""
+    assert page.locator("img").count() == 0  # a context that is HTML stays text
+    box, card = page.get_by_role("listbox", name="latents found"), page.locator(".mi-card")
+    assert box.get_by_role("option").count() == 200
+    assert "300 latents, the first 200" in page.get_by_role("status").inner_text()
+    assert "latent 4: chess" in card.inner_text() and "fires at 9.8 %" in card.inner_text()
+    search = page.get_by_role("searchbox", name="search")
+    search.focus()
+    page.keyboard.type("liver")
+    assert box.get_by_role("option").count() == 99  # the dead one would be the hundredth
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")  # search in: what is raised
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("UP17")
+    assert box.get_by_role("option").count() == 1 and "latent 17" in card.inner_text()
+    page.keyboard.press("Control+A")
+    page.keyboard.press("Delete")
+    for name, option in (("search in", "name or topic"), ("order", "rarest first")):
+        page.get_by_role("combobox", name=name).select_option(option)
+    assert "latent 298" in card.inner_text()  # the rarest that fires
+    page.get_by_role("combobox", name="order").select_option("best score first")
+    assert box.get_by_role("option").first.get_attribute("aria-label").startswith("latent 4, chess")
+    page.get_by_role("combobox", name="density").select_option("dead")
+    assert "It never fires" in card.inner_text() and box.get_by_role("option").count() == 1
+    page.get_by_role("combobox", name="density").select_option("any density")
+    box.get_by_role("option").first.focus()
+    page.keyboard.press("ArrowDown")
+    assert focused(page).startswith("latent 5, tennis") and "latent 5" in card.inner_text()
+    assert "[[liver]] <img src=x>" in card.inner_text() and "[[weak]]" in card.inner_text()
+    page.get_by_role("button", name="latent 12, cosine 0.50").focus()
+    page.keyboard.press("Enter")
+    assert "latent 12" in card.inner_text() and focused(page) == "the latent"
+    search.focus()
+    page.keyboard.type("zzz")
+    assert "No latent fits" in page.get_by_role("status").inner_text()
+
+
+def test_a_dictionary_by_keyboard(page):
+    names = {4: ("chess", 0.9), 5: ("tennis", 0.8)}
+    show(page, "latents", views.latents_json(a_dictionary(), names=names, start=4, label="a run"))
+    height = page.evaluate("() => document.querySelector('section').getBoundingClientRect().height")
+    assert height <= 647
+    shot(page, "latents")
+    browse(page)
+    assert page.evaluate("() => window.chosen.at(-1)") == {"latent": 12}
+
+
+def test_a_whole_dictionary_is_one_page_from_disk(page, tmp_path):
+    names = {4: ("chess", 0.9), 5: ("tennis", 0.8)}
+    made = views.latents_page(tmp_path / "a.html", a_dictionary(), names=names, start=4)
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda each: problems.append(each.text) if each.type == "error" else None)
+    page.set_viewport_size(SCREEN)
+    page.context.set_offline(True)
+    page.goto(made.as_uri())
+    browse(page)
+    page.context.set_offline(False)
+    assert problems == []
+
+
 LIVE = """\
 import ipywidgets
 from mi_helpers import plots, views
@@ -258,6 +429,44 @@ def test_a_prompt_is_typed_into_the_lens_in_lab(lab, page):
     page.keyboard.press("Enter")
     page.get_by_text("choose a word that is one token").wait_for(timeout=30 * SECONDS)
     shot(page, "lens_in_lab")
+
+
+GRAPH = """\
+from mi_helpers import load_model, views
+from mi_helpers.circuits.edges import attribution_graph
+from mi_helpers.circuits.files import graph_json
+from mi_helpers.circuits.graphs import prune
+from mi_helpers.saes.transcoders import coders_for
+model = load_model("tiny-gemma")
+coders = coders_for(model, range(model.n_layers))
+view = views.graph(
+    lambda prompt: graph_json(prune(attribution_graph(model, coders, prompt))),
+    prompt="The capital of Poland is",
+)
+view
+"""
+
+
+def test_a_prompt_is_typed_into_the_graph_in_lab(lab, page):
+    page.set_viewport_size(SCREEN)
+    write(lab, "graph.ipynb", new_code_cell(GRAPH), new_code_cell("1 + 1"))
+    open_notebook(page, lab, "graph.ipynb")
+    assert run_all(page) == []
+    page.get_by_role("option", name="Warsaw").wait_for(timeout=60 * SECONDS)
+    prompt = page.get_by_role("textbox", name="prompt")
+    prompt.focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The dxd of Spain ddx")  # shortcuts of the notebook are letters here
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The capital of Spain is")
+    page.keyboard.press("Enter")
+    page.get_by_role("option", name="Madrid").wait_for(timeout=30 * SECONDS)
+    assert cells(page) == 2 and focused(page) == "prompt"
+    page.keyboard.press("Control+A")
+    page.keyboard.press("Delete")
+    page.keyboard.press("Enter")
+    page.locator(".mi-message:not(:empty)").first.wait_for(timeout=30 * SECONDS)
+    shot(page, "graph_in_lab")
 
 
 def test_without_kernel_and_state_the_html_stands(lab, page):

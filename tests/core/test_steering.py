@@ -300,3 +300,17 @@ def test_bfloat16_is_steered_in_float32(gemma):
     _, cache = half.run_with_cache(IDS, [SITE])
     assert torch.equal(stream, (cache[SITE].float() + 0.37 * v.float()).bfloat16())
     assert np.isfinite(text_losses(half, IDS).numpy()).all()
+
+
+def test_a_latent_of_normalised_inputs_writes_in_the_size_of_each_input(gemma):
+    coder = coder_of(gemma, activation="relu")
+    coder.layer_norm = True
+    _, cache = gemma.run_with_cache(IDS, [SITE])
+    f = coder.encode(cache[SITE])
+    wanted = f.clone()
+    wanted[:, 1:, 3] = 4.0
+    unexplained = cache[SITE] - coder.decode(f, cache[SITE])
+    stream, _ = stream_and_logits(gemma, Clamp(Latent(coder, 3), 4.0))
+    torch.testing.assert_close(
+        stream, coder.decode(wanted, cache[SITE]) + unexplained, atol=1e-5, rtol=1e-5
+    )

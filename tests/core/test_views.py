@@ -8,7 +8,11 @@ import pytest
 from tiny_models import tiny_model
 
 from mi_helpers import logit_lens, views
+from mi_helpers.circuits.edges import attribution_graph
+from mi_helpers.circuits.files import graph_json
+from mi_helpers.circuits.graphs import prune
 from mi_helpers.lens import TunedLens
+from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.views.base import module, shown, spoken
 from mi_helpers.views.tokens import ink, luminance
 
@@ -189,3 +193,147 @@ def test_modules_ask_nothing_of_other_machines_and_make_no_markup():
 def test_what_cannot_be_seen_is_shown_by_a_sign():
     assert shown("a\n\t") == "a↵⇥" and shown("") == "∅" and shown("\x00") == "\\u0000"
     assert shown("👩\u200d👧") == "👩\u200d👧" and spoken("  ") == "space"
+
+
+# -- the graph -----------------------------------------------------------------------------------
+
+
+def small_graph(model):
+    """The pruned graph of a prompt on a tiny random model, as the field's JSON."""
+    d = model.d_model
+    coders = [SparseCoder(d, 20, d, k=4, seed=i) for i in range(model.n_layers)]
+    return graph_json(prune(attribution_graph(model, coders, "the cat sat on the mat"), 0.9))
+
+
+def test_the_graph_is_that_of_the_file():
+    source = small_graph(tiny_model())
+    data = views.graph_view_json(source)
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert [node["id"] for node in data["nodes"]] == [node["node_id"] for node in source["nodes"]]
+    assert len(data["links"]) == len(source["links"])
+    one, link = data["links"][0], source["links"][0]
+    assert data["nodes"][one[0]]["id"] == link["source"] and one[2] == link["weight"]
+    kinds = {node["kind"]: node["row"] for node in data["nodes"]}
+    assert kinds["embedding"] == 0 and data["rows"][kinds["logit"]] == "answer"
+    assert [each["shown"] for each in data["tokens"]] == source["metadata"]["prompt_tokens"]
+
+
+def test_a_logit_has_its_token_and_probability_for_a_name():
+    source = small_graph(tiny_model())
+    for node in views.graph_view_json(source)["nodes"]:
+        if node["kind"] == "logit":
+            assert re.fullmatch(r".+ [01]\.\d\d", node["name"])
+
+
+def test_what_is_no_graph_is_said():
+    for bad in ({}, {"metadata": {}, "nodes": [], "links": []}, {"nodes": 3}):
+        with pytest.raises(ValueError, match="no attribution graph"):
+            views.graph_view_json(bad)
+    source = small_graph(tiny_model())
+    source["nodes"] = [n for n in source["nodes"] if n["feature_type"] != "logit"]
+    source["links"] = []
+    with pytest.raises(ValueError, match="no logit"):
+        views.graph_view_json(source)
+    twice = small_graph(tiny_model())
+    twice["nodes"].append(twice["nodes"][-1])
+    with pytest.raises(ValueError, match="have one name"):
+        views.graph_view_json(twice)
+    source["links"] = [{"source": "a", "target": "b", "weight": 1.0}]
+    with pytest.raises(ValueError, match="no attribution graph"):
+        views.graph_view_json(source)
+
+
+def test_a_view_traces_what_is_typed_or_says_why_not():
+    model = tiny_model()
+
+    def trace(prompt):
+        if not prompt:
+            raise ValueError("Type a prompt.")
+        return small_graph(model) | {
+            "metadata": small_graph(model)["metadata"] | {"prompt": prompt}
+        }
+
+    view = views.graph(trace, prompt="the cat")
+    assert view.data["live"] and view.data["prompt"] == "the cat"
+    view.chosen = {"prompt": "the dog", "node": ""}
+    assert view.data["prompt"] == "the dog" and not view.data["message"]
+    view.chosen = {"prompt": "", "node": ""}
+    assert view.data["message"] == "Type a prompt." and view.data["nodes"]
+    bundle, _ = view._repr_mimebundle_()
+    assert "Into the answers" in bundle["text/html"] and "Into the answers" in bundle["text/plain"]
+    assert not re.search(r"<script|https?://| on[a-z]+=", bundle["text/html"])
+
+
+def test_the_page_holds_data_that_cannot_leave_it():
+    source = small_graph(tiny_model())
+    source["metadata"]["prompt"] = "</script><b>$x$"
+    page = views.graph_page(source)
+    assert page.count("</script>") == 2 and "default-src 'none'" in page
+    inside = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert json.loads(inside[1])["prompt"] == "</script><b>$x$"
+    assert not json.loads(inside[1])["live"]
+
+
+LATENT = {
+    "latent": 3,
+    "fires": 40,
+    "frequency": 0.004,
+    "mean": 2.0,
+    "top": [[8.0, "the [[virus]] of <b>$x$"], [4.0, "a\n[[ liver]] cell"]],
+    "quantiles": ["the [[virus]]", "to the [[</script>]]"],
+    "nearest": [[5, 0.61239]],
+    "raises": [[" virus", 2.5], ["\n", 1.0]],
+    "lowers": [[" the", -1.0]],
+}
+DEAD = {"latent": 5, "fires": 0, "frequency": 0.0, "mean": 0.0, "top": []}
+
+
+def test_latents_are_read_from_rows_and_from_a_file(tmp_path):
+    data = views.latents_json([LATENT, DEAD], names={3: ("virology", 0.912345)}, start=5)
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    first, dead = data["latents"]
+    assert (first["name"], first["score"], first["density"]) == ("virology", 0.912, 0.004)
+    assert [each["token"] for each in first["top"]] == ["virus", " liver"]
+    assert first["top"][1]["before"] == "a↵" and first["top"][0]["after"] == " of <b>$x$"
+    assert first["nearest"] == [[5, 0.612]] and first["raises"][1] == ["↵", 1.0]
+    assert dead["top"] == [] and dead["highest"] == 0 and data["start"] == 5
+    path = tmp_path / "latents.jsonl"
+    path.write_text("\n".join(map(json.dumps, [LATENT, DEAD])), "utf-8")
+    assert views.latents_json(path, names={3: ("virology", 0.912345)}, start=5) == data
+
+
+def test_a_firing_token_can_be_read_on_its_colour():
+    rows = [LATENT | {"top": [[v, "a [[b]] c"] for v in np.linspace(8, 0.1, 8)]}]
+    (one,) = views.latents_json(rows)["latents"]
+    assert len({each["colour"] for each in one["top"]}) == 8
+    for each in one["top"]:
+        light, dark = sorted((luminance(each["colour"]), luminance(each["ink"])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_what_is_no_dictionary_is_said(tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"latent": 1', "utf-8")
+    for rows, look, said in (
+        ([], {}, "no latents"),
+        ([{"latent": 1}], {}, "Line 1 is no latent: fires, frequency, mean, top"),
+        ([LATENT, LATENT], {}, "stands there twice"),
+        ([LATENT], {"start": 9}, "no latent 9"),
+        ([LATENT], {"link": "https://example.org/7"}, "has no {latent}"),
+        (tmp_path / "none.jsonl", {}, "is not there"),
+        (broken, {}, "Line 1 of .* is no JSON"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            views.latents_json(rows, **look)
+
+
+def test_latents_stand_without_a_kernel_and_as_one_page(tmp_path):
+    bundle, _ = views.latents([LATENT, DEAD])._repr_mimebundle_()
+    assert "<b>$x$" not in bundle["text/html"] and "[[virus]]" in bundle["text/html"]
+    assert not re.search(r"<script|https?://| on[a-z]+=", bundle["text/html"])
+    assert "3: fires at 0.40%" in bundle["text/plain"]
+    page = views.latents_page(tmp_path / "all.html", [LATENT, DEAD], label="a & b").read_text(
+        "utf-8"
+    )
+    assert page.count("</script>") == 2 and "<title>a &amp; b</title>" in page
+    assert not re.search(r"https?://|src=|import ", page) and list(tmp_path.iterdir()) != []

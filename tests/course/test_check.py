@@ -480,6 +480,8 @@ def test_a_table_of_edits_is_a_list_of_wrong_answers():
     assert half(*given) == 2 * busy(*given) and positive(*given) == busy(*given)
     ((gone, _),) = mechanism.edits(busy, "* 2 →\n    Nothing is doubled.")
     assert gone(*given) == busy(*given) / 2
+    ((both, said),) = mechanism.edits(busy, "* 2 → * 4\n& k > 2 → k > 0\n    Two slips.")
+    assert both([3.0], 1, "abc") == -12 and said == "Two slips."
     with pytest.raises(ValueError, match="no message"):
         mechanism.edits(busy, "* 2 → * 4\n* 2 → * 3\n    Three times.")
     with pytest.raises(ValueError, match="'x - y' is no change: write 'old → new'"):

@@ -1,6 +1,7 @@
 """Every exercise is proved and stands in its notebook; the mechanism says what it should."""
 
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -38,6 +39,13 @@ def cells_of(lesson: int, kind: str) -> list[str]:
 @pytest.mark.parametrize(("exercise", "lesson"), EXERCISES)
 def test_the_exercise_is_proved(exercise, lesson):
     assert prove.problems(exercise, lesson) == []
+
+
+@pytest.mark.parametrize(("exercise", "lesson"), EXERCISES)
+def test_an_answer_that_gets_the_model_cannot_leave_it_changed(exercise, lesson):
+    if "model" in inspect.signature(exercise.reference).parameters:
+        assert "on_model" in exercise.check.__code__.co_names
+        assert prove.draws_anew(exercise)  # so right answers are tried on other inputs, too
 
 
 @pytest.mark.parametrize(("exercise", "lesson"), EXERCISES)

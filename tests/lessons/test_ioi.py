@@ -20,6 +20,7 @@ from mi_helpers.lessons.lesson_05.ioi import ROLES, Task
 from mi_helpers.lessons.shared import documents
 from mi_helpers.loading import load_model
 from mi_helpers.models import LanguageModel
+from mi_helpers.picture import alt_text
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.tokenizer import SPLIT
 from mi_helpers.widgets import corners
@@ -287,12 +288,13 @@ def test_jobs_by_where_a_head_looks_and_whether_it_copies():
     for head in (0, 1):
         looks["END", "IO"][0, head] = looks["END", "S1"][0, head] = 0.2
     looks["END", "S2"][1, 0], looks["END", "IO"][1, 0] = 0.5, 0.3
-    looks["END", "END-1"][1, 1] = looks["END-1", "S2"][0, 2] = 0.5
+    looks["END", "END-1"][1, 1] = looks["END", "END-1"][0, 2] = looks["END-1", "S2"][0, 2] = 0.5
     looks["S2", "S1"][1, 2] = looks["S2", "S1+1"][2, 0] = looks["S1+1", "S1"][2, 1] = 0.5
     looks["IO", "S1"][2, 2] = 0.5
     want = {
         (0, 0, "END"): "name mover",
         (0, 1, "END"): "negative name mover",
+        (0, 2, "END"): "other",  # nobody has written there before the first layer
         (0, 2, "END-1"): "relay",
         (1, 0, "END"): "S-inhibition",
         (1, 1, "END"): "relay reader",
@@ -406,7 +408,11 @@ def test_the_builder_draws_every_corner():
     some = {job: groups[job] for job in list(groups)[:2]}
     builder = heads_figures.CircuitBuilder(task, some)
     text = "There was Roger. Then Rebecca laughed. Nobody knew Roger. The clerk gave a ring to"
+    heard = set()  # who cannot see the bars hears them
     for values in corners(**builder.controls(text)):
-        assert plots.render(builder.figure(**values)).startswith(b"\x89PNG")
+        drawn = builder.figure(**values)
+        assert plots.render(drawn).startswith(b"\x89PNG")
+        heard.add(alt_text(drawn))
+    assert len(heard) > 2
     with pytest.raises(ValueError, match="Nobody of TinyWorld"):
         builder.figure("no names at all in this text", all_other_heads=True)

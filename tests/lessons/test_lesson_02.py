@@ -3,6 +3,7 @@ model would say and what pushes do to it, the figures."""
 
 import math
 import random
+import re
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 from mi_helpers import plots, probes
 from mi_helpers.course.exercise import declared
 from mi_helpers.lessons import shared
-from mi_helpers.lessons.lesson_02 import exercises, experiments, figures, using
+from mi_helpers.lessons.lesson_02 import experiments, figures, predictions, tools, using
 from mi_helpers.lessons.lesson_02.sine import SineNets
 from mi_helpers.lessons.shared import KINDS, Mark
 from mi_helpers.models import LanguageModel
@@ -364,7 +365,7 @@ def test_a_removal_costs_nothing_where_nobody_reads(model):
     assert np.allclose(lost, 0, atol=1e-4)
     lost = using.removal(train, test, ("resid_post", 2), "last", noun="head")
     assert lost.shape == (len(test),) and not np.allclose(lost, 0, atol=1e-4)
-    own = exercises.share_lost(train, test, ("resid_post", 2), "last", "head")
+    own = tools.share_lost(train, test, ("resid_post", 2), "last", "head")
     assert math.isclose(own, lost.mean(), abs_tol=1e-3 * max(1, abs(own)))
     with pytest.raises(ValueError, match="no method 'pca'"):
         using.removal(train, test, ("resid_post", 2), "last", method="pca")
@@ -385,8 +386,13 @@ def test_a_direction_that_is_taken_out_cannot_be_read(model):
         x = rng.normal(size=(len(task), 16))
         x[:, 3] = np.where(task.plural["head"], 9, -9)
         task.stream["head"][site] = x
-    left = using.left_after(pair, site, exercises.project_out)
-    assert left["random"] > 0.95 and left["mean difference"] < 0.7
+    found = using.left_after(pair, site, tools.project_out)
+    assert found["mean difference"][0] == found["probe"][0] == 1
+    assert (
+        found["random"][0] >= 0.5
+        and found["random"][1] > 0.95
+        and found["mean difference"][1] < 0.7
+    )
 
 
 # -- verdicts and countries ------------------------------------------------------------------
@@ -487,15 +493,15 @@ SCANS = {kind: {s: [0.1, 0.5, 1.0] for s in SERIES} for kind in ("number", "voic
 
 
 def test_the_explorer_draws_in_every_corner():
-    for values in corners(layer=(0, 2), property=list(SCANS)):
+    for values in corners(layer=NAMES, property=list(SCANS)):
         plots.render(figures.probe_explorer(NAMES, SCANS, **values))
 
 
 def test_the_explorer_refuses_in_one_sentence():
-    with pytest.raises(ValueError, match="no layer 3: choose 0 to 2"):
-        figures.probe_explorer(NAMES, SCANS, 3, "number")
+    with pytest.raises(ValueError, match="no layer '3': choose one of embed, 0, 1"):
+        figures.probe_explorer(NAMES, SCANS, "3", "number")
     with pytest.raises(ValueError, match="no property 'mood'"):
-        figures.probe_explorer(NAMES, SCANS, 0, "mood")
+        figures.probe_explorer(NAMES, SCANS, "0", "mood")
 
 
 @pytest.mark.parametrize("text", ["The keys near the cabinet", "x", "a $b$ <i>c</i> " * 4])
@@ -552,3 +558,14 @@ def test_the_notebook_has_what_the_room_declares():
     for each in declared(2, "prediction"):
         assert f'"{each.id}"' in source and f'"{each.question}"' in source
         assert all(f'"{option}"' in source for option in each.options)
+
+
+def test_the_investigations_example_does_not_answer_it():
+    """The country that can be read at the place and the layer that are shown is not used there."""
+    (found,), task = declared(2, "investigation"), predictions.country_task(5)
+    (cell,) = [c.source for c in nbformat.read(NOTEBOOK, 4).cells if "investigate(" in c.source]
+    for shown in (cell, found.form):
+        place, layer = re.search(r'\("(\w+)", "(\w+)", v', shown).groups()
+        site = experiments.sites_of(shared.shipped_model())[layer]
+        v = probes.mean_difference(task.stream[place][site], task.first)
+        assert found.score((place, layer, v)) < 0.4

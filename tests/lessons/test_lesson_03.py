@@ -1,5 +1,9 @@
 """Lesson 03: pairs of prompts, gates, estimates and the pronoun skew, by hand, on tiny models."""
 
+import ast
+from pathlib import Path
+
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from tiny_models import tiny_model, word_tokenizer
 
 from mi_helpers import plots
 from mi_helpers.ablation import Mean, ablate
+from mi_helpers.course.exercise import declared
 from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.lesson_03 import claims, figures, pronouns, tools
 from mi_helpers.lessons.lesson_03 import experiments as lab
@@ -314,9 +319,9 @@ def test_the_explorer_patches_a_pair_once(shipped, monkeypatch):
 def test_the_explorer_takes_answers_of_ones_own(shipped):
     explorer = figures.PatchingExplorer(shipped)
     texts = ("The keys near the cabinet", "The key near the cabinet")
-    assert "are over is" in explorer("city", *texts, "are/is", "heads", "noise").axes[0].get_title(
-        "left"
-    )
+    blanks = (f"{texts[0]} ", f" {texts[1]}")  # do not count
+    drawn = explorer("city", *blanks, "are/is", "heads", "noise")
+    assert "are over is" in drawn.axes[0].get_title("left")
     _, metric, _ = explorer.prompts(*texts, "are/is")
     assert metric.clean > 0 > metric.corrupted
 
@@ -387,3 +392,11 @@ def test_the_opening_swaps_one_vector(shipped):
     )
     cities = [picture.axes[0].get_yticklabels()[0].get_text() for picture in (first, other)]
     assert cities == ["1. Paris", "1. Rome"]
+
+
+def test_the_investigations_example_does_not_answer_it():
+    (found,) = declared(3, "investigation")
+    path = Path(__file__).resolve().parents[2] / "notebooks" / "03_activation_patching.ipynb"
+    (cell,) = [c.source for c in nbformat.read(path, 4).cells if 'investigate("' in c.source]
+    for shown in (cell, found.form):
+        assert found.score(ast.literal_eval(shown.split("such as ")[1])) < 0.2

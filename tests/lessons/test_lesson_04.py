@@ -11,7 +11,7 @@ from rounding import SHARE
 
 from mi_helpers.ablation import Mean, ablate
 from mi_helpers.attribution import direct_logit_attribution
-from mi_helpers.course.exercise import declared
+from mi_helpers.course.exercise import declared, evaluate, look_up
 from mi_helpers.lens import TunedLens, depth_keys, logit_lens, ranks, read_out, read_stream
 from mi_helpers.lessons.lesson_04 import causal, claims, exercises, experiments, figures
 from mi_helpers.lessons.lesson_04.experiments import (
@@ -320,3 +320,15 @@ def test_the_notebook_asks_what_is_registered():
 
 def test_a_random_token_is_in_the_middle():
     assert claims.random_token_rank(0) == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_step_that_trains_the_model_is_told_so_and_spoils_no_later_check():
+    def trains_all(model, A, b, h, final_logits, optimizer):
+        with torch.no_grad():
+            model.ln_final.weight.mul_(1.01)
+        return exercises.tuning_step(model, A, b, h, final_logits, optimizer)
+
+    before, checked = shipped_model().ln_final.weight.clone(), look_up("4.5", "exercise")
+    assert "stays changed" in evaluate(checked, trains_all).message
+    assert torch.equal(shipped_model().ln_final.weight, before)
+    assert evaluate(checked, checked.reference).status == "right"

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Lasso
 
-from mi_helpers.lessons.lesson_06 import claims, grid, image_coding
+from mi_helpers.course.answers import Wrong
+from mi_helpers.lessons.lesson_06 import claims, grid, image_coding, naming, rivals
 from mi_helpers.lessons.lesson_06 import experiments as sae_lab
 from mi_helpers.lessons.lesson_06 import figures as sae_figures
+from mi_helpers.lessons.lesson_06.exercises import score_names, turned_up
+from mi_helpers.lessons.lesson_06.universality import correlations, universality
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes import concepts
@@ -272,6 +275,241 @@ def test_own_latents_are_named_and_topics_are_averaged_without_norwegian(monkeyp
     assert sae_lab.of_topics({"norwegian": 40, "a": 1, "b": 2}) == 1.5
 
 
+# -- rivals ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ground(model):
+    return rivals.ground(model, sae_lab.middle(model), seed=5, each=4, others=40)
+
+
+def test_the_ground_is_of_all_families_and_its_neurons_of_all_blocks_below(model, ground):
+    site = sae_lab.middle(model)
+    n = len(ground.x)
+    assert ground.x.shape == (n, model.d_model)
+    assert ground.neurons.shape == (n, (site[1] + 1) * model.d_mlp)
+    assert len(ground.truth) == len(ground.tokens) == len(ground.document) == n
+    assert set(rivals.CONCEPTS) | {"other"} <= set(ground.names)
+    assert (ground.truth.sum(1) == 1).all() and len(set(ground.document.tolist())) > 50
+    documents = rivals.texts(4, 40, 5)
+    assert {"prose", "norwegian", "ioi"} <= {d.family for d in documents}
+    number = int(ground.document[0])
+    text = documents[number].text
+    here = model.tokenizer.decode(ground.tokens[ground.document == number])
+    assert here.split()[-1] in text
+    ids = model.tokens(text)
+    _, cache = model.run_with_cache(ids, [site, ("post", 1)])
+    rows = torch.from_numpy(ground.document == number)
+    assert torch.allclose(ground.x[rows][-1], cache[site][0, -1], atol=1e-3)
+    second = ground.neurons[rows][-1, model.d_mlp : 2 * model.d_mlp]
+    assert torch.allclose(second, cache["post", 1][0, -1], atol=1e-3)
+
+
+def test_facts_and_verdicts_are_about_nothing(model):
+    documents = [next(sae_lab.open_source("tinyworld").world.documents(1, f)) for f in ("truth",)]
+    said = rivals.subject(model.tokenizer, rivals.TinyWorldText(), documents[0])
+    assert set(said) == {None}
+
+
+def test_an_unknown_subject_is_said():
+    with pytest.raises(ValueError, match="no topic and no family 'alchemy'"):
+        rivals.texts(1, 1, 0, ["alchemy"])
+
+
+def test_what_is_promising_holds_the_best_unit():
+    rng = np.random.default_rng(0)
+    truth = rng.random((400, 2)) < 0.1
+    values = rng.normal(size=(400, 300))
+    values[:, 17] += 3 * truth[:, 0]
+    values[:, 250] -= 3 * truth[:, 1]
+    both = both_signs(torch.from_numpy(values))
+    found = rivals.promising(both, truth, most=3)
+    assert {17, 550} <= set(found.tolist()) and len(found) <= 6
+    exact = score_units(both, truth).best()
+    quick = rivals.said_by_best(both, truth, ["a", "b"])
+    for column, best in enumerate(exact):
+        assert best.unit in found
+        assert (quick[:, column] == (both[200:, best.unit] >= best.threshold)).all()
+
+
+def test_rivals_are_chosen_on_the_first_half(ground):
+    """A unit that is right in the second half alone is not chosen."""
+    names = ("norwegian",)
+    truth = ground.truth[:, [ground.names.index("norwegian")]]
+    half = len(truth) // 2
+    late = np.where(np.arange(len(truth)) >= half, truth[:, 0], ~truth[:, 0])
+    units = np.stack([late, truth[:, 0] | (np.arange(len(truth)) % 7 == 0)], 1).astype(float)
+    said = rivals.said_by_best(units, truth, names)
+    assert (said[:, 0] == (units[half:, 1] > 0)).all()
+
+
+def test_rivals_by_kind_and_their_intervals(model, ground):
+    coder = load_coder(sae_lab.CODER)
+    names = ground.scorable(rivals.CONCEPTS)
+    told = rivals.tell(coder, ground, names)
+    assert tuple(told) == rivals.KINDS
+    judged = rivals.judge(told, ground, names, draws=60)
+    latent, probe, always = (
+        judged[kind] for kind in ("SAE latent", "logistic probe", "always fires")
+    )
+    assert latent.median > 0.6 > judged["random direction"].median
+    assert abs(latent.median - probe.median) < 0.2
+    half = len(ground.x) // 2
+    for i, name in enumerate(names):
+        share = ground.truth[half:, ground.names.index(name)].mean()
+        assert always.f1[name] == pytest.approx(2 * share / (1 + share))
+        assert told["always fires"][:, i].all()
+    for kind in judged.values():
+        assert kind.low <= kind.median <= kind.high and kind.behind[0] <= kind.behind[1]
+    assert latent.behind == (0.0, 0.0)
+    table = rivals.table(judged, rivals.CONCEPTS)
+    assert table.count("\n") == len(judged) + 1 and f"{latent.median:.2f}" in table
+
+
+def test_an_interval_is_of_documents_not_of_tokens():
+    """Tokens of one document are alike: with two documents, one told and one not, F1 is 0 to 1."""
+    truth = np.ones((200, 1), bool)
+    ground = rivals.Ground(
+        torch.zeros(400, 1),
+        torch.zeros(400, 0),
+        np.concatenate([truth, truth]),
+        ("a",),
+        np.zeros(400, int),
+        np.repeat([0, 1, 2, 3], 100),
+    )
+    said = np.repeat([True, False], 100)[:, None]
+    (found,) = rivals.judge({"it": said}, ground, ("a",)).values()
+    assert found.f1["a"] == pytest.approx(2 / 3) and (found.low, found.high) == (0, 1)
+
+
+# -- turning one up --------------------------------------------------------------------------
+
+
+def test_a_latent_turned_up_raises_its_topic_and_a_random_direction_does_not(model):
+    coder = load_coder(sae_lab.CODER)
+    few = {"each": 4, "others": 20, "neurons": False}
+    ground = rivals.ground(model, sae_lab.middle(model), names=[sae_lab.OPENING], **few)
+    assert ground.neurons.shape[1] == 0
+    with pytest.raises(ValueError, match="Too little of the text"):
+        sae_lab.opening_latent(coder, rivals.ground(model, sae_lab.middle(model), **few))
+    latent = sae_lab.opening_latent(coder, ground)
+    nouns, ids = sae_lab.topic_words(model, sae_lab.OPENING), sae_lab.starts(model)
+    assert ids.shape == (12, 24) and (ids[:, 0] == model.tokenizer.bos_token_id).all()
+
+    def share(direction, strength):
+        p = sae_lab.turned_up(model, ids, sae_lab.middle(model), direction, strength)
+        own = turned_up(model, ids, sae_lab.middle(model), direction, strength)
+        assert torch.allclose(p, own, atol=1e-4)  # the exercise's reference is the library's
+        return float(p[:, 1:, nouns].sum(-1).mean())
+
+    direction, other = coder.W_dec[latent].detach(), sae_lab.random_direction(coder)
+    assert share(direction, 24) > 5 * share(direction, 0)
+    assert share(other, 24) < 2 * share(direction, 0)
+
+
+def test_text_is_written_from_probabilities(model):
+    word = model.to_single_token(" virus")
+
+    def always(ids):
+        return torch.nn.functional.one_hot(torch.full(ids.shape, word), model.d_vocab).float()
+
+    assert sae_lab.write_on(always, model, "The", 3).endswith("virus virus virus")
+
+
+def test_a_model_without_an_autoencoder_is_told(model):
+    assert sae_lab.coder_of(model).d_in == model.d_model
+    other = load_model("tiny-gemma")
+    other.name = "another"
+    with pytest.raises(ValueError, match="No autoencoder of another"):
+        sae_lab.coder_of(other)
+
+
+# -- names -----------------------------------------------------------------------------------
+
+
+def a_sample() -> naming.Sample:
+    facts = {
+        "about": ["chess"] * 4 + ["tennis"] * 4,
+        "at": ["the", "queen", "the", "comma", "the", "queen", "the", "the"],
+        "after": ["", "the", "queen", "the"] * 2,
+    }
+    values = np.zeros((8, 3), np.float32)
+    values[:4, 0] = [8, 4, 2, 1.9]  # about chess, strongly but at the last
+    values[[1, 5], 1] = 1  # at queen
+    values[[1, 3, 5, 7], 2] = 1  # after the
+    return naming.Sample({k: np.array(v) for k, v in facts.items()}, values)
+
+
+def test_names_say_where():
+    found = a_sample()
+    assert naming.says("about: chess", found).tolist() == [True] * 4 + [False] * 4
+    assert naming.says("at: queen, the", found).sum() == 7
+    assert naming.says(" after:the&about :tennis", found).tolist() == [False] * 5 + [
+        True,
+        False,
+        True,
+    ]
+    assert naming.says("at: comma", found).sum() == 1
+    assert naming.strong(found, 0, 8.0).tolist() == [True] * 3 + [False] * 5
+    assert naming.f1(np.array([1, 1, 0], bool), np.array([1, 0, 1], bool)) == 0.5
+    assert naming.f1(np.zeros(3, bool), np.zeros(3, bool)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [(3, "A name is a text"), ("chess", "is no name"), ("about: alchemy", "No text is about")],
+)
+def test_what_is_no_name_is_said(name, said):
+    with pytest.raises(Wrong, match=said):
+        naming.says(name, a_sample())
+
+
+def test_the_best_name_is_found_by_counting(monkeypatch):
+    monkeypatch.setattr(naming, "SEEN", 1)
+    found = a_sample()
+    assert naming.best_name(found, 1) == ("at: queen", 1.0)
+    assert naming.best_name(found, 2) == ("after: the", 1.0)
+    name, score = naming.best_name(found, 0)
+    assert name == "about: chess & at: queen, the" and score == pytest.approx(0.98)
+    assert naming.f1(naming.says("about: chess", found), naming.strong(found, 0, 8)) == 6 / 7
+    sorts = ["about: chess", "about: ioi", "at: the", "after: of", "about: chess & at: the"]
+    assert [naming.sort_of(each) for each in sorts] == [
+        "topic",
+        "about",
+        "at",
+        "after",
+        "two things",
+    ]
+
+
+def test_names_of_what_is_none_of_the_five_are_refused():
+    with pytest.raises(Wrong, match="none of the five"):
+        score_names({10**6: "about: chess"})
+
+
+# -- two models ------------------------------------------------------------------------------
+
+
+def test_latents_of_any_two_models_are_matched_by_their_firing(model):
+    """A model with itself, its axes in another order: by direction nothing, by firing all."""
+    site, coder = sae_lab.middle(model), load_coder(sae_lab.CODER)
+    order = torch.randperm(coder.d_latent, generator=torch.Generator().manual_seed(0))
+    same = load_coder(sae_lab.CODER)
+    with torch.no_grad():
+        same.W_enc.copy_(coder.W_enc[:, order])
+        same.W_dec.copy_(-coder.W_dec[order])
+        same.b_enc.copy_(coder.b_enc[order])
+    texts = sae_lab.starts(model, 30, 20)
+    found = universality((model, coder, site), (model, same, site), list(texts))
+    assert found["matched"] == 1 and found["chance"] < 0.3
+    assert found["alive"] == int((~found["best"].isnan()).sum()) > 50
+    blank = SparseCoder(model.d_model, 300, k=8)
+    other = universality((model, coder, site), (model, blank, ("resid_post", 0)), list(texts))
+    assert other["matched"] < 0.6
+    a = torch.tensor([[1.0, 0, 3], [2, 0, 1], [3, 0, 2]])
+    assert correlations(a, a)[0].tolist() == pytest.approx([1, 0, -0.5])
+
+
 # -- the table -------------------------------------------------------------------------------
 
 
@@ -357,13 +595,10 @@ def test_figures_draw():
     plane = sae_lab.fit_plane(*([row[name] for row in runs] for name in ("width", "k", "nmse")))
     filters = {"one": directions(10, 16), "two": directions(7, 16)}
     for figure in (
-        sae_figures.concepts(rows),
         sae_figures.frontier(rows),
         sae_figures.splitting(rows, sae_lab.K),
         sae_figures.scaling(rows, plane),
         sae_figures.filter_panels(filters, columns=4),
-        sae_figures.filter_map(filters),
-        sae_figures.images({"a": directions(40, 60).numpy(), "b": directions(40, 30).numpy()}),
         sae_figures.curves([{"step": 1, "a": 2.0}, {"step": 2, "a": 1.0}], {"a": "a title"}),
         sae_figures.histograms({"a": [0.1, 0.2], "b": [2.0]}, mark=0.7),
     ):

@@ -3,8 +3,10 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,9 @@ from mi_helpers.circuits.replacement import (
     without_latents,
     zeros,
 )
+from mi_helpers.course.exercise import declared
 from mi_helpers.layouts import norm_gain
+from mi_helpers.lessons.lesson_07 import currencies
 from mi_helpers.lessons.lesson_07 import experiments as lab
 from mi_helpers.lessons.lesson_07 import figures as transcoder_figures
 from mi_helpers.lessons.shared import make_batch
@@ -32,9 +36,11 @@ from mi_helpers.saes.files import CONFIG, load_coder
 from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.training import TrainConfig, fit
+from mi_helpers.tinyworld import lexicon
 from mi_helpers.widgets import corners
 
 MODEL = "tiny-gemma"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "07_transcoders.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -241,15 +247,50 @@ def test_a_text_longer_than_the_context_is_cut(model):
     assert max(len(row) for row in transcoders.text_ids(model_of_few, 200, 5)) == 4
 
 
-def test_neurons_random_features_and_affine_maps(model):
+def test_random_features_and_affine_maps(model):
     x, y = transcoders.read_mlps(model, 1_500, 1, [1])[1]
-    found = lab.neurons_explained(model, 1, x, [1, 32, model.config.intermediate_size])
-    assert found[1] < found[32] < 1 and found[model.config.intermediate_size] == pytest.approx(1)
     chance = lab.random_features(x[:1_000], y[:1_000], 200, 8)
     assert chance.transcoder and 0 < lab.explained(chance, x[:1_000], y[:1_000]) < 0.95
     W, b = lab.affine_map(x, y)
     mapped = lab.by_map(W, b)(x[None].float(), y[None].float())[0]
     assert torch.allclose(mapped, x.float() @ W + b, atol=1e-3)
+
+
+def test_all_neurons_are_the_mlp_and_few_are_less(model):
+    x, y = transcoders.read_mlps(model, 600, 1, [1])[1]
+    post, rows, after = lab.neurons(model, 1, x)
+    target = model.part("ln2_post", 1)(model.part("mlp", 1)(x.to(model.dtype))).float()
+    assert torch.allclose(after(post @ rows), target, atol=1e-3)
+    found = [lab.explained_by(lab.by_neurons(model, 1, n, x), x, y) for n in (1, 32, len(rows))]
+    assert found[0] < found[1] < found[2] and found[2] > 0.999  # bfloat16 rows
+
+
+def test_all_latents_are_the_transcoder_and_few_are_less(model):
+    x, y = transcoders.read_mlps(model, 600, 1, [1])[1]
+    coder = transcoders.load_transcoders()[1]
+    found = [lab.explained_by(lab.by_latents(coder, n, x, y), x, y) for n in (1, 4, coder.k)]
+    assert found[0] < found[1] < found[2]
+    assert found[2] == pytest.approx(lab.explained(coder, x, y), abs=0.01)
+
+
+def test_the_strongest_write_most_at_each_token():
+    units = torch.tensor([[1.0, -3.0, 2.0], [0.5, 0.1, 0.0]])
+    rows = torch.tensor([[4.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    assert lab.strongest(units, rows, 1).tolist() == [[4.0, 0.0], [2.0, 0.0]]
+    assert torch.allclose(lab.strongest(units, rows, 3), units @ rows)
+
+
+def test_rivals_are_measured_side_by_side(model, batch):
+    rows = transcoders.read_mlps(model, 500, 0, [1, 2])
+    coders = dict(enumerate(transcoders.load_transcoders()))
+    few, many = (lab.rivals(model, coders, rows, batch, n) for n in (1, 16))
+    assert set(few) == {"latents", "neurons"}
+    for kind, added in few.items():
+        assert set(added) == set(batch.names)
+        assert lab.mean_loss(added) > max(0.02, lab.mean_loss(many[kind]))
+    explained = lab.both_explained(model, coders, rows, rows, 16)
+    assert all(len(each) == 2 and min(each) > 0.9 for each in explained.values())
+    assert render(transcoder_figures.rivals(explained, many))
 
 
 def test_random_features_have_the_best_decoder():
@@ -300,9 +341,18 @@ def test_figures_draw_and_say_what_is_missing():
     rng = np.random.default_rng(0)
     pairs = rules.ActivePairs(*rng.normal(size=(3, 60)), np.arange(60) % 2)
     assert render(transcoder_figures.virtual(pairs))
-    curves = {"a": [0.1, 0.2], "b": [-0.1, 0.3]}
-    l0 = {"a": [3.5, 8], "b": [4, 8]}
-    assert render(transcoder_figures.equal_l0(l0, curves, {"b": [0.1, 0.2]}))
+    table = transcoder_figures.kinds_table({(lab.ALL_LAYERS, "a kind"): run, ("layer 0", "b"): run})
+    assert "| a kind |" in table and "| b |" not in table
+
+
+def test_the_figure_of_silenced_rules_at_every_corner(model):
+    coders = dict(enumerate(transcoders.load_transcoders()))
+    for values in corners(prompt="The currency of Poland is the", silenced=(0, 8)):
+        figure = transcoder_figures.silenced(model, coders, **values)
+        assert render(figure)[:4] == b"\x89PNG"
+    for prompt, silenced, match in (("", 1, "at least one word"), ("We", -1, "cannot be silenced")):
+        with pytest.raises(ValueError, match=match):
+            transcoder_figures.silenced(model, coders, prompt, silenced)
 
 
 def test_published_form_reads_without_the_gain_and_computes_the_same(tmp_path):
@@ -378,3 +428,110 @@ def test_the_shipped_set_works_in_the_model_and_its_biases_do_not(model, batch):
     runs = lab.compare(model, batch, ways)
     assert runs[lab.ALL_LAYERS, "transcoders"].recovered > 0.8
     assert runs[lab.ALL_LAYERS, "biases"].recovered < 0.5
+
+
+# -- currencies ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def coders():
+    return dict(enumerate(transcoders.load_transcoders()))
+
+
+def test_the_model_knows_the_answers(model):
+    for kind in currencies.FRAMES:
+        asked = currencies.ask(model, kind, ["Japan", "Poland"])
+        assert len(asked) == 6 and (currencies.leads(model, asked) > 4).all()
+    sights = currencies.ask(model, "currency", ["Japan"], [currencies.NATION])
+    assert len(sights) == 4 and (currencies.leads(model, sights) > 4).all()
+    text = model.tokenizer.decode(sights.ids[0, 1 : sights.last[0] + 1])
+    assert text.startswith("The money of the country with the ") and text.endswith(" is the")
+
+
+def test_a_lead_is_the_answers_logit_above_the_mean_of_the_others(model):
+    asked = currencies.ask(model, "currency", ["Japan"], ["The currency of {} is the"])
+    logits = model("The currency of Japan is the")[0, -1]
+    pool = {model.encode(f" {each.currency}")[0] for each in lexicon.countries().values()}
+    pool -= {model.encode(" currency")[0]}
+    yen = model.encode(" yen")[0]
+    others = torch.stack([logits[i] for i in pool - {yen}]).mean()
+    assert currencies.leads(model, asked).item() == pytest.approx(
+        float(logits[yen] - others), abs=0.01
+    )
+
+
+def test_without_a_rule_the_mlp_writes_all_but_the_rule(model, coders):
+    ids = model.tokens("The currency of Japan is the")
+    _, clean = model.run_with_cache(ids, ["mlp_in", "mlp_out"])
+    f = coders[3].encode(clean["mlp_in", 3][0])
+    latents = f[-1].topk(2).indices.tolist()
+    with replaced(model, currencies.without(coders, [(3, latents[0]), (3, latents[1])])):
+        _, cache = model.run_with_cache(ids, [("mlp_out", 3)])
+    want = clean["mlp_out", 3][0] - f[:, latents] @ coders[3].W_dec[latents]
+    assert torch.allclose(cache["mlp_out", 3][0, 1:], want[1:], atol=1e-4)
+    assert torch.equal(cache["mlp_out", 3][0, 0], clean["mlp_out", 3][0, 0])
+
+
+def test_direct_writes_sum_to_what_the_transcoders_write(model, coders):
+    """Of latents, and of neurons, all of which together are the MLP, along the lead."""
+    asked = currencies.ask(model, "currency", ["Japan"], ["The money of {} is the"])
+    along, inputs = currencies._along_the_lead(model, asked)  # noqa: SLF001
+    for layer in (0, 4):
+        _, rows, after = lab.neurons(model, layer, inputs[layer])
+        post = lab.neurons(model, layer, inputs[layer])[0]
+        whole = (after(post @ rows) * along).sum()
+        found = [w.writes for w in currencies.neuron_writes(model, asked) if w.layer == layer]
+        assert sum(found) == pytest.approx(float(whole), abs=1e-3)
+        only = {layer: coders[layer]}
+        found = [w.writes for w in currencies.direct_writes(model, only, asked)]
+        predicted = coders[layer](inputs[layer]) - coders[layer].b_dec
+        assert sum(found) == pytest.approx(float((predicted * along).sum()), abs=1e-3)
+
+
+def test_the_rule_that_writes_most_matters_to_its_currency_alone(model, coders):
+    (found,) = currencies.strongest_writers(model, coders, ["Japan"])
+    assert found.own > 0.1 and abs(found.others) < 0.03 and found.capital > 0.05
+    assert render(transcoder_figures.by_country([found]))
+    assert "| the currency |" in transcoder_figures.countries_table([found])
+
+
+def test_a_greedy_search_stops_where_nothing_helps():
+    worth = {(0, 1): 0.5, (0, 2): 0.3, (0, 3): 0.0, (1, 0): -0.2}
+
+    def score(rules):
+        return sum(worth[each] for each in rules) - 0.1 * len(rules)
+
+    assert currencies.greedy(list(worth), score) == {(0, 1), (0, 2)}
+
+
+def test_jumbled_texts_have_the_same_words(model, coders):
+    ids = [each for each in transcoders.text_ids(model, 300, 5) if len(each) > 4]
+    same, mixed = lab.jumbled(ids)
+    assert same == ids and mixed != ids
+    assert all(sorted(a) == sorted(b) and a[0] == b[0] for a, b in zip(ids, mixed, strict=True))
+    assert lab.out_of_place(model, {0: coders[0]}, ids).startswith("layer 0: explained 0.9")
+
+
+def test_latents_that_others_cut_off_are_counted():
+    coder = SparseCoder(2, 3, 2, k=1)
+    with torch.no_grad():
+        coder.W_enc.copy_(torch.tensor([[1.0, 2.0, -1.0], [0.0, 0.0, 0.0]]))
+    assert lab.cut_off(coder, torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(1 / 3)
+
+
+# -- the notebook ----------------------------------------------------------------------------
+
+
+def test_the_notebook_asks_what_is_registered():
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    source = "\n".join(c.source for c in cells if c.cell_type == "code")
+    for each in declared(7, "exercise"):
+        assert each.stub.strip() in source and f'check("{each.id}", {each.name})' in source
+    flat = " ".join(source.split())
+    for each in declared(7, "prediction"):
+        assert f'"{each.id}"' in flat and f'"{each.question}"' in flat
+        assert all(f'"{option}"' in source for option in each.options)
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    main = [each for each in declared(7, "exercise") if "going further" not in each.title]
+    assert all(f"### {each.id} {each.title}" in text for each in declared(7, "exercise"))
+    assert sum(each.minutes for each in main) <= 50 and len(main) == 9

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from mi_helpers.circuits.edges import attribution_graph
-from mi_helpers.circuits.figures import GraphExplorer
 from mi_helpers.circuits.graphs import (
     EMBEDDING,
     ERROR,
@@ -13,17 +11,16 @@ from mi_helpers.circuits.graphs import (
     LOGIT,
     Graph,
     Node,
-    group_by_label,
 )
 from mi_helpers.circuits.interventions import predicted_effect
+from mi_helpers.circuits.queries import qk_attribution
 from mi_helpers.circuits.replacement import LocalReplacement
+from mi_helpers.lessons.lesson_08 import controls, inquiry, looking, naming, prompts, stories
 from mi_helpers.lessons.lesson_08 import experiments as lab
 from mi_helpers.lessons.lesson_08 import figures as tracing_figures
-from mi_helpers.lessons.lesson_08 import prompts, stories
 from mi_helpers.loading import load_model
 from mi_helpers.plots import render
 from mi_helpers.saes.coder import SparseCoder
-from mi_helpers.saes.transcoders import coders_for
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.widgets import corners
 
@@ -46,31 +43,8 @@ def reading(shipped):
 
 
 @pytest.fixture(scope="module")
-def labels(shipped, coders, reading):
-    return lab.latent_labels(shipped, coders, reading)
-
-
-@pytest.fixture(scope="module")
 def steps(shipped, coders, reading):
     return stories.Steps(shipped, coders, reading)
-
-
-# -- the toy -----------------------------------------------------------------------------------
-
-
-def test_the_toy_by_hand():
-    """Position 1 embeds as (1, 7), of root mean square 5: the MLP writes 0.2 · 1.4 = 0.28, the
-    latent has 0.2 + 0.5 · 1.4 = 0.9 and writes 0.45, so that the error is -0.17."""
-    model, coders = lab.toy()
-    local = LocalReplacement(model, coders, [0, 1])
-    assert torch.allclose(local.mlp_out[0], torch.tensor([[0, 1.0], [0, 0.28]]), atol=1e-5)
-    assert torch.allclose(local.errors[0], torch.tensor([[0, 0.25], [0, -0.17]]), atol=1e-5)
-    graph = attribution_graph(model, coders, [0, 1], targets=[0, 1])
-    assert graph.value("0_0_1") == pytest.approx(0.9, abs=1e-5)
-    assert graph.edge("E_1_1", "0_0_1") == pytest.approx(0.9, abs=1e-5)
-    assert graph.edge_error.absolute < 1e-5
-    # layer 1's latent at position 1 looks at both positions, through attention
-    assert abs(graph.edge("0_0_0", "1_0_1")) > 0.01
 
 
 # -- questions ---------------------------------------------------------------------------------
@@ -129,31 +103,6 @@ def test_what_is_true_at_each_token(shipped):
     assert "'near'" in said[tokens.index(" near")]
 
 
-def test_a_label_is_the_rarest_concept_that_accounts_for_enough(shipped):
-    """Three latents, made to fire at: France and 'speak'; France's half of 'is'; everywhere."""
-    d, n = shipped.d_model, shipped.n_layers
-    x = torch.zeros(8, d)
-    x[[0, 1, 4, 5], 0] = 1.0  # latent 0: rows 0, 1, 4, 5
-    x[[2, 6], 1] = 1.0  # latent 1: rows 2 and 6
-    x[:, 2] = 1.0  # latent 2: all rows
-    rows = lambda *on: np.isin(np.arange(8), on)  # noqa: E731
-    concepts = {"France": rows(0, 1, 4, 5), "'speak'": rows(1, 2, 3, 5, 6, 7), "'is'": rows(2, 6)}
-    asked = [next(prompts.sentences("city"))] * 8
-    reading = lab.Reading({layer: x for layer in range(n)}, concepts, 4, asked)
-    coder = SparseCoder(d, 3, d, "relu")
-    with torch.no_grad():
-        coder.W_enc.zero_()
-        coder.W_enc[:3, :3] = torch.eye(3)
-        ids = [7, 8, shipped.to_single_token(" Paris")]
-        coder.W_dec.copy_(shipped.W_U[:, ids].T)
-    labels = lab.latent_labels(shipped, {0: coder}, reading)
-    assert labels[0, 0] == "France" and labels[0, 1] == "'is'"
-    # latent 2 is shared by France and 'speak'; France is the rarer one
-    assert labels[0, 2] == "France"
-    nothing = lab.Reading(reading.mlp_in, {"'is'": rows(2, 6)}, 4, asked)
-    assert lab.latent_labels(shipped, {0: coder}, nothing)[0, 2] == "→ Paris"
-
-
 # -- worth -------------------------------------------------------------------------------------
 
 
@@ -175,7 +124,7 @@ def small_graph():
     graph = Graph(
         "a", ("a",), tuple(nodes), A, torch.zeros(6), values, p, 2, target_names=("x", "y")
     )
-    return group_by_label(graph.label({"0_1_0": "first", "1_2_0": "second"}))
+    return graph
 
 
 def test_worth_by_hand():
@@ -184,13 +133,11 @@ def test_worth_by_hand():
     # g: 5 - 1 = 4; f: 0.5 + 4 · 3/4 = 3.5; E: all of f; the error: 4 · 1/4
     assert own.tolist() == pytest.approx([3.5, 3.5, 1.0, 4.0, 0.0, 0.0])
     assert lab.logit_gap(graph) == 4.5
-    assert lab.by_label(graph) == pytest.approx({"second": 4.0, "first": 3.5})
-    assert lab.shares_by_kind(graph)[ERROR] == pytest.approx(1 / 4.5)
 
 
-def test_worth_is_the_predicted_effect_of_taking_one_node_away(shipped, coders, labels):
+def test_worth_is_the_predicted_effect_of_taking_one_node_away(shipped, coders):
     q = prompts.questions(shipped, 1, seed=3)[0]
-    graph = lab.question_graph(shipped, coders, q, labels)
+    graph = lab.question_graph(shipped, coders, q)
     own = lab.contributions(graph)
     for node in graph.features()[:3]:
         lost = lab.logit_gap(graph, predicted_effect(graph, {node: 0.0}))
@@ -265,30 +212,20 @@ def test_supernodes_of_steps_share_no_node_and_places_sum_up(shipped, coders, st
 # -- stories -----------------------------------------------------------------------------------
 
 
-def test_a_story_is_told_by_rule_and_tested(shipped, coders, labels):
-    q = prompts.questions(shipped, 1, seed=1, kinds=["capital"])[0]
-    story = stories.label_story(shipped, coders, q, labels)
-    graph = lab.question_graph(shipped, coders, q, labels)
-    sums = lab.by_label(graph)
-    label = story.step.removeprefix("label ")
-    assert sums[label] == max(sums.values())
-    assert set(story.nodes) == set(graph.supernodes[label])
+def test_a_story_is_told_by_rule_and_tested(shipped, coders, steps):
+    q = prompts.what_is_asked(shipped, 1, seed=0)[0]
+    story = steps.story(q, "asked")
+    assert set(story.nodes) == set(steps.nodes(steps.graph(q), q, "asked"))
     assert not set(story.null) & set(story.nodes) and len(story.null) <= len(story.nodes)
     outcomes = stories.try_story(shipped, coders, story)
     assert [o.what for o in outcomes] == list(stories.INTERVENTIONS)
     table = stories.outcome_table(outcomes)
     assert table.count("\n") == 2 and q.prompt in table
     assert q.prompt in stories.story_table([story])
-    assert sum(right for right, _ in stories.hits(outcomes).values()) == sum(
-        o.hit for o in outcomes
-    )
-    with pytest.raises(ValueError, match="No feature"):
-        stories.label_story(shipped, coders, q, {(0, -1): "nothing"})
-    assert stories.hit_table({"a": outcomes}).count("\n") == 2
     assert len(tracing_figures.prediction_figure({"a": outcomes, "b": outcomes}).axes) == 2
     seen = stories.share_of_gap(shipped, coders, [story], "suppress")
     assert seen == pytest.approx(outcomes[0].observed / story.gap)
-    assert abs(stories.random_share(shipped, coders, [story])) < 10
+    assert abs(controls.random_share(shipped, coders, [story])) < 10
 
 
 def test_a_control_stands_where_the_features_stand(shipped, coders, steps):
@@ -333,7 +270,7 @@ def test_verdicts_can_go_both_ways(shipped):
 
 def test_single_features_obey_their_edges_where_all_else_is_held(shipped, coders):
     asked = prompts.questions(shipped, 1, seed=2)
-    data = stories.singles(shipped, coders, asked, most=3, others=2)
+    data = controls.singles(shipped, coders, asked, most=3, others=2)
     assert data.direct.shape == (5,)
     assert np.allclose(data.direct, data.held, atol=1e-3)
     assert -1 <= data.correlation() <= 1 and 0 <= data.right_sign(0.0) <= 1
@@ -344,32 +281,18 @@ def test_the_explorer_draws_every_corner(shipped, coders, steps):
     q = prompts.what_is_asked(shipped, 1, seed=0)[0]
     told = {"a": steps.story(q, "asked"), "b": steps.story(q.turned(), "asked")}
     explorer = tracing_figures.InterventionExplorer(shipped, coders, told)
-    controls = {
+    sliders = {
         "story": list(told),
         "factor": (-2.0, 2.0, 0.5),
         "swap": False,
         "attention": ["frozen", "recomputed"],
     }
-    for values in corners(**controls):
+    for values in corners(**sliders):
         assert render(explorer(**values))[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="There is no story"):
         explorer("c")
     with pytest.raises(ValueError, match="at least one"):
         tracing_figures.InterventionExplorer(shipped, coders, {})
-
-
-def test_the_viewer_of_the_lesson_draws_or_says_why_not(shipped):
-    coders = coders_for(shipped, range(shipped.n_layers))
-    q = prompts.unseen_hops(shipped, 1, seed=0)[0]
-    viewer = GraphExplorer({"a": lab.question_graph(shipped, coders, q)}, most_edges=150)
-    thresholds = {"node_threshold": (0.1, 0.95, 0.05), "edge_threshold": (0.5, 0.99, 0.01)}
-    drawn = 0
-    for values in corners(prompt=["a"], **thresholds):
-        try:
-            drawn += render(viewer(**values))[:4] == b"\x89PNG"
-        except ValueError as error:
-            assert "no feature is left" in str(error)
-    assert drawn >= 3 and viewer("a", 0.65, 0.9)
 
 
 # -- controls ----------------------------------------------------------------------------------
@@ -385,8 +308,7 @@ def test_exchanged_decoders_keep_what_fires(coders):
 
 
 def test_scores_of_graphs_and_controls(shipped, coders):
-    graph = lab.question_graph(shipped, coders, prompts.questions(shipped, 1, seed=1)[0])
-    table = lab.score_table(shipped, coders, [graph])
+    table = lab.score_table(shipped, coders, prompts.questions(shipped, 1, seed=1))
     assert tuple(table) == lab.CONDITIONS
     assert all(((v >= 0) & (v <= 1)).all() and v.shape == (1, 2) for v in table.values())
     assert len(tracing_figures.score_figure(table).axes) == 2
@@ -404,5 +326,130 @@ def test_repeated_words_are_questions_too(shipped):
 def test_the_partners_attention_changes_the_answer_by_what_it_is_measured(shipped):
     q = prompts.questions(shipped, 1, seed=1, kinds=["city"])[0]
     alike = prompts.Question(q.one, prompts.Asked("city", q.prompt, "", "", q.other.answer))
-    assert stories.attention_alone(shipped, alike) == pytest.approx(0.0, abs=1e-4)
-    assert stories.attention_alone(shipped, q) != pytest.approx(0.0, abs=1e-4)
+    assert controls.attention_alone(shipped, alike) == pytest.approx(0.0, abs=1e-4)
+    assert controls.attention_alone(shipped, q) != pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_opening_is_poland_for_spain(shipped):
+    q = prompts.opening(shipped)
+    assert (q.one.country, q.other.country) == ("Poland", "Spain")
+    assert (q.answer, q.rival) == (" Warsaw", " Madrid")
+    ids = shipped.tokens(q.prompt)[0]
+    named = shipped.str_tokens(ids[: prompts.name_ends(shipped, q.one) + 1])
+    assert "".join(named).endswith(q.one.subject)
+
+
+def test_a_donor_may_ask_something_else_in_as_many_tokens(shipped):
+    for q in prompts.paired(shipped, 4, seed=0):
+        donor = prompts.other_question(shipped, q.other)
+        assert donor.subject == q.other.subject and donor.kind != q.other.kind
+        assert prompts.length_of(shipped, donor) == prompts.length_of(shipped, q.one)
+    city = next(prompts.sentences("city"))
+    assert prompts.other_question(shipped, city) is None
+
+
+def test_donors_are_compared_on_the_same_questions(shipped, coders, steps):
+    found = controls.donors(shipped, coders, steps, 2, seed=0)
+    assert found.wins.shape == found.change.shape == (2, 2)
+    assert all(0 <= share <= 1 for share in found.first())
+
+
+def test_the_target_is_the_gap(shipped, coders):
+    """The walk of exercise 8.7 over one target gives the library's prediction."""
+    q = prompts.questions(shipped, 1, seed=3)[0]
+    graph = lab.question_graph(shipped, coders, q)
+    edges, values = lab.to_one_target(graph)
+    assert edges.shape == (len(graph) - 1,) * 2 and values[-1] == pytest.approx(
+        lab.logit_gap(graph)
+    )
+    off = [graph.index(node) for node in graph.features()[:3]]
+    share = torch.zeros(len(values))
+    for i in range(len(values)):
+        change = edges[i] @ share
+        share[i] = -1.0 if i in off else change / values[i]
+    factors = {graph.nodes[i].id: 0.0 for i in off}
+    assert float(change) == pytest.approx(
+        lab.logit_gap(graph, predicted_effect(graph, factors)), rel=1e-2, abs=1e-3
+    )
+
+
+def test_the_strongest_hop_goes_to_the_next_layer_and_another_token(shipped, coders):
+    graph = lab.question_graph(shipped, coders, prompts.opening(shipped))
+    source, target = lab.strongest_hop(graph)
+    assert target.layer == source.layer + 1 and target.position > source.position
+    assert source.kind == target.kind == FEATURE
+    assert abs(graph.edge(source, target)) > 0
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def test_what_tinyworld_says_of_a_token(shipped):
+    (rows,) = naming.said_of(shipped, ["The capital of Poland is Warsaw."])
+    poland, is_ = rows[3], rows[4]
+    assert {"'Poland'", "after 'of'", "before 'is'", "a country"} <= poland
+    assert {"before a capital", "after a country", "before 'Warsaw'"} <= is_
+
+
+def test_names_are_of_the_text_and_every_feature_of_a_graph_gets_one(shipped, coders, reading):
+    namer = naming.make_namer(shipped, coders, reading, each=3)
+    assert namer.labels.n == len(namer.words) == len(namer.text)
+    read = naming.read_texts(shipped, ["The cat sat.", "A dog"])
+    alone = naming.read_texts(shipped, ["The cat sat."])
+    assert torch.allclose(read[2][: len(alone[2])], alone[2], atol=1e-4)  # padding changes nothing
+    graph = lab.question_graph(shipped, coders, prompts.opening(shipped))
+    shares = naming.named_share(namer, graph)
+    assert 0.5 < shares[0] <= 1 and 0 <= shares[1] <= shares[0]
+    own, other = (naming.scores(namer, [graph], control) for control in (False, True))
+    assert all(0 <= score <= 1 for score in own + other)
+    node = graph.features()[0]
+    for piece in namer.contexts(node.layer, node.index, 2):
+        assert max(value for _, value in piece) > 0
+
+
+# -- where a head looks ------------------------------------------------------------------------
+
+
+def test_a_head_that_looks_after_the_earlier_copy(shipped):
+    q = prompts.repeated(shipped, 1, seed=0)[0]
+    layer, head, here, there = looking.where_it_looks(shipped, q.prompt)
+    ids = shipped.tokens(q.prompt)[0]
+    assert layer > 0 and ids[there - 1] == ids[here] and here == len(ids) - 1
+    with pytest.raises(ValueError, match="does not come earlier"):
+        looking.where_it_looks(shipped, "The cat")
+
+
+def test_the_head_that_looks_at_what_is_named(shipped, coders, reading):
+    q = prompts.opening(shipped)
+    layer, head, here, there = looking.who_looks_at(shipped, q)
+    token = shipped.str_tokens(shipped.tokens(q.prompt)[0])[there].strip()
+    assert token in q.one.subject
+    namer = naming.make_namer(shipped, coders, reading, each=1)
+    said = looking.top_products(shipped, coders, namer, q.prompt, (layer, head, here, there))
+    assert said.startswith(f"L{layer}H{head}") and "<bos>" not in said and said.count("\n") == 5
+
+
+def test_the_map_of_products_leaves_out_biases_alone(shipped, coders):
+    local = LocalReplacement(shipped, coders, prompts.opening(shipped).prompt)
+    found = qk_attribution(local, 2, 1, 5, 3)
+    picture = tracing_figures.qk_map(found, shipped.str_tokens(local.ids))
+    table = picture.axes[0].images[0].get_array()
+    inside = float(found.products[:-1, :-1].sum())
+    assert float(table.sum()) == pytest.approx(inside, rel=1e-3, abs=1e-3)
+
+
+# -- the investigation -------------------------------------------------------------------------
+
+
+def test_a_story_is_scored_on_three_interventions(shipped, coders):
+    found = inquiry.Inquiry(shipped, coders, prompts.untold(shipped))
+    lost, turned, kept = found.shares([])
+    assert (lost, turned, kept) == (0.0, 0.0, 1.0)
+    every = found.shares(found.every)
+    assert all(0 <= share <= 1 for share in every)
+    some = found.every[:5]
+    assert found.score(some) == pytest.approx(min(found.shares(some)) - 5 * inquiry.PRICE)
+    taken = {found.question.one.country, found.question.other.country}
+    assert len(found.elsewhere) == inquiry.ELSEWHERE
+    assert not any({q.one.country, q.other.country} & taken for q, _ in found.elsewhere)
+    assert prompts.unseen(found.question.one)

@@ -319,9 +319,10 @@ def test_a_truncated_safetensors(tmp_path):
         ({"architecture": "topk"}, "topk needs k"),
         ({"architecture": "jumprelu"}, "lacks threshold"),
         (
-            {"architecture": "standard", "normalize_activations": "layer_norm"},
+            {"architecture": "transcoder", "normalize_activations": "layer_norm"},
             "'layer_norm', so its activations were divided",
         ),
+        ({"architecture": "matryoshka_batchtopk"}, "'matryoshka_batchtopk', which is not known"),
         (
             {"architecture": "standard", "finetuning_scaling_factor": True},
             "finetuning_scaling_factor = True, so its latents are scaled",
@@ -523,3 +524,30 @@ def test_a_setting_of_saelens_that_changes_the_function_is_refused(tmp_path, set
     write_json(tmp_path / "cfg.json", read_json(tmp_path / "cfg.json") | setting)
     with pytest.raises(ModelError, match=words):
         load_coder(tmp_path)
+
+
+def test_a_saelens_coder_with_layer_norm_is_read_and_written(tmp_path):
+    p = without(parts(), "threshold", "W_skip")
+    settings = {"architecture": "topk", "k": 4, "normalize_activations": "layer_norm"}
+    coder = load_coder(sae_lens_folder(tmp_path, p, apply_b_dec_to_input=True, **settings))
+    mean, std = X.mean(1, keepdim=True), X.std(1, keepdim=True)
+    same(coder, topk(p, 4, (X - mean) / (std + 1e-5)) * std + mean)
+    again = load_coder(save_coder(coder, tmp_path / "again"))
+    assert again.layer_norm and torch.equal(again(X), coder(X))
+    assert read_json(tmp_path / "again/cfg.json")["normalize_activations"] == "layer_norm"
+
+
+def test_a_matryoshka_coder_is_written_as_the_topk_coder_that_it_is(tmp_path):
+    coder = random_coder().nested_((5, 12))
+    again = load_coder(save_coder(coder, tmp_path, hook_name="here"))
+    assert again.prefixes == (5, 12, 20) and torch.allclose(again(X), coder(X), atol=1e-5)
+    save_coder(again, tmp_path / "b")
+    for folder in (tmp_path, tmp_path / "b"):
+        config = read_json(folder / "cfg.json")
+        assert config["architecture"] == "topk"
+        assert config["metadata"]["matryoshka_widths"] == [5, 12, 20]
+    for wrong in ([5, 3], "5", [[5]], {"a": 1}):
+        config["metadata"]["matryoshka_widths"] = wrong
+        write_json(tmp_path / "cfg.json", config)
+        with pytest.raises(ModelError, match="has wrong matryoshka_widths"):
+            load_coder(tmp_path)

@@ -1,5 +1,6 @@
 """SparseCoder: hand-computed first, then its forms against each other."""
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,8 @@ from mi_helpers.saes.coder import (
     explained_variance,
     geometric_median,
 )
+from mi_helpers.saes.step import SparseStep
+from mi_helpers.saes.training import TrainConfig, fit
 
 
 def random_coder(activation="topk", d_out=None, skip=False, seed=0, **options) -> SparseCoder:
@@ -269,3 +272,79 @@ def test_large_activations_are_not_bad():
 
 def test_a_coder_says_what_it_is():
     assert "6 → 20 → 4, topk, k=3, skip" in repr(random_coder("topk", 4, True))
+
+
+@pytest.mark.parametrize("kind", [{}, {"d_out": 5, "skip": True}, {"activation": "jumprelu"}])
+def test_unfolding_is_the_inverse_of_folding(kind):
+    coder, other = (SparseCoder(7, 20, k=3, seed=seed, **kind) for seed in (0, 1))
+    with torch.no_grad():
+        for each, scale in ((coder, 0.4), (other, 2.5)):
+            each.scale_in.fill_(scale), each.scale_out.fill_(3 * scale)
+            for parameter in each.parameters():
+                parameter += 0.1 * torch.rand_like(parameter)
+    other.unfold_(coder.folded())
+    x = torch.randn(30, 7)
+    torch.testing.assert_close(other(x), coder(x))
+    assert float(other.scale_in) == 2.5
+
+
+# -- Matryoshka, and inputs with layer_norm ----------------------------------------------------
+
+
+def test_the_first_latents_of_a_matryoshka_coder_predict_by_themselves():
+    """A hierarchy: each row is a parent with one of its children; 4 parents, 16 children."""
+    rng = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(20, 24, generator=rng), dim=1)
+    child = torch.randint(16, (4_000,), generator=rng)
+    size = 1 + torch.rand(4_000, 2, generator=rng)
+    x = size[:, :1] * directions[child // 4] + size[:, 1:] * directions[4 + child]
+    found = {}
+    for prefixes in ((), (4,)):
+        config = TrainConfig(latents=32, k=2, batch=256, steps=250, prefixes=prefixes)
+        coder = fit(x, config)
+        f = coder.encode(x)
+        found[prefixes] = explained_variance(x, coder(x))
+        f[:, 4:] = 0
+        found["first 4", prefixes] = explained_variance(x, coder.decode(f))
+    assert found["first 4", (4,)] > found["first 4", ()] + 0.1
+    assert found[(4,)] > found[()] - 0.1
+    assert coder.prefixes == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("widths", "says"),
+    [
+        ((8, 8), r"The prefixes are \[8, 8, 20\]: expected whole numbers that rise to 20"),
+        ((0, 8), "rise to 20"),
+        ((8, 21), "rise to 20"),
+        (("8",), "expected whole numbers"),
+        ((2.5,), "expected whole numbers"),
+    ],
+)
+def test_prefixes_that_cannot_be(widths, says):
+    with pytest.raises(ValueError, match=says):
+        SparseCoder(6, 20, k=3).nested_(widths)
+    with pytest.raises(ValueError, match="Prefixes are for topk and batchtopk, not for relu"):
+        SparseCoder(6, 20, activation="relu").nested_((4,))
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu"])
+def test_layer_norm_is_saelens(activation):
+    """(x - mean) / (std + 1e-5) is read, and what is predicted goes back to x's size."""
+    coder = SparseCoder(7, 20, k=3, activation=activation)
+    for parameter in coder.parameters():
+        parameter.data += 0.1 * torch.rand_like(parameter)
+    plain = copy.deepcopy(coder)
+    coder.layer_norm = True
+    x = 5 * torch.randn(30, 7) + 3
+    mean = x.sum(1, keepdim=True) / 7
+    std = ((x - mean) ** 2).sum(1, keepdim=True).div(6).sqrt()
+    normed = (x - mean) / (std + 1e-5)
+    torch.testing.assert_close(coder.encode(x), plain.encode(normed))
+    torch.testing.assert_close(coder(x), plain(normed) * std + mean)
+    index, value = coder.encode_sparse(x)
+    torch.testing.assert_close(coder.decode_sparse(index, value, x), coder(x))
+    with pytest.raises(ValueError, match="normalises what it reads: give x"):
+        coder.decode_sparse(index, value)
+    with pytest.raises(ValueError, match="layer_norm is read and used, but not trained"):
+        SparseStep(coder)

@@ -17,6 +17,7 @@ from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.report import (
     Losses,
     held_out_texts,
+    predict,
     report,
     spliced,
     spliced_losses,
@@ -107,6 +108,16 @@ def test_a_transcoder_predicts_from_its_source(model, site):
         assert torch.allclose(model.loss(ids), clean, atol=1e-5)
     with spliced(model, (site, 1), ("mlp_out", 1), lambda s, t: torch.zeros_like(t), lead=0):
         assert not torch.allclose(model.loss(ids), clean, atol=1e-3)
+
+
+def test_a_coder_that_normalises_its_input_puts_back_the_size_of_the_stream(model):
+    """The identity with layer_norm changes nothing, but for its epsilon."""
+    coder = identity(model.d_model)
+    coder.layer_norm = True
+    ids, site = torch.tensor([[2, 5, 9, 11, 7]]), ("resid_post", 1)
+    clean = model.loss(ids)
+    with spliced(model, site, None, lambda source, _: predict(coder, source), lead=0):
+        torch.testing.assert_close(model.loss(ids), clean, atol=1e-3, rtol=1e-3)
 
 
 def test_heads_are_put_back_as_heads(model):

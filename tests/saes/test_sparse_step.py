@@ -258,17 +258,22 @@ CODERS = {
     "transcoder": {"d_out": 40},
     "transcoder of equal sizes": {"d_out": 48},
     "skip transcoder": {"d_out": 40, "skip": True},
+    "Matryoshka": {"prefixes": (50, 130, 520)},
+    "Matryoshka skip transcoder": {"d_out": 40, "skip": True, "prefixes": (100,)},
 }
 
 
 def make(kind="SAE", rows=700, seed=0, **options):
     """A coder with random parameters, inputs, and targets where it is a transcoder."""
     options = CODERS[kind] | options
+    prefixes = options.pop("prefixes", None)
     x = 3 * randn(rows, 48, seed=seed) + 1
     target = None
     if "d_out" in options:
         target = torch.tanh(x @ randn(48, options["d_out"], seed=9)) * 5 - 2
     coder = SparseCoder(48, 600, k=8, **options).initialise(x, target)
+    if prefixes:
+        coder.nested_(prefixes)
     for number, parameter in enumerate(coder.parameters()):
         parameter.data += 0.03 * randn(*parameter.shape, seed=number)
     coder.b_enc.data[::7] -= 5  # these never fire
@@ -310,6 +315,9 @@ def loss_by_autograd(coder, x, target, step):
     if coder.skip:
         error = error + x * coder.scale_in @ coder.W_skip.T
     loss = error.pow(2).sum(1).mean()
+    for width in coder.prefixes[:-1]:  # without the latents after them
+        inner = error - f[:, width:] @ coder.W_dec[width:]
+        loss = loss + inner.pow(2).sum(1).mean()
     dead = step.dead
     if dead.any():
         n = min(step.config.aux_k, int(dead.sum()))

@@ -26,6 +26,7 @@ from mi_helpers.files import RunError
 from mi_helpers.saes import training
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.files import load_coder
+from mi_helpers.saes.pipeline import Settings
 from mi_helpers.saes.training import TrainConfig, learning_rate, peak_rate, quality, read_log, train
 
 LEARN = TrainConfig(
@@ -316,3 +317,163 @@ def test_a_batch_that_cannot_be_shared_is_said(held, tmp_path):
 
 def test_the_workers_train_for_more_than_an_epoch():
     assert CONFIG.batch * CONFIG.steps > 900  # more than one epoch of what the workers harvest
+
+
+# -- extended --------------------------------------------------------------------------------
+
+
+MORE = replace(LEARN, steps=450)
+
+
+@pytest.fixture(scope="module")
+def extended(held, tmp_path_factory):
+    """A run of 300 steps, with a report beside it, extended to 450."""
+    folder = tmp_path_factory.mktemp("extended")
+    first = train(held, folder, LEARN, progress=False)
+    (folder / "report.md").write_text("of 300 steps")
+    before = results(folder)
+    return first, before, train(held, folder, MORE, progress=False), folder
+
+
+def test_a_finished_run_goes_on_to_more_steps(extended, held):
+    first, before, coder, folder = extended
+    log = read_log(folder / "log.csv")
+    assert [row["step"] for row in log] == list(range(50, 451, 50))
+    assert log[-1]["explained_variance"] > log[5]["explained_variance"] + 0.002
+    x, _ = held.slice(4_500, held.rows)
+    assert quality(coder, x)["explained_variance"] == pytest.approx(
+        log[-1]["explained_variance"], abs=1e-4
+    )
+    assert training.read_sealed(folder / "recipe.json")["steps"] == 450
+    kept = load_coder(folder / "coder-300")
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), kept.parameters(), strict=True)
+    )
+    assert (folder / "coder-300" / "report.md").read_bytes() == before["report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "coder",
+        "coder-300",
+        "log.csv",
+        "recipe.json",
+        "seconds.json",
+    ]
+    again = train(held, folder, MORE, progress=False)  # it is done, and stays as it is
+    assert torch.equal(again.W_dec, coder.W_dec)
+
+
+def test_it_goes_on_from_the_coder_with_the_rows_that_come_next(held, tmp_path, monkeypatch):
+    """At a rate of nearly nothing, the added steps leave the coder as it is."""
+    first = train(held, tmp_path, replace(LEARN, steps=40), progress=False)
+    asked = []
+    real = training.Shuffled.rows
+    monkeypatch.setattr(
+        training.Shuffled, "rows", lambda s, a, b: asked.append((a, b)) or real(s, a, b)
+    )
+    monkeypatch.setattr(training, "learning_rate", lambda *_: 1e-12)
+    second = train(held, tmp_path, replace(LEARN, steps=43), progress=False)
+    assert [pair for pair in asked if pair[0]] == [(256 * i, 256 * i + 256) for i in (40, 41, 42)]
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_the_rate_rises_anew_over_the_added_steps():
+    config = TrainConfig(latents=64, steps=300, rate=1.0, warm_up=0.1, decay=0.5)
+    added = [learning_rate(step, config, 200) for step in range(200, 300)]
+    assert added == [learning_rate(step, replace(config, steps=100)) for step in range(100)]
+
+
+def test_only_a_finished_run_is_extended_and_only_by_more_steps(
+    extended, held, tmp_path, monkeypatch
+):
+    with pytest.raises(RunError, match="holds a run with steps 450, not 300"):
+        train(held, extended[3], LEARN, progress=False)
+    with pytest.raises(RunError, match="holds a run with k 3, not 5"):
+        train(held, extended[3], replace(MORE, steps=500, k=5), progress=False)
+    (extended[3] / "coder-450").mkdir()
+    with pytest.raises(RunError, match="coder-450 is there already: move it away"):
+        train(held, extended[3], replace(MORE, steps=500), progress=False)
+    (extended[3] / "coder-450").rmdir()
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training, "finish_coder", lambda *_: (_ for _ in ()).throw(Stopped))
+        train(held, tmp_path, LEARN, progress=False)
+    with pytest.raises(
+        RunError, match="300 steps that is not finished: finish it with --steps 300"
+    ):
+        train(held, tmp_path, MORE, progress=False)
+
+
+@pytest.mark.parametrize("call", ["save_tensors", "write_sealed", "put_aside", "rename", "advance"])
+def test_killed_while_it_is_extended_it_ends_the_same(extended, held, tmp_path, call, monkeypatch):
+    """Stopped after the checkpoint, the recipe, a moved report, the moved coder, and a step."""
+    train(held, tmp_path, LEARN, progress=False)
+    (tmp_path / "report.md").write_text("of 300 steps")
+
+    def stop(*_):
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if call in ("save_tensors", "write_sealed"):
+            real = getattr(training, call)
+            patch.setattr(training, call, lambda *a: (real(*a), stop()))
+        elif call == "put_aside":
+            patch.setattr(type(tmp_path), "rename", stop)
+        elif call == "rename":
+            patch.setattr(training.Run, "begin", stop)
+        else:
+            patch.setattr(training.Run, "log", stop)
+        train(held, tmp_path, MORE, progress=False)
+    train(held, tmp_path, MORE, progress=False)
+    assert results(tmp_path) == results(extended[3])
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+def test_every_activation_is_extended(held, tmp_path, activation):
+    config = replace(LEARN, steps=20, activation=activation)
+    first = train(held, tmp_path, config, progress=False)
+    recipe = training.read_sealed(tmp_path / "recipe.json") | {"steps": 30, "begun": 20}
+    run = training.Run(held, tmp_path, replace(config, steps=30), recipe, finished=first)
+    again = run.coder.folded()
+    for (name, a), b in zip(first.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+    train(held, tmp_path, replace(config, steps=30), progress=False)
+
+
+# -- Matryoshka ------------------------------------------------------------------------------
+
+
+def test_a_matryoshka_run_keeps_its_prefixes(held, tmp_path, monkeypatch):
+    config = replace(LEARN, steps=60, save_every=20, prefixes=(8, 24))
+    coder = train(held, tmp_path / "whole", config, progress=False)
+    assert coder.prefixes == (8, 24, 64)
+    real = training.Run.advance
+
+    def stops(run):
+        if run.step_number == 30:
+            raise Stopped
+        return real(run)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training.Run, "advance", stops)
+        train(held, tmp_path / "run", config, progress=False)
+    with pytest.raises(RunError, match=r"holds a run with prefixes \[8, 24\], not \[\]"):
+        train(held, tmp_path / "run", replace(config, prefixes=()), progress=False)
+    train(held, tmp_path / "run", config, progress=False)
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
+
+
+def test_a_run_of_before_there_were_prefixes_goes_on(held, tmp_path):
+    config = replace(LEARN, steps=10)
+    train(held, tmp_path, config, progress=False)
+    recipe = training.read_sealed(tmp_path / "recipe.json")
+    del recipe["prefixes"]
+    training.write_sealed(tmp_path / "recipe.json", recipe)
+    training.check_recipe(tmp_path, training.asdict(config))
+    with pytest.raises(RunError, match=r"holds a run with prefixes None, not \[8\]"):
+        training.check_recipe(tmp_path, training.asdict(replace(config, prefixes=(8,))))
+
+
+def test_prefixes_are_read_from_an_option():
+    assert Settings(prefixes="8, 24").training(4).prefixes == (8, 24)
+    assert Settings().training(4).prefixes == ()
+    with pytest.raises(RunError, match="prefixes is '8,x': give widths, as 256,1024"):
+        Settings(prefixes="8,x").training(4)

@@ -63,7 +63,7 @@ def planes(panels: Mapping[str, tuple], y: Sequence[bool], names: tuple[str, str
 def probe_explorer(
     names: Sequence[str],
     scans: Mapping[str, Mapping[str, Sequence[float]]],
-    layer: int,
+    layer: str,
     property: str,
 ) -> Figure:
     """Left: the accuracy of every property's probe at one layer, beside its controls. Right: the
@@ -72,23 +72,23 @@ def probe_explorer(
     Args:
         names: of the layers.
         scans: {property: {series: accuracies (layers,)}}, all with the same series.
-        layer: its index; property: that of the right panel.
+        layer: its name; property: that of the right panel.
 
     Raises:
         ValueError: no such layer or property.
     """
-    if not 0 <= layer < len(names):
-        raise ValueError(f"There is no layer {layer}: choose 0 to {len(names) - 1}.")
+    if layer not in names:
+        raise ValueError(f"There is no layer {layer!r}: choose one of {', '.join(names)}.")
     if property not in scans:
         raise ValueError(f"There is no property {property!r}: choose one of {', '.join(scans)}.")
-    height = 1.7 + 0.7 * len(scans)
+    at, height = list(names).index(layer), 1.7 + 0.7 * len(scans)
     picture = Picture(figsize=(11, height), layout="none")  # fixed margins take half the time
     picture.subplots_adjust(0.09, 1.1 / height, 0.985, 1 - 0.4 / height, wspace=0.12)
     left, right = picture.subplots(1, 2, width_ratios=[1.25, 1])
     series = list(scans[property])
     thick, rows = 0.86 / len(series), np.arange(len(scans))
     for i, label in enumerate(series):
-        values = as_array([each[label][layer] for each in scans.values()])
+        values = as_array([each[label][at] for each in scans.values()])
         places = rows + (i - (len(series) - 1) / 2) * thick
         hatch = ("", "//", "..", "xx")[i % 4]
         drawn = left.barh(places, values, thick, label=label, hatch=hatch, edgecolor="white")
@@ -96,8 +96,12 @@ def probe_explorer(
         right.plot(range(len(names)), as_array(scans[property][label]))
     left.set_yticks(rows, scans)
     left.invert_yaxis()
-    left.set(xlim=(0, 1.12), xlabel="accuracy on held-out text", title=f"layer {names[layer]}")
-    right.axvline(layer, color="grey", linestyle=":", marker="", linewidth=1.5)
+    left.set(
+        xlim=(0, 1.12),
+        xlabel="accuracy on held-out text",
+        title="embedding" if layer == "embed" else f"layer {layer}",
+    )
+    right.axvline(at, color="grey", linestyle=":", marker="", linewidth=1.5)
     right.set_xticks(range(len(names)), names)
     right.set(ylim=(0, 1.05), xlabel="layer", title=property)
     picture.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=len(series))

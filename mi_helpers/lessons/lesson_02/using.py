@@ -215,20 +215,24 @@ def removal(
 
 def left_after(
     pair: tuple[NumberTask, NumberTask], site: Key, project_out: Callable
-) -> dict[str, float]:
-    """How well a new probe reads the subject's number, at the subject, where a direction was taken
-    out of the vectors: {direction: accuracy}, found in the first task, scored on the second.
+) -> dict[str, tuple[float, float]]:
+    """How well directions read the subject's number, at the subject, and how well a new probe does
+    where they were taken out: {direction: (accuracy, accuracy)}, found in the first task, scored on
+    the second.
 
     Args:
         project_out: (x, v, centre) -> x without v, of tensors.
     """
     x, y = pair[0].stream["head"][site], pair[0].plural["head"]
-    centre, left = as_float32(midpoint(x, y)), {}
+    fresh, truth = pair[1].stream["head"][site], pair[1].plural["head"]
+    centre, found = midpoint(x, y), {}
     for name in ("mean difference", "probe", "random"):
-        v = as_float32(find_direction(x, y, name))
-        old, new = (project_out(as_float32(t.stream["head"][site]), v, centre) for t in pair)
-        left[name] = fit_probe(old, y).score(new, pair[1].plural["head"])
-    return left
+        v = find_direction(x, y, name)
+        v = v * np.sign(v @ mean_difference(x, y))  # a random one points either way
+        reads = float((((fresh - centre) @ v > 0) == truth).mean())
+        old, new = (project_out(*map(as_float32, (each, v, centre))) for each in (x, fresh))
+        found[name] = reads, fit_probe(old, y).score(new, truth)
+    return found
 
 
 QUESTIONS = {  # whose number, and where: (place, noun)

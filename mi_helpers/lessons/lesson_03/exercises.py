@@ -39,7 +39,6 @@ from mi_helpers.patching import activation_patch, normalised_logit_diff
 from mi_helpers.sweeps import Sweep
 from mi_helpers.tinyworld import lexicon
 
-PROBE = "The Eiffel Tower is in the city of"
 ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
 
 
@@ -234,6 +233,7 @@ MISTAKES_33 = slips(
     importance=5,
     minutes=6,
     reference=sweep,
+    seconds=60,  # a slow machine takes ten
     right=[sweep_by_library],
     survivors=ONE_MODEL
     | {"range(clean.shape[1]) → range(1, clean.shape[1])": "at 0 both have <bos>: no effect"},
@@ -367,6 +367,7 @@ MISTAKES_35 = slips(
     ("x + noise", "noise + 0 * x", "The noise replaces the embedding: add it."),
     ("resid_pre", "attn_out", "This restores what attention adds: the stream is at resid_pre."),
     ("[:, position]", "[:, position + 1]", "Another position is restored."),
+    ("[:, position]", "[:, : position + 1]", "Every position up to this one is restored."),
     ("[:, position]", "[0, position]", "Only the first prompt is restored."),
 )
 
@@ -403,10 +404,8 @@ def check_35(answer) -> None:
         model, pairs = shipped_model(), some_pairs(draw)
         ids, noise = pairs.clean, torch.zeros(*pairs.clean.shape, model.d_model)
         size = float(model.run_with_cache(ids, "embed")[1]["embed"].std())
-        at = draw.choice(pairs.subject)
-        noise[:, at:-1] = draw.normal(
-            len(ids), ids.shape[1] - at - 1, model.d_model, scale=3 * size
-        )
+        places, at = ids.shape[1] - 2, draw.choice(pairs.subject)
+        noise[:, 1:-1] = draw.normal(len(ids), places, model.d_model, scale=3 * size)
         return model, ids, noise, draw.integer(1, model.n_layers - 2), at
 
     on_model(
@@ -420,8 +419,30 @@ def check_35(answer) -> None:
 
 # -- 3.6 -------------------------------------------------------------------------------------
 
+
+def bound_late(model, base, other, heads):
+    """As the reference, but the hooks share the loop's variables."""
+    _, kept = model.run_with_cache(other, "z")
+    hooks = {}
+    for layer in dict(heads):
+        chosen = [head for each, head in heads if each == layer]
+
+        def put_in(z):
+            z[:, -1, chosen] = kept["z", layer][:, -1, chosen]  # noqa: B023
+            return z
+
+        hooks["z", layer] = put_in
+    with model.hooks(hooks):
+        return model(base)[:, -1]
+
+
 MISTAKES_36 = slips(
     patch_heads,
+    (
+        bound_late,
+        "All hooks replace the heads of the loop's last layer: a function made in a loop sees the "
+        "variables as they are when it runs.",
+    ),
     (
         "if each == layer]",
         "if each == layer][-1:]",
@@ -677,7 +698,17 @@ MISTAKES_39 = slips(
         "torch.corrcoef(torch.stack([said, world]))[0, 1]",
         "This is the correlation: it does not say how large the bias is.",
     ),
-    ("[0, -1]", "[0, 0]", "These are the logits of the first token: take the last."),
+    (
+        "last[:, she] - last[:, he]",
+        "last.softmax(-1)[:, she].logit()",
+        "This is she against all other words: take she against he.",
+    ),
+    (
+        "[0, -1]",
+        "[0, 0]",
+        'The slope is 0: take the last token\'s logits, and the ids of " she" and " he", each with '
+        "its space.",
+    ),
 )
 
 
@@ -715,6 +746,7 @@ def check_39(answer) -> None:
             draw.integer(0, 999), jobs[1:]
         )
         p = [lexicon.occupations()[job] for job in jobs + jobs[1:]]
-        return shipped_model(), texts, p
+        cut = [text.rsplit(" ", draw.choice([0, 1]))[0] for text in texts]  # not only she or he
+        return shipped_model(), cut, p
 
     on_model(answer, bias_slope, make, MISTAKES_39, "The slope is cov(model, world) / var(world).")

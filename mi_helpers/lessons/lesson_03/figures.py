@@ -131,7 +131,7 @@ class PatchingExplorer:
                 "One prompt is empty: write both, or neither, and the pair above is shown."
             )
         if given:
-            return clean, corrupted, answers
+            return clean.strip(), corrupted.strip(), answers
         *texts, known = self.pairs[pair]
         return texts[0], texts[1], answers if answers.strip() else known
 

@@ -207,7 +207,7 @@ def one_guess() -> tuple:
 @investigation(
     "3",
     title="Where is the country, and which heads fetch it?",
-    form="a vector, (layer, position), and a list of heads, such as ((0, 2), [(3, 1), (5, 0)])",
+    form="a vector, (layer, position), and a list of heads, such as ((0, 1), [(0, 3), (5, 2)])",
     chance=lambda rng: (rng.choice(cells()), rng.sample(all_heads(), 3)),
     best=best_known,
     good=one_guess,
@@ -225,7 +225,7 @@ def score_country(answer) -> float:
     answer = plain(answer)
     if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], tuple):
         raise Wrong(
-            f"Give a vector and a list of heads, ((0, 2), [(3, 1)]), not {describe(answer)}."
+            f"Give a vector and a list of heads, ((0, 1), [(0, 3)]), not {describe(answer)}."
         )
     length = judged(0).clean.shape[1]
     layer, position = (*answer[0], None, None)[:2]

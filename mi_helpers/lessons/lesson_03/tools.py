@@ -18,7 +18,8 @@ def patch_vector(model, base, other, layer, position):
     """Logits at the last token, (batch, d_vocab), of base with one vector of each prompt replaced.
 
     base, other  token ids (batch, pos). The vector at `position` of the stream that enters `layer`,
-    ("resid_pre", layer), comes from the run on other. Afterwards the model is intact.
+    ("resid_pre", layer), (batch, pos, d_model), comes from the run on other. run_with_cache keeps
+    it, and in `with model.hooks({site: hook}):` a run goes on with hook(stream).
     """
     key = ("resid_pre", layer)
     _, kept = model.run_with_cache(other, key)
@@ -140,7 +141,7 @@ def attribution(model, base, other, layer, answer, wrong):
 def bias_slope(model, sentences, p_she):
     """The slope of the model's log-odds of "she" against "he" over the world's, one number.
 
-    sentences  texts of any lengths, each up to its pronoun
+    sentences  texts of any lengths, each up to its pronoun; model.to_single_token(" she") is an id
     p_she      the world's probability of "she" for each sentence's occupation, a list
     """
     she, he = (model.to_single_token(word) for word in (" she", " he"))

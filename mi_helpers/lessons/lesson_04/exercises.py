@@ -2,22 +2,13 @@
 
 import functools
 import itertools
-import math
+from collections.abc import Callable
 
 import torch
 
 from mi_helpers.attribution import direct_logit_attribution
-from mi_helpers.course.check import (
-    Wrong,
-    agree,
-    as_numbers,
-    describe,
-    draws,
-    edited,
-    exercise,
-    expect,
-    expect_shape,
-)
+from mi_helpers.course.answers import is_numeric
+from mi_helpers.course.check import Wrong, agree, as_numbers, describe, edited, edits, exercise
 from mi_helpers.course.investigate import investigation, one_of, plain
 from mi_helpers.course.predict import prediction
 from mi_helpers.lens import TunedLens, read_out, settled_depth, train_tuned_lens
@@ -66,27 +57,21 @@ def lens_in_numpy(model, h):
 
 
 MISTAKES_41 = [
-    (
-        edited(lens, "model.ln_final(h)", "h"),
-        "The stream is not normalised: `model.ln_final` comes first.",
+    *edits(
+        lens,
+        """
+        model.ln_final(h) → h
+            The stream is not normalised: `model.ln_final` comes first.
+        cap is None → True
+            The soft-cap is missing: the order is right, the probabilities are not.
+        cap * torch.tanh(logits / cap) → logits.clamp(-cap, cap)
+            This cuts hard at the cap: use tanh, which bends.
+        @ model.W_U → @ model.W_U * model.d_model**0.5
+            Gemma multiplies by √d_model on its way in, not on its way out: W_U as it is.
+        """,
     ),
-    (
-        edited(lens, "cap is None", "True"),
-        "The soft-cap is missing: the order is right, the probabilities are not.",
-    ),
-    (
-        edited(lens, "cap * torch.tanh(logits / cap)", "logits.clamp(-cap, cap)"),
-        "This cuts hard at the cap: use tanh, which bends.",
-    ),
-    (
-        edited(lens, "@ model.W_U", "@ model.W_U * model.d_model**0.5"),
-        "Gemma multiplies by √d_model on its way in, not on its way out: W_U as it is.",
-    ),
+    (lambda *given: lens(*given).softmax(-1), "These are probabilities: return logits."),
     (whole_norm, "All tokens share one norm: each token has its own, over the last axis."),
-    (
-        lambda model, h: lens(model, h).softmax(-1),
-        "These are probabilities: return logits.",
-    ),
 ]
 
 
@@ -148,17 +133,24 @@ def rank_in_python(logits, target):
 
 
 MISTAKES_42 = [
-    (edited(rank_of, ".sum(-1) + 1", ".sum(-1)"), "The best token has rank 1, not 0."),
-    (edited(rank_of, ">", "<"), "The order is turned round: the highest logit has rank 1."),
+    *edits(
+        rank_of,
+        """
+        .sum(-1) + 1 → .sum(-1)
+            The best token has rank 1, not 0.
+        > → <
+            The order is turned round: the highest logit has rank 1.
+        target.expand → target[:1].expand
+            Each prompt has its own target.
+        logits > own → logits[-1:] > own[-1:]
+        & + 1 → + 1 + torch.zeros_like(own[..., 0])
+            These are the ranks at the last depth: count at each depth.
+        """,
+    ),
     (
         which_token,
         "`argsort` at the target's place says which token has that rank. You are asked for the "
         "rank of the token.",
-    ),
-    (edited(rank_of, "target.expand", "target[:1].expand"), "Each prompt has its own target."),
-    (
-        lambda logits, target: rank_of(logits[-1:], target).expand(logits.shape[:-1]),
-        "These are the ranks at the last depth: count at each depth.",
     ),
 ]
 
@@ -217,22 +209,20 @@ def settled_by_walking(ranks):
 
 MISTAKES_43 = [
     (first_time, "This is the first time at rank 1: it may be lost again."),
-    (
-        lambda ranks: (settled(ranks) - 1).clamp(0),
-        "One too early: the depth before the last run has another rank.",
-    ),
-    (
-        edited(settled, "len(ranks) - kept", "kept"),
-        "This is for how many depths it stays: return where that begins.",
-    ),
-    (
-        edited(settled, ".flip(0).cumprod(0)", ""),
-        "Only the last run counts, not every depth with rank 1.",
-    ),
-    (edited(settled, "- kept", "- kept + 1"), "Depths count from 0."),
-    (
-        lambda ranks: settled(ranks).clamp(max=len(ranks) - 1),
-        "What is not first at the end never settles: return the number of depths.",
+    *edits(
+        settled,
+        """
+        len(ranks) - kept → (len(ranks) - kept - 1).clamp(0)
+            One too early: the depth before the last run has another rank.
+        len(ranks) - kept → kept
+            This is for how many depths it stays: return where that begins.
+        .flip(0).cumprod(0) →
+            Only the last run counts, not every depth with rank 1.
+        - kept → - kept + 1
+            Depths count from 0.
+        len(ranks) - kept → (len(ranks) - kept).clamp(max=len(ranks) - 1)
+            What is not first at the end never settles: return the number of depths.
+        """,
     ),
 ]
 
@@ -288,33 +278,24 @@ def cost_in_numpy(final, early):
 
 
 cross_entropy = edited(stopping_cost, "(p - q)", "-q")
-MISTAKES_44 = [
-    (
-        lambda final, early: stopping_cost(early, final),
-        "Lens and final are swapped: the weights are the final p.",
-    ),
-    (
-        cross_entropy,
-        "This is the cross-entropy, which is not 0 for a perfect lens: subtract the final "
-        "distribution's own entropy.",
-    ),
-    (
-        edited(stopping_cost, "(p - q)", "(final_logits - lens_logits)"),
-        "Logits differ from log-probabilities: use `log_softmax` first.",
-    ),
-    (
-        lambda final, early: stopping_cost(final, early) / math.log(2),
-        "These are bits: nats use the natural logarithm.",
-    ),
-    (
-        edited(stopping_cost, ".sum(-1)", ".sum(-1).mean()"),
-        "This is the mean: return one number for each token.",
-    ),
-    (
-        edited(stopping_cost, ".sum(-1)", ".mean(-1)"),
-        "Sum over the vocabulary: there is nothing to average there.",
-    ),
-]
+MISTAKES_44 = edits(
+    stopping_cost,
+    """
+    p, q = → q, p =
+        Lens and final are swapped: the weights are the final p.
+    (p - q) → -q
+        This is the cross-entropy, which is not 0 for a perfect lens: subtract the final
+        distribution's own entropy.
+    (p - q) → (final_logits - lens_logits)
+        Logits differ from log-probabilities: use `log_softmax` first.
+    .sum(-1) → .sum(-1) / 0.6931472
+        These are bits: nats use the natural logarithm.
+    .sum(-1) → .sum(-1).mean()
+        This is the mean: return one number for each token.
+    .sum(-1) → .mean(-1)
+        Sum over the vocabulary: there is nothing to average there.
+    """,
+)
 
 
 @exercise(
@@ -366,43 +347,32 @@ def tuned_by_grad(model, A, b, h, final_logits, optimizer):
     return loss
 
 
-def own_optimizer(model, A, b, h, final_logits, optimizer):
-    return tuning_step(model, A, b, h, final_logits, torch.optim.Adam([A, b], lr=1e-3))
-
-
-def loss_afterwards(model, A, b, h, final_logits, optimizer):
-    tuning_step(model, A, b, h, final_logits, optimizer)
-    return stopping_cost(final_logits, lens(model, h + h @ A.T + b)).mean().item()
-
-
-NOT_MOVED = edited(tuning_step, "    optimizer.step()\n", "")
-MISTAKES_45 = [
-    (edited(tuning_step, "A.T", "A"), "A is transposed: row i of h @ A.T is A h."),
-    (
-        edited(tuning_step, "h + h @", "h @"),
-        "The stream itself is missing: h + A h + b, so that A = 0 is the logit lens.",
-    ),
-    (edited(tuning_step, "A.T + b", "A.T + 0 * b"), "b is not used."),
-    (
-        edited(
-            tuning_step,
-            "(final_logits, lens(model, h + h @ A.T + b))",
-            "(lens(model, h + h @ A.T + b), final_logits)",
-        ),
-        "Lens and final are swapped in the loss: the weights are the final p.",
-    ),
-    (
-        edited(tuning_step, "stopping_cost(final_logits, lens", "cross_entropy(final_logits, lens"),
-        "This is the cross-entropy: it moves A and b alike, but the loss is not the stopping cost.",
-    ),
-    (edited(tuning_step, ".mean()", ".sum()"), "This is the sum over the tokens: take the mean."),
-    (
-        edited(tuning_step, "    optimizer.zero_grad()\n", ""),
-        "Gradients of all steps add up: call `optimizer.zero_grad()` before backward.",
-    ),
-    (loss_afterwards, "Return the loss *before* the step."),
-    (own_optimizer, "Use the optimizer that is given: a new one has no memory."),
-]
+MISTAKES_45 = edits(
+    tuning_step,
+    """
+    A.T → A
+        A is transposed: row i of h @ A.T is A h.
+    h + h @ → h @
+        The stream itself is missing: h + A h + b, so that A = 0 is the logit lens.
+    A.T + b → A.T + 0 * b
+        b is not used.
+    (final_logits, lens(model, h + h @ A.T + b)) → (lens(model, h + h @ A.T + b), final_logits)
+        Lens and final are swapped in the loss: the weights are the final p.
+    stopping_cost → cross_entropy
+        This is the cross-entropy: it moves A and b alike, but the loss is not the stopping
+        cost.
+    .mean() → .sum()
+        This is the sum over the tokens: take the mean.
+    optimizer.zero_grad() → pass
+        Gradients of all steps add up: call `optimizer.zero_grad()` before backward.
+    return → loss = stopping_cost(final_logits, lens(model, h + h @ A.T + b)).mean(); return
+        Return the loss *before* the step.
+    optimizer.step() → torch.optim.Adam([A, b], lr=1e-3).step()
+        Use the optimizer that is given: a new one has no memory.
+    optimizer.step() → pass
+        A and b did not move: does the optimizer step?
+    """,
+)
 OPTIMIZERS = {"SGD": torch.optim.SGD, "Adam": functools.partial(torch.optim.Adam, eps=1e-4)}
 
 
@@ -419,19 +389,20 @@ def tuning_case(draw) -> tuple:
     return model, A, b, batches, lambda parts: kind(parts, lr=lr)
 
 
-def tuned_run(step, model, A, b, batches, made) -> tuple[list, torch.Tensor, torch.Tensor]:
-    """What a step returns over some batches, and A and b after them, from a copy of both."""
-    A, b = (each.clone().requires_grad_() for each in (A, b))
-    optimizer = made([A, b])
-    losses = [step(model, A, b, *batch, optimizer) for batch in batches]
-    return losses, A.detach(), b.detach()
+def three_steps(step) -> Callable:
+    """A function of a case: what a step returns over its batches, and how far A and b went."""
 
+    def run(model, A, b, batches, made) -> tuple:
+        own = [each.clone().requires_grad_() for each in (A, b)]
+        optimizer, losses = made(own), []
+        for batch in batches:
+            losses.append(step(model, *own, *batch, optimizer))
+            if not is_numeric(losses[-1]):
+                raise Wrong(f"Return the loss, one number, not {describe(losses[-1])}.")
+        moved = [5 * (each.detach() - before) for each, before in zip(own, (A, b), strict=True)]
+        return as_numbers(losses), *moved  # five times: of A and b a smaller error counts
 
-def equal_runs(one: tuple, other: tuple) -> bool:
-    """Whether two runs moved A and b alike, and had the same losses."""
-    losses = torch.tensor(one[0]), torch.tensor(other[0])
-    pairs = [(*losses, 1e-3), (one[1], other[1], 2e-5), (one[2], other[2], 2e-5)]
-    return all(torch.allclose(a, b, atol=atol, rtol=1e-3) for a, b, atol in pairs)
+    return run
 
 
 @exercise(
@@ -444,11 +415,7 @@ def equal_runs(one: tuple, other: tuple) -> bool:
     right=[tuned_by_grad],
     survivors=ONE_MODEL,
     copies=False,
-    wrong=[
-        *MISTAKES_45,
-        (NOT_MOVED, "did not move"),
-        (lambda model, A, b, h, final_logits, optimizer: "done", "Return the loss"),
-    ],
+    wrong=[*MISTAKES_45, (lambda *given: "done", "Return the loss")],
     hints=[
         "Your `lens` and your `stopping_cost` give the loss; tokens are rows, so A h is h @ A.T.",
         "Autograd *adds* to what `A.grad` holds: `optimizer.zero_grad()` clears it.",
@@ -456,20 +423,9 @@ def equal_runs(one: tuple, other: tuple) -> bool:
     ],
 )
 def check_45(answer) -> None:
-    for draw in draws(3):
-        case = tuning_case(draw)
-        got, want = tuned_run(answer, *case), tuned_run(tuning_step, *case)
-        try:
-            got = as_numbers(got[0]).tolist(), *got[1:]
-        except (TypeError, ValueError):
-            raise Wrong(f"Return the loss, one number, not {describe(got[0][0])}.") from None
-        expect_shape(got[0], (3,), "What three steps return, side by side,")
-        expect(not torch.equal(got[1], case[1]), "A did not move: does the optimizer step?")
-        if equal_runs(got, want):
-            continue
-        for mistake, message in MISTAKES_45:
-            expect(not equal_runs(got, tuned_run(mistake, *case)), message)
-        raise Wrong("A, b or the loss come out otherwise: loss, zero_grad, backward, step.")
+    mistakes = [(three_steps(step), message) for step, message in MISTAKES_45]
+    otherwise = "A, b or the loss come out otherwise: loss, zero_grad, backward, step."
+    on_model(three_steps(answer), three_steps(tuning_step), tuning_case, mistakes, otherwise)
 
 
 # -- 4.6 -------------------------------------------------------------------------------------
@@ -498,41 +454,29 @@ def influence_by_loops(read, h, v, mean):
     return float((p * (p / q).log()).sum(-1)[:, 1:].mean())
 
 
-MISTAKES_46 = [
-    (
-        edited(influence, "(h - mean) @ v", "h @ v"),
-        "This sets the part along v to zero: put the mean's part there.",
-    ),
-    (
-        edited(influence, "    along[:, 0] = 0\n", ""),
-        "The first token changed, too: leave it as it is.",
-    ),
-    (edited(influence, "[:, 1:]", ""), "The first token does not count in the mean."),
-    (
-        edited(influence, "    along[:, 0]", "    along = h - mean - along\n    along[:, 0]"),
-        "You took everything but the part along v.",
-    ),
-    (
-        edited(influence, "((h - mean) @ v)[..., None] * v", "h - mean"),
-        "This replaces the whole stream: only its part along v should go.",
-    ),
-    (
-        edited(influence, "(read(h), read(h - along))", "(read(h - along), read(h))"),
-        "The two readings are swapped: the intact one has the weights.",
-    ),
-    (
-        edited(influence, "h - mean", "h - h[:, 1:].mean((0, 1))"),
-        "Use the mean that is given.",
-    ),
-    (
-        edited(influence, "read(h - along)", "read(h - 2 * along)"),
-        "This goes twice as far: each token should end level with the mean.",
-    ),
-    (
-        edited(influence, "(read(h), read(h - along))", "(read(h), read(h))"),
-        "Nothing is lost: did you change h itself, before the intact stream was read?",
-    ),
-]
+MISTAKES_46 = edits(
+    influence,
+    """
+    (h - mean) @ v → h @ v
+        This sets the part along v to zero: put the mean's part there.
+    along[:, 0] = 0 → pass
+        The first token changed, too: leave it as it is.
+    [:, 1:] →
+        The first token does not count in the mean.
+    along[:, 0] = → along = h - mean - along; along[:, 0] =
+        You took everything but the part along v.
+    ((h - mean) @ v)[..., None] * v → h - mean
+        This replaces the whole stream: only its part along v should go.
+    (read(h), read(h - along)) → (read(h - along), read(h))
+        The two readings are swapped: the intact one has the weights.
+    h - mean → h - h[:, 1:].mean((0, 1))
+        Use the mean that is given.
+    read(h - along) → read(h - 2 * along)
+        This goes twice as far: each token should end level with the mean.
+    read(h - along) → read(h)
+        Nothing is lost: did you change h itself, before the intact stream was read?
+    """,
+)
 
 
 def influence_case(draw) -> tuple:
@@ -603,27 +547,27 @@ def attention_first(model, text, token):
     return torch.cat([terms[:1], terms[1::2], terms[2::2]])
 
 
-NO_GAIN = edited(split_logit, "model.ln_final(cache", "rms_normed(cache")
 MISTAKES_47 = [
-    (
-        edited(split_logit, "parts * frozen", "model.ln_final(parts)"),
-        "Each part is normed by itself: freeze what the norm does to the stream.",
+    *edits(
+        split_logit,
+        """
+        parts * frozen → model.ln_final(parts)
+            Each part is normed by itself: freeze what the norm does to the stream.
+        parts * frozen → parts
+            The final norm is missing: freeze it, and multiply each part by it.
+        model.ln_final(cache → rms_normed(cache
+            The norm's gain is missing, which differs from number to number.
+        parts * frozen → model.ln_final(parts.cumsum(0))
+            These are logits of the stream at each depth: give each part's own term.
+        pos=-1 → pos=1
+            Read at the end of the text: `pos=-1`.
+        """,
     ),
     (
-        edited(split_logit, "parts * frozen", "parts"),
-        "The final norm is missing: freeze it, and multiply each part by it.",
-    ),
-    (NO_GAIN, "The norm's gain is missing, which differs from number to number."),
-    (
-        edited(split_logit, "parts * frozen", "model.ln_final(parts.cumsum(0))"),
-        "These are logits of the stream at each depth: give each part's own term.",
-    ),
-    (attention_first, "The terms stand in another order: attention 0, MLP 0, attention 1…"),
-    (
-        lambda model, text, token: split_logit(model, text, token).sum(),
+        lambda *given: split_logit(*given).sum(),
         "This is the whole logit: return one term for each part.",
     ),
-    (edited(split_logit, "pos=-1", "pos=1"), "Read at the end of the text: `pos=-1`."),
+    (attention_first, "The terms stand in another order: attention 0, MLP 0, attention 1…"),
 ]
 
 
@@ -682,31 +626,26 @@ def heads_one_by_one(z, W_O, w_post, v):
     return [float(head / np.sqrt((total**2).mean()) * (1 + w_post) @ v) for head in heads]
 
 
-MISTAKES_48 = [
-    (
-        edited(head_terms, "heads / rms * (1 + w_post)", "heads"),
-        "The norm after attention is left out, as in common tools: the terms do not add up to what "
-        "attention writes.",
-    ),
-    (
-        edited(head_terms, "heads.sum(0).pow(2).mean()", "heads.pow(2).mean(-1, keepdim=True)"),
-        "Each head has its own norm here: there is one norm, on the sum.",
-    ),
-    (edited(head_terms, "* (1 + w_post)", ""), "The norm's gain 1 + w_post is missing."),
-    (
-        edited(head_terms, "/ rms", ""),
-        "The gain is there, the division by the root mean square is missing.",
-    ),
-    (
-        edited(head_terms, ".pow(2).mean().sqrt()", ".norm()"),
-        "This divides by the length: the root *mean* square is smaller by √d_model.",
-    ),
-    (edited(head_terms, "1 + w_post) @", "w_post) @"), "The gain is 1 + w_post, not w_post."),
-    (
-        lambda *given: head_terms(*given).sum(),
-        "This is the sum: return one term for each head.",
-    ),
-]
+MISTAKES_48 = edits(
+    head_terms,
+    """
+    heads / rms * (1 + w_post) → heads
+        The norm after attention is left out, as in common tools: the terms do not add up to what
+        attention writes.
+    heads.sum(0).pow(2).mean() → heads.pow(2).mean(-1, keepdim=True)
+        Each head has its own norm here: there is one norm, on the sum.
+    * (1 + w_post) →
+        The norm's gain 1 + w_post is missing.
+    / rms →
+        The gain is there, the division by the root mean square is missing.
+    .pow(2).mean().sqrt() → .norm()
+        This divides by the length: the root *mean* square is smaller by √d_model.
+    1 + w_post) @ → w_post) @
+        The gain is 1 + w_post, not w_post.
+    heads / rms → heads.sum(0) / rms
+        This is the sum: return one term for each head.
+    """,
+)
 
 
 @exercise(
@@ -766,22 +705,23 @@ def apart_by_loops(terms, answer, rival):
 
 
 MISTAKES_49 = [
-    (
-        edited(apart, "- others", ""),
-        "What a part writes on all names alike is still in there: subtract the mean of the other "
-        "names.",
-    ),
-    (
-        edited(apart, "(terms.sum(-1) - right - wrong) / (terms.shape[-1] - 2)", "terms.mean(-1)"),
-        "Answer and rival themselves are among the others: leave them out.",
+    *edits(
+        apart,
+        """
+        - others →
+            What a part writes on all names alike is still in there: subtract the mean of the other
+            names.
+        (terms.sum(-1) - right - wrong) / (terms.shape[-1] - 2) → terms.mean(-1)
+            Answer and rival themselves are among the others: leave them out.
+        .mean(0) →
+            Average over the prompts.
+        :, answer] → :, answer[0]]
+        & :, rival] → :, rival[0]]
+            Each prompt has its own answer and its own rival.
+        """,
     ),
     (as_difference, "This is the difference of the two: keep them apart."),
     (lambda *given: apart(*given)[::-1], "The answer comes first, the rival second."),
-    (edited(apart, ".mean(0)", ""), "Average over the prompts."),
-    (
-        edited(apart, ":, answer]", ":, answer[0]]", ":, rival]", ":, rival[0]]"),
-        "Each prompt has its own answer and its own rival.",
-    ),
 ]
 
 
@@ -837,27 +777,22 @@ def layernorm_in_python(parts, gain, bias, u):
 
 
 MISTAKES_410 = [
-    (
-        edited(split_logit_layernorm, "centred / rms", "parts / rms"),
-        "The mean is not taken away: centre each part.",
-    ),
-    (
-        edited(split_logit_layernorm, "centred.sum", "parts.sum"),
-        "This is a root mean square: use the standard deviation of the stream.",
+    *edits(
+        split_logit_layernorm,
+        """
+        centred / rms → parts / rms
+            The mean is not taken away: centre each part.
+        centred.sum → parts.sum
+            This is a root mean square: use the standard deviation of the stream.
+        (gain * u), → (gain * u) + bias @ u,
+            The bias is added to every part: it comes once, as a term of its own.
+        .pow(2).mean().sqrt() → .std()
+            This divides by d_model - 1: LayerNorm divides by d_model.
+        parts.mean(-1, keepdim=True) → parts.mean(0)
+            Centre each part over the d_model numbers, not over the parts.
+        """,
     ),
     (bias_shared, "The bias is shared out among the parts: none of them wrote it."),
-    (
-        edited(split_logit_layernorm, "(gain * u), ", "(gain * u) + bias @ u, "),
-        "The bias is added to every part: it comes once, as a term of its own.",
-    ),
-    (
-        edited(split_logit_layernorm, ".pow(2).mean().sqrt()", ".std()"),
-        "This divides by d_model - 1: LayerNorm divides by d_model.",
-    ),
-    (
-        edited(split_logit_layernorm, "parts.mean(-1, keepdim=True)", "parts.mean(0)"),
-        "Centre each part over the d_model numbers, not over the parts.",
-    ),
 ]
 
 

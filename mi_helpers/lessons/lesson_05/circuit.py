@@ -172,7 +172,7 @@ JOBS = {  # what a head does at a role, by where it looks there and whether it c
     "name mover": "at END, looks at first mentions, and copies",
     "negative name mover": "at END, looks at first mentions, and suppresses",
     "relay": "at a word before END, looks at a name",
-    "relay reader": "at END, looks at such a word",
+    "relay reader": "at END, above layer 0, looks at such a word",
     "other": "none of these",
 }
 
@@ -210,7 +210,8 @@ def jobs(
             return "other"
         if role == "END":
             mover = "name mover" if own[layer, head] > 0 else "negative name mover"
-            return {"first": mover, "S2": "S-inhibition"}.get(place, "relay reader")
+            reader = "relay reader" if layer else "other"
+            return {"first": mover, "S2": "S-inhibition"}.get(place, reader)
         if role in NAMED:
             same = role == "S2" and place == "S1"
             return "duplicate token" if same else "induction" if place == "S1+1" else "other name"

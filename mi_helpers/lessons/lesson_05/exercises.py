@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mi_helpers.ablation import Mean, ablate, record
-from mi_helpers.course.check import agree, draws, edited, exercise, expect
+from mi_helpers.course.check import agree, draws, edits, exercise, expect
 from mi_helpers.course.investigate import investigation, some_of
 from mi_helpers.course.predict import prediction
 from mi_helpers.heads import copying_map, head_scores, strongest
@@ -23,15 +23,6 @@ from mi_helpers.lessons.shared import on_model, repeated_tokens, shipped_model
 from mi_helpers.paths import path_patch as library_path_patch
 
 ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
-
-
-def slips(reference, *rows) -> list:
-    """Wrong answers with what is said of them: pieces of the reference's text, old, new, …, or a
-    function; then the sentence."""
-    return [
-        (changes[0] if callable(changes[0]) else edited(reference, *changes), sentence)
-        for *changes, sentence in rows
-    ]
 
 
 # -- 5.1 -------------------------------------------------------------------------------------
@@ -52,36 +43,25 @@ def targets_in_torch(tokens):
     return same.tril(-1)
 
 
-MISTAKES_51 = slips(
+MISTAKES_51 = edits(
     induction_targets,
-    (
-        "0 < j < i and tokens[j - 1]",
-        "j < i and tokens[j]",
-        "This is where a *duplicate-token* head looks, at the earlier copy itself. An "
-        "induction head looks at the token after it.",
-    ),
-    ("0 < j < i", "0 < j", "This looks ahead: attention is causal, so j has to come before i."),
-    ("0 < j < i", "0 < j <= i", "A token that repeats the one before it would look at itself."),
-    (
-        "0 < j < i and tokens[j - 1]",
-        "j < i and tokens[j + 1]",
-        "This looks one place too early: at the token *before* the earlier copy.",
-    ),
-    (
-        "0 < j < i and tokens[j - 1] == tokens[i]",
-        "0 < i < j and tokens[i - 1] == tokens[j]",
-        "Rows and columns are swapped: a row is the token that looks.",
-    ),
-    (
-        "0 < j < i",
-        "j < i",
-        "Nothing stands before position 0: there `tokens[-1]` is the last token.",
-    ),
-    (
-        "tokens[j - 1] == tokens[i]",
-        "tokens[j - 1] == tokens[i] not in tokens[j : i - 1]",
-        "Only the latest copy is marked: every earlier copy counts.",
-    ),
+    """
+    0 < j < i and tokens[j - 1] → j < i and tokens[j]
+        This is where a *duplicate-token* head looks, at the earlier copy itself. An induction head
+        looks at the token after it.
+    0 < j < i → 0 < j
+        This looks ahead: attention is causal, so j has to come before i.
+    0 < j < i → 0 < j <= i
+        A token that repeats the one before it would look at itself.
+    0 < j < i and tokens[j - 1] → j < i and tokens[j + 1]
+        This looks one place too early: at the token *before* the earlier copy.
+    0 < j < i and tokens[j - 1] == tokens[i] → 0 < i < j and tokens[i - 1] == tokens[j]
+        Rows and columns are swapped: a row is the token that looks.
+    0 < j < i → j < i
+        Nothing stands before position 0: there `tokens[-1]` is the last token.
+    tokens[j - 1] == tokens[i] → tokens[j - 1] == tokens[i] not in tokens[j : i - 1]
+        Only the latest copy is marked: every earlier copy counts.
+    """,
 )
 
 
@@ -104,13 +84,8 @@ def check_51(answer) -> None:
         row = draw.integers(0, 2, draw.size("pos", 8, 14)).tolist()
         return ([*row, row[-1], row[0]],)  # one that repeats itself, and a last one that came early
 
-    agree(
-        answer,
-        induction_targets,
-        tokens,
-        mistakes=MISTAKES_51,
-        otherwise="Compare with tokens[j - 1] == tokens[i] for 0 < j < i.",
-    )
+    otherwise = "Compare with tokens[j - 1] == tokens[i] for 0 < j < i."
+    agree(answer, induction_targets, tokens, MISTAKES_51, otherwise)
 
 
 # -- 5.2 -------------------------------------------------------------------------------------
@@ -149,38 +124,23 @@ def texts_with_targets(draw) -> tuple:
     return model, repeated_tokens(model, n, length, draw.integer(0, 9999), 1)[:, :length], found
 
 
-MISTAKES_52 = slips(
+MISTAKES_52 = edits(
     score_heads,
-    (
-        "hit.sum((1, 3)) / targets.any(-1).sum()",
-        "hit.mean((1, 3))",
-        "Tokens that have no target are in the mean: leave them out.",
-    ),
-    (
-        "targets.any(-1).sum()",
-        "targets.sum()",
-        "You divide by the number of targets: divide by the tokens that have any.",
-    ),
-    (
-        'cache["pattern"] *',
-        'cache["pattern"].mT *',
-        "The pattern is used the wrong way round: rows (q_pos) look at columns.",
-    ),
-    (
-        ".sum(-1)  #",
-        ".amax(-1)  #",
-        "Only the strongest target of each token counts here: add them all up.",
-    ),
-    (
-        " / targets.any(-1).sum()",
-        "",
-        "This is the sum: divide by the number of tokens that have a target.",
-    ),
-    (
-        "hit.sum((1, 3)) / targets.any(-1).sum()",
-        "(hit.sum(3) / targets.any(-1).sum(-1)[:, None]).mean(1)",
-        "Here each text counts once: let each token that has a target count once.",
-    ),
+    """
+    hit.sum((1, 3)) / targets.any(-1).sum() → hit.mean((1, 3))
+        Tokens that have no target are in the mean: leave them out.
+    targets.any(-1).sum() → targets.sum()
+        You divide by the number of targets: divide by the tokens that have any.
+    cache["pattern"] * → cache["pattern"].mT *
+        The pattern is used the wrong way round: rows (q_pos) look at columns.
+    .sum(-1)  # → .amax(-1)  #
+        Only the strongest target of each token counts here: add them all up.
+    / targets.any(-1).sum() →
+        This is the sum: divide by the number of tokens that have a target.
+    hit.sum((1, 3)) → (hit.sum(3)
+    & .any(-1).sum() → .any(-1).sum(-1)[:, None]).mean(1)
+        Here each text counts once: let each token that has a target count once.
+    """,
 )
 
 
@@ -201,13 +161,8 @@ MISTAKES_52 = slips(
     wrong=MISTAKES_52,
 )
 def check_52(answer) -> None:
-    agree(
-        answer,
-        score_heads,
-        texts_with_targets,
-        mistakes=MISTAKES_52,
-        otherwise="Sum pattern · targets, and divide by how many tokens have a target.",
-    )
+    otherwise = "Sum pattern · targets, and divide by how many tokens have a target."
+    on_model(answer, score_heads, texts_with_targets, MISTAKES_52, otherwise)
 
 
 # -- 5.3 -------------------------------------------------------------------------------------
@@ -252,48 +207,30 @@ def heads_to_silence(draw) -> tuple:
     return model, ids, heads, others
 
 
-MISTAKES_53 = slips(
+MISTAKES_53 = edits(
     loss_without,
-    (
-        "        return model.loss(ids)",
-        "        pass\n    return model.loss(ids)",
-        "Nothing changed: does the hook return z, and the loss stand inside?",
-    ),
-    (
-        "means[layer][:, mine]",
-        "0",
-        "This is zero ablation: put the mean over the other texts there.",
-    ),
-    (
-        ".mean(1)",
-        ".mean((1, 2), keepdim=True)[:, 0]",
-        "The mean runs over the positions, too: keep one for each position.",
-    ),
-    ("cache(others", "cache(ids", "This is the mean of these texts themselves: use the others."),
-    (".mean(1)", "[:, 0]", "This is one text of the others, not their mean."),
-    (
-        "[head for at, head in heads if at == layer]",
-        "list(range(model.n_heads))",
-        "The whole layer is silenced: only some heads should be.",
-    ),
-    (
-        "[head for at, head in heads if at == layer]",
-        "[h for h in range(model.n_heads) if (layer, h) not in heads]",
-        "You silenced the other heads of the layer.",
-    ),
-    (
-        "for layer, _ in heads",
-        "for layer, _ in heads[:1]",
-        "if at == layer",
-        "if (at, head) == heads[0]",
-        "Only the first head is silenced: take all of them.",
-    ),
-    (
-        "silence(layer) for",
-        "silence(heads[-1][0]) for",
-        "Every hook uses the last layer's heads and mean: a loop's variable has its last "
-        "value when the hook runs. Make each hook in a function of its own.",
-    ),
+    """
+    {("z", layer): silence(layer) for layer, _ in heads} → {}
+        Nothing changed: does the hook return z, and the loss stand inside?
+    means[layer][:, mine] → 0
+        This is zero ablation: put the mean over the other texts there.
+    .mean(1) → .mean((1, 2), keepdim=True)[:, 0]
+        The mean runs over the positions, too: keep one for each position.
+    cache(others → cache(ids
+        This is the mean of these texts themselves: use the others.
+    .mean(1) → [:, 0]
+        This is one text of the others, not their mean.
+    [head for at, head in heads if at == layer] → list(range(model.n_heads))
+        The whole layer is silenced: only some heads should be.
+    [head for at, head in heads if at == layer] → [h for h in range(4) if (layer, h) not in heads]
+        You silenced the other heads of the layer.
+    for layer, _ in heads → for layer, _ in heads[:1]
+    & if at == layer → if (at, head) == heads[0]
+        Only the first head is silenced: take all of them.
+    silence(layer) for → silence(heads[-1][0]) for
+        Every hook uses the last layer's heads and mean: a loop's variable has its last value when
+        the hook runs. Make each hook in a function of its own.
+    """,
 )
 
 
@@ -314,13 +251,8 @@ MISTAKES_53 = slips(
     wrong=MISTAKES_53,
 )
 def check_53(answer) -> None:
-    on_model(
-        answer,
-        loss_without,
-        heads_to_silence,
-        MISTAKES_53,
-        "In each layer, z[:, :, heads] should be the mean over the other texts, by position.",
-    )
+    otherwise = "In each layer, z[:, :, heads] should be the others' mean, position by position."
+    on_model(answer, loss_without, heads_to_silence, MISTAKES_53, otherwise)
 
 
 # -- 5.4 -------------------------------------------------------------------------------------
@@ -387,60 +319,33 @@ def paths_to_patch(draw) -> tuple:
     return model, clean, corrupted, (layer, draw.integer(0, model.n_heads - 1)), readers, freeze
 
 
-MISTAKES_54 = slips(
+MISTAKES_54 = edits(
     path_into_keys,
-    (
-        '({("k", i): receive(i) for i, _ in readers})',
-        "({})",
-        "These are the clean logits: nothing is patched in the last run.",
-    ),
-    (
-        '({("k", i): receive(i) for i, _ in readers})',
-        '({("z", layer): lambda _: frozen["z", layer]})',
-        "This is activation patching: whatever the sender writes reaches every part. Let "
-        "it reach the readers' keys alone.",
-    ),
-    (
-        '{("k", i): receive(i) for i, _ in readers}',
-        '{at: lambda x, at=at: frozen[at] for at in frozen} | {("k", i): receive(i) for i, '
-        "_ in readers}",
-        "In run 3 everything is still frozen: only the readers' keys are held there.",
-    ),
-    (
-        '("z", i): base["z", i].clone() for i in range(model.n_layers)',
-        '("z", layer): base["z", layer].clone()',
-        "The other heads are not frozen in run 2: longer paths count as well.",
-    ),
-    (
-        "if freeze_mlps:",
-        "if False:",
-        "`freeze_mlps` changes nothing: here the MLPs are always recomputed.",
-    ),
-    (
-        "if freeze_mlps:",
-        "if True:",
-        "`freeze_mlps` changes nothing: here the MLPs are always frozen.",
-    ),
-    (
-        "[kv for i, kv in readers if i == at]",
-        "list(range(model.n_kv_heads))",
-        "The keys of all key-value heads are patched: take the readers' alone.",
-    ),
-    ("[:, :, head]", "[:, :, :]", "Here all heads of the sender's layer are corrupted: take one."),
-    (
-        "({site: lambda x, site=site: frozen[site] for site in frozen})",
-        "({})",
-        "seen = model.run_with_cache(clean",
-        "seen = model.run_with_cache(corrupted",
-        "These are the corrupted run's own keys: everything reaches them, not one path.",
-    ),
-    (
-        '("k", i)',
-        '("v", i)',
-        '"k", at',
-        '"v", at',
-        "You patched the values: this path goes into the keys.",
-    ),
+    """
+    {("k", i): receive(i) for i, _ in readers} → {}
+        These are the clean logits: nothing is patched in the last run.
+    {("k", i): receive(i) for i, _ in readers} → {("z", layer): lambda _: frozen["z", layer]}
+        This is activation patching: whatever the sender writes reaches every part. Let it reach
+        the readers' keys alone.
+    {("k", i): receive → {at: lambda x, at=at: frozen[at] for at in frozen} | {("k", i): receive
+        In run 3 everything is still frozen: only the readers' keys are held there.
+    ("z", i): base["z", i].clone() for i in range(model.n_layers) → ("z", layer): base["z", layer]
+        The other heads are not frozen in run 2: longer paths count as well.
+    if freeze_mlps: → if False:
+        `freeze_mlps` changes nothing: here the MLPs are always recomputed.
+    if freeze_mlps: → if True:
+        `freeze_mlps` changes nothing: here the MLPs are always frozen.
+    [kv for i, kv in readers if i == at] → list(range(model.n_kv_heads))
+        The keys of all key-value heads are patched: take the readers' alone.
+    [:, :, head] → [:, :, :]
+        Here all heads of the sender's layer are corrupted: take one.
+    {site: lambda x, site=site: frozen[site] for site in frozen} → {}
+    & seen = model.run_with_cache(clean → seen = model.run_with_cache(corrupted
+        These are the corrupted run's own keys: everything reaches them, not one path.
+    ("k", i) → ("v", i)
+    & "k", at → "v", at
+        You patched the values: this path goes into the keys.
+    """,
 )
 
 
@@ -466,14 +371,10 @@ MISTAKES_54 = slips(
     wrong=MISTAKES_54,
 )
 def check_54(answer) -> None:
-    on_model(
-        answer,
-        path_into_keys,
-        paths_to_patch,
-        MISTAKES_54,
-        "In run 2, all z frozen to clean but the sender's; in run 3, the readers' keys from run 2.",
-        cases=4,
+    otherwise = (
+        "In run 2, all z frozen to clean but the sender's; in run 3, the readers' keys from run 2."
     )
+    on_model(answer, path_into_keys, paths_to_patch, MISTAKES_54, otherwise, cases=4)
 
 
 # -- 5.5 -------------------------------------------------------------------------------------
@@ -500,30 +401,23 @@ def rising_curve(draw) -> tuple:
     return steps, [first, first - 0.15, *[first + 0.1] * flat, *rise, *[first + 0.02] * n][:n]
 
 
-MISTAKES_55 = slips(
+MISTAKES_55 = edits(
     half_way,
-    (
-        "(values[0] + max(values))",
-        "max(values)",
-        "This is half of the highest value: begin at the curve's first one.",
-    ),
-    ("max(values)", "values[-1]", "You use the last value: the curve may have fallen by then."),
-    ("values[0] +", "min(values) +", "You begin at the lowest value: begin at the first one."),
-    (
-        "next(i for i, value in enumerate(values) if value >= half)",
-        "max(i for i in range(1, len(values)) if values[i] >= half > values[i - 1])",
-        "This is the last time that it passes half way: take the first.",
-    ),
-    (
-        "steps[first - 1], steps[first]",
-        "((steps[first - 1] + steps[first]) / 2,) * 2",
-        "Give the two checkpoints: what happened between them, nobody logged.",
-    ),
-    (
-        "steps[first - 1], steps[first]",
-        "first - 1, first",
-        "These are indices: give the steps at them.",
-    ),
+    """
+    (values[0] + max(values)) → max(values)
+        This is half of the highest value: begin at the curve's first one.
+    max(values) → values[-1]
+        You use the last value: the curve may have fallen by then.
+    values[0] + → min(values) +
+        You begin at the lowest value: begin at the first one.
+    next( → max(
+    & value >= half → value >= half > values[i - 1]
+        This is the last time that it passes half way: take the first.
+    steps[first - 1], steps[first] → ((steps[first - 1] + steps[first]) / 2,) * 2
+        Give the two checkpoints: what happened between them, nobody logged.
+    steps[first - 1], steps[first] → first - 1, first
+        These are indices: give the steps at them.
+    """,
 )
 
 
@@ -541,13 +435,8 @@ MISTAKES_55 = slips(
     wrong=MISTAKES_55,
 )
 def check_55(answer) -> None:
-    agree(
-        answer,
-        half_way,
-        rising_curve,
-        mistakes=MISTAKES_55,
-        otherwise="Find the first value that is at least half way; its step, and the one before.",
-    )
+    otherwise = "Find the first value that is at least half way; its step, and the one before."
+    agree(answer, half_way, rising_curve, MISTAKES_55, otherwise)
     steps, values = [0, 5, 10, 15], [0.0, 0.25, 0.5, 1.0]
     expect(tuple(answer(steps, values)) == (5, 10), "A value that is just half way has arrived.")
 
@@ -587,40 +476,27 @@ def some_logits(draw) -> tuple:
     return 2 * draw.normal(n, vocabulary), names, pairs[:, 0], pairs[:, 1]
 
 
-MISTAKES_56 = slips(
+OTHERS = "(logits[:, names] * absent).sum(1) / absent.sum(1)"
+MISTAKES_56 = edits(
     two_metrics,
-    (
-        " & (names != s[:, None])",
-        "",
-        "S is among the others: take the names that the text does not have.",
-    ),
-    (
-        "(names != io[:, None]) & (names != s[:, None])",
-        "torch.ones(len(io), len(names))",
-        "The mean is of all names: both of the two are among the others.",
-    ),
-    (
-        "(logits[:, names] * absent).sum(1) / absent.sum(1)",
-        "logits.mean(1)",
-        "The others are the whole vocabulary here: take names alone.",
-    ),
-    (
-        "(logits[:, names] * absent).sum(1) / absent.sum(1)",
-        "logits[:, names].masked_fill(~absent, -1e9).amax(1)",
-        "This is the highest of the others: take their mean.",
-    ),
-    (
-        "(right - others)",
-        "((right + logits[rows, s]) / 2 - others)",
-        "This is both names against the others, which does not see who is right.",
-    ),
-    (
-        "right - logits[rows, s]",
-        "logits[rows, s] - right",
-        "The first one is turned round: IO less S.",
-    ),
-    (" / absent.sum(1)", "", "This takes the sum of the others: take their mean."),
-    (".mean()", "", "This is a number for each text: take the mean over texts."),
+    f"""
+    (names != s[:, None]) → (names != -1)
+        S is among the others: take the names that the text does not have.
+    (names != io[:, None]) & (names != s[:, None]) → torch.ones(len(io), len(names))
+        The mean is of all names: both of the two are among the others.
+    {OTHERS} → logits.mean(1)
+        The others are the whole vocabulary here: take names alone.
+    {OTHERS} → logits[:, names].masked_fill(~absent, -1e9).amax(1)
+        This is the highest of the others: take their mean.
+    (right - others) → ((right + logits[rows, s]) / 2 - others)
+        This is both names against the others, which does not see who is right.
+    right - logits[rows, s] → logits[rows, s] - right
+        The first one is turned round: IO less S.
+    / absent.sum(1) →
+        This takes the sum of the others: take their mean.
+    .mean() →
+        This is a number for each text: take the mean over texts.
+    """,
 )
 
 
@@ -639,13 +515,8 @@ MISTAKES_56 = slips(
     wrong=MISTAKES_56,
 )
 def check_56(answer) -> None:
-    agree(
-        answer,
-        two_metrics,
-        some_logits,
-        mistakes=MISTAKES_56,
-        otherwise="Both start at the logit of IO; look at what is subtracted.",
-    )
+    otherwise = "Both start at the logit of IO; look at what is subtracted."
+    agree(answer, two_metrics, some_logits, MISTAKES_56, otherwise)
 
 
 # -- 5.7 -------------------------------------------------------------------------------------
@@ -653,7 +524,7 @@ def check_56(answer) -> None:
 
 def copying(E, W_V, W_O, U):
     """Whether a head copies the name that it looks at: by how many standard deviations of its row
-    it raises that name's own logit above the row's mean; a mean over names.
+    (torch's, over n - 1) it raises that name's own logit above the row's mean; a mean over names.
 
     A head that looks at name a adds row a of E W_V W_O U to the names' logits. Below 0: it lowers
     the very name that it looks at.
@@ -677,35 +548,28 @@ def a_head(draw) -> tuple:
     return E, V, O, draw.normal(d, n) + draw.number(-1, 1) * 0.1 * (E @ V @ O).T + draw.normal(d, 1)
 
 
-MISTAKES_57 = slips(
+MISTAKES_57 = edits(
     copying,
-    (" - logits.mean(1)", "", "The row's mean is not taken off: raising all names is no copying."),
-    (
-        "mean(1)",
-        "mean(0)",
-        "std(1)",
-        "std(0)",
-        "You compare within columns: a row is the name that is looked at.",
-    ),
-    (" / logits.std(1)", "", "This is in logits: divide by the standard deviation of the row."),
-    (
-        "(own / logits.std(1)).mean()",
-        "(logits.argmax(1) == torch.arange(len(E))).float().mean()",
-        "This is how often the own name is first: ask by how much it is raised.",
-    ),
-    ("E @ W_V @ W_O @ U", "E @ U", "The head is missing: go through W_V and W_O."),
-    (
-        "mean(1)",
-        "mean()",
-        "std(1)",
-        "std()",
-        "These are the mean and spread of all rows: each row has its own.",
-    ),
-    (
-        "(own / logits.std(1)).mean()",
-        "own / logits.std(1)",
-        "This is one number for each name: take their mean.",
-    ),
+    """
+    - logits.mean(1) →
+        The row's mean is not taken off: raising all names is no copying.
+    mean(1) → mean(0)
+    & std(1) → std(0)
+        You compare within columns: a row is the name that is looked at.
+    / logits.std(1) →
+        This is in logits: divide by the standard deviation of the row.
+    logits.std(1) → logits.std(1, correction=0)
+        Your standard deviation divides by n, as NumPy's does: torch's divides by n - 1.
+    (own / logits.std(1)) → (logits.argmax(1) == torch.arange(len(E))).float()
+        This is how often the own name is first: ask by how much it is raised.
+    E @ W_V @ W_O @ U → E @ U
+        The head is missing: go through W_V and W_O.
+    mean(1) → mean()
+    & std(1) → std()
+        These are the mean and spread of all rows: each row has its own.
+    (own / logits.std(1)).mean() → own / logits.std(1)
+        This is one number for each name: take their mean.
+    """,
 )
 
 
@@ -724,14 +588,8 @@ MISTAKES_57 = slips(
     wrong=MISTAKES_57,
 )
 def check_57(answer) -> None:
-    agree(
-        answer,
-        copying,
-        a_head,
-        mistakes=MISTAKES_57,
-        otherwise="(diagonal - mean of the row) / sd of the row, and the mean of that.",
-        tolerance=1e-4,
-    )
+    otherwise = "(diagonal - mean of the row) / sd of the row, and the mean of that."
+    agree(answer, copying, a_head, MISTAKES_57, otherwise, tolerance=1e-4)
 
 
 # -- 5.8 -------------------------------------------------------------------------------------
@@ -785,39 +643,26 @@ def circuit_to_run(draw) -> tuple:
     return model, ids, places, circuit - set(list(sorted(circuit))[::4]), means
 
 
-MISTAKES_58 = slips(
+MISTAKES_58 = edits(
     circuit_logits,
-    (
-        "        return model(ids)[:, -1]",
-        "        pass\n    return model(ids)[:, -1]",
-        "These are the logits of the whole model: is anything replaced?",
-    ),
-    (
-        ", z, means[layer])",
-        ", means[layer], z)",
-        "This is the other way round: it removes the circuit and keeps the rest.",
-    ),
-    (
-        "|= places[role]",
-        "|= True",
-        "A head of the circuit stays at every position: keep it at its roles.",
-    ),
-    (
-        "keep[layer, :, :, head] |= places[role]",
-        "keep[layer] |= places[role][..., None]",
-        "All heads of the layer stay at these positions: keep the circuit's.",
-    ),
-    (
-        "for layer in range(model.n_layers)}",
-        "for layer in {at for at, *_ in circuit}}",
-        "A layer with no node of the circuit stays whole: hook each layer.",
-    ),
-    (", z, means[layer])", ", z, torch.zeros_like(z))", "You put zeros there: put the mean."),
-    (
-        "model(ids)[:, -1]",
-        "model(ids)",
-        "Return the logits at the last position alone, (n, d_vocab).",
-    ),
+    """
+    {("z", layer): only_kept(layer) for layer in range(model.n_layers)} → {}
+        These are the logits of the whole model: is anything replaced?
+    , z, means[layer]) → , means[layer], z)
+        This is the other way round: it removes the circuit and keeps the rest.
+    |= places[role] → |= True
+        A head of the circuit stays at every position: keep it at its roles.
+    |= places[role] → = places[role]
+        A head that stands in the circuit at two roles keeps the last one alone: use `|=`.
+    keep[layer, :, :, head] |= places[role] → keep[layer] |= places[role][..., None]
+        All heads of the layer stay at these positions: keep the circuit's.
+    for layer in range(model.n_layers)} → for layer in {at for at, *_ in circuit}}
+        A layer with no node of the circuit stays whole: hook each layer.
+    , z, means[layer]) → , z, torch.zeros_like(z))
+        You put zeros there: put the mean.
+    model(ids)[:, -1] → model(ids)
+        Return the logits at the last position alone, (n, d_vocab).
+    """,
 )
 
 
@@ -838,13 +683,8 @@ MISTAKES_58 = slips(
     wrong=MISTAKES_58,
 )
 def check_58(answer) -> None:
-    on_model(
-        answer,
-        circuit_logits,
-        circuit_to_run,
-        MISTAKES_58,
-        "z where the mask is True, the mean elsewhere; a head may be kept at several roles (`|=`).",
-    )
+    otherwise = "z where the mask is True, the mean elsewhere, in every layer."
+    on_model(answer, circuit_logits, circuit_to_run, MISTAKES_58, otherwise)
 
 
 # -- 5.9 -------------------------------------------------------------------------------------
@@ -890,40 +730,26 @@ def toy_circuit(draw) -> tuple:
     return F, set(names)
 
 
-MISTAKES_59 = slips(
-    needed,
-    (
-        "abs(whole - F(circuit - {node}))",
-        "abs(F({node}))",
-        "This is F of this node alone: take it *out* of the circuit.",
-    ),
-    (
-        "abs(whole - F(circuit - {node}))",
-        "whole - F(circuit - {node})",
-        "A change counts in both directions: it is never negative.",
-    ),
-    (
-        "abs(whole - F(circuit - {node}))",
-        "max(whole - F(circuit - {node}), 0.0)",
-        "A node that works against the rest matters as well: take the size.",
-    ),
-    (
-        "whole - F(circuit - {node})",
-        "1 - F(circuit - {node}) / whole",
-        "This is a share: give the change of F itself.",
-    ),
-    (
-        "whole - F(circuit - {node})",
-        "F({node}) - F(set())",
-        "You add the node to nothing: take it out of the whole circuit.",
-    ),
-    (
-        "abs(whole - F(circuit - {node}))",
-        "F(circuit - {node})",
-        "This is what is left: how much has changed?",
+MISTAKES_59 = [
+    *edits(
+        needed,
+        """
+        abs(whole - F(circuit - {node})) → abs(F({node}))
+            This is F of this node alone: take it *out* of the circuit.
+        abs(whole - F(circuit - {node})) → whole - F(circuit - {node})
+            A change counts in both directions: it is never negative.
+        abs(whole - F(circuit - {node})) → max(whole - F(circuit - {node}), 0.0)
+            A node that works against the rest matters as well: take the size.
+        whole - F(circuit - {node}) → 1 - F(circuit - {node}) / whole
+            This is a share: give the change of F itself.
+        whole - F(circuit - {node}) → F({node}) - F(set())
+            You add the node to nothing: take it out of the whole circuit.
+        abs(whole - F(circuit - {node})) → F(circuit - {node})
+            This is what is left: how much has changed?
+        """,
     ),
     (one_by_one, "Nodes stay out for good here: put each node back before the next."),
-)
+]
 
 
 @exercise(
@@ -938,18 +764,11 @@ MISTAKES_59 = slips(
     wrong=MISTAKES_59,
 )
 def check_59(answer) -> None:
-    agree(
-        answer,
-        needed,
-        toy_circuit,
-        mistakes=MISTAKES_59,
-        otherwise="abs(F(circuit) - F(circuit - {node})), for each node.",
-    )
+    otherwise = "abs(F(circuit) - F(circuit - {node})), for each node."
+    agree(answer, needed, toy_circuit, MISTAKES_59, otherwise)
     F, circuit = toy_circuit(next(draws(1)))
-    calls, given = [], set(circuit)
-    answer(lambda nodes: calls.append(1) or F(nodes), given)
-    expect(given == circuit, "The circuit that was given has lost nodes: make a new set.")
-    most = len(circuit) + 1
+    calls, most = [], len(circuit) + 1
+    answer(lambda nodes: calls.append(1) or F(nodes), circuit)
     expect(len(calls) <= most, f"F is called {len(calls)} times, where {most} are enough.")
 
 
@@ -977,30 +796,22 @@ def norm_with(gain: float):
     return lambda x: gain * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-MISTAKES_510 = slips(
+MISTAKES_510 = edits(
     head_change,
-    (
-        'post_norm(torch.einsum("phd,hdm->pm", x, W_O))',
-        'torch.einsum("phd,hdm->pm", x, W_O)',
-        "The post-norm is left out: its scale belongs to what reaches the stream.",
-    ),
-    (
-        "out(patched) - out(z)",
-        "out(patched - z)",
-        "This is the norm of the difference: any change would come out equally long.",
-    ),
-    (
-        'torch.einsum("phd,hdm->pm", x, W_O)',
-        "x[:, head] @ W_O[head]",
-        "The norm is applied to this head alone: the model norms the sum.",
-    ),
-    ("out(patched) -", "out(other) -", "All heads are taken from the other run, not one."),
-    (
-        "out(patched) - out(z)",
-        "out(z) - out(patched)",
-        "The sign is turned round: the patched output less the old one.",
-    ),
-    (" - out(z)", "", "This is the patched output itself: subtract what attention added before."),
+    """
+    post_norm(torch.einsum("phd,hdm->pm", x, W_O)) → torch.einsum("phd,hdm->pm", x, W_O)
+        The post-norm is left out: its scale belongs to what reaches the stream.
+    out(patched) - out(z) → out(patched - z)
+        This is the norm of the difference: any change would come out equally long.
+    torch.einsum("phd,hdm->pm", x, W_O) → x[:, head] @ W_O[head]
+        The norm is applied to this head alone: the model norms the sum.
+    out(patched) - → out(other) -
+        All heads are taken from the other run, not one.
+    out(patched) - out(z) → out(z) - out(patched)
+        The sign is turned round: the patched output less the old one.
+    - out(z) →
+        This is the patched output itself: subtract what attention added before.
+    """,
 )
 
 
@@ -1018,20 +829,14 @@ MISTAKES_510 = slips(
     wrong=MISTAKES_510,
 )
 def check_510(answer) -> None:
-    agree(
-        answer,
-        head_change,
-        lambda draw: (
-            draw.normal("pos", "heads", "d_head"),
-            draw.normal("pos", "heads", "d_head", scale=2),
-            draw.integer(0, draw.size("heads") - 1),
-            draw.normal("heads", "d_head", "d_model"),
-            norm_with(draw.number(0.5, 3)),
-        ),
-        mistakes=MISTAKES_510,
-        otherwise="post_norm(all heads, one patched) - post_norm(all heads).",
-        tolerance=1e-4,
-    )
+    def two_runs(draw) -> tuple:
+        axes = "pos", "heads", "d_head"
+        z, other = draw.normal(*axes), draw.normal(*axes, scale=2)
+        head, W_O = draw.integer(0, len(z[0]) - 1), draw.normal(*axes[1:], "d_model")
+        return z, other, head, W_O, norm_with(draw.number(0.5, 3))
+
+    otherwise = "post_norm(all heads, one patched) - post_norm(all heads)."
+    agree(answer, head_change, two_runs, MISTAKES_510, otherwise, tolerance=1e-4)
 
 
 # -- predictions -----------------------------------------------------------------------------

@@ -275,7 +275,9 @@ class CircuitBuilder:
         best = {
             self.task.model.token_text(int(names[i])).strip(): float(p[i]) for i in p.topk(5)[1]
         }
-        return two_bars(dict(zip(METRICS, self._kept[state], strict=True)), best)
+        shares = dict(zip(METRICS, self._kept[state], strict=True))
+        said = [f"{name} {x:.2f}" for name, x in (shares | best).items()]
+        return two_bars(shares, best).reads(", ".join(said) + ".")
 
 
 def switch_name(job: str) -> str:

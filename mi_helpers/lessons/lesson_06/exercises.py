@@ -1,679 +1,1057 @@
-"""Exercises of lesson 06, sparse autoencoders."""
+"""Exercises of lesson 06: sparse autoencoders."""
+
+import copy
+import functools
 
 import numpy as np
 import torch
 
-from mi_helpers.course.check import draw, exercise, expect, expect_close, expect_none_of
+from mi_helpers.course.answers import describe
+from mi_helpers.course.check import (
+    Wrong,
+    agree,
+    draws,
+    edits,
+    exercise,
+    expect,
+    expect_close,
+)
+from mi_helpers.course.investigate import investigation
+from mi_helpers.course.predict import prediction
+from mi_helpers.lessons.lesson_06 import experiments as lab
+from mi_helpers.lessons.lesson_06 import naming, rivals
+from mi_helpers.lessons.shared import on_model, repeated_tokens, shipped_model
+from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.saes.files import load_coder
+from mi_helpers.tinyworld.world import World
+
+ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
+
+
+@functools.cache
+def shipped_coder() -> SparseCoder:
+    """The autoencoder of tiny-gemma that ships, loaded once."""
+    return load_coder(lab.CODER).requires_grad_(False)
+
+
+def token_ids(draw) -> torch.Tensor:
+    """Random words, (batch, pos), BOS first."""
+    n, length = draw.size("batch", 2, 4), draw.size("pos", 6, 11)
+    return repeated_tokens(shipped_model(), n, length, draw.integer(0, 9999), times=1)
+
+
+def a_site(draw) -> tuple[str, int]:
+    """The stream after one of the blocks, the last left out."""
+    return "resid_post", draw.integer(0, shipped_model().n_layers - 2)
+
 
 # -- 6.1 -------------------------------------------------------------------------------------
 
-STUB_61 = '''\
-def topk_activation(pre, k):
-    """f = relu(pre) at the k largest pre-activations of each row, and 0 elsewhere.
 
-    pre: a tensor (rows, latents). Returns a tensor of the same shape.
+def turned_up(model, ids, site, direction, strength):
+    """p(next token), (batch, pos, d_vocab), with a direction added to the stream at a site.
+
+    At every position but the first, which is BOS, the stream goes on as x + strength · d, where d
+    is the direction at length 1.
+    ids (batch, pos); site, such as ("resid_post", 3), holds (batch, pos, d_model);
+    direction (d_model,), of any length; strength, a number
     """
-    ...
-'''
+
+    def add(x):
+        x[:, 1:] += strength * direction / direction.norm()
+        return x
+
+    with model.hooks({site: add}):
+        return model(ids).softmax(-1)
 
 
-def topk_activation(pre, k):
-    """Gao and others 2024, section 2.3."""
-    values, indices = pre.topk(k, dim=-1)
-    return torch.zeros_like(pre).scatter(-1, indices, torch.relu(values))
+def turned_up_by_mask(model, ids, site, direction, strength):
+    d = torch.nn.functional.normalize(direction, dim=0)
+    mask = (torch.arange(ids.shape[1]) > 0).float()[None, :, None]
+    with model.hooks({site: lambda x: x + strength * mask * d}):
+        return torch.softmax(model(ids), dim=-1)
+
+
+MISTAKES_61 = edits(
+    turned_up,
+    """
+    x[:, 1:] += → x +=
+        BOS is changed, too: leave the first position as it is.
+    x[:, 1:] += → x[:, -1:] +=
+        Only the last position is changed: change every one but the first.
+     / direction.norm() →
+        The direction is added at its own length: bring it to length 1 first.
+     / direction.norm() → / direction.norm() ** 2
+        Dividing by the squared length makes it too short: divide by the length.
+    x[:, 1:] += → x[:, 1:] =
+        The stream is replaced by the direction: add it.
+    strength * →
+        The strength is left out.
+    model(ids).softmax(-1) → model(ids)
+        These are logits: a softmax over the vocabulary makes probabilities of them.
+    model(ids).softmax(-1) → model(ids)[:, -1].softmax(-1)
+        These are the last position's alone: give those of every position.
+    return model(ids).softmax(-1) → pass; return model(ids).log_softmax(-1)
+        These are logarithms: give the probabilities themselves.
+    """,
+) + [
+    (
+        lambda model, ids, *_: model(ids).softmax(-1),
+        "Nothing has changed: does your hook return the stream, and the model run inside the "
+        "`with`?",
+    )
+]
 
 
 @exercise(
     "6.1",
-    title="The k largest",
+    title="Turn it up",
     difficulty=2,
     importance=5,
-    minutes=10,
-    stub=STUB_61,
-    reference=topk_activation,
+    minutes=6,
+    reference=turned_up,
+    survivors=ONE_MODEL,
+    right=[turned_up_by_mask],
     hints=[
-        "`values, indices = pre.topk(k, dim=-1)` gives the k largest of each row.",
-        "`torch.zeros_like(pre).scatter(-1, indices, ...)` puts values into their places.",
+        "A hook is a function of the stream at the site; what it returns, the model goes on with.",
+        "`x[:, 1:] += strength * direction / direction.norm()`, then return x.",
+        "`with model.hooks({site: add}): return model(ids).softmax(-1)`.",
     ],
-    wrong=[
-        (
-            lambda pre, k: torch.zeros_like(pre).scatter(
-                -1, pre.topk(k).indices, pre.topk(k).values
-            ),
-            "passes the ReLU",
-        ),
-        (
-            lambda pre, k: (
-                torch.relu(pre) * torch.zeros_like(pre).scatter(-1, pre.abs().topk(k).indices, 1.0)
-            ),
-            "absolute",
-        ),
-        (
-            lambda pre, k: torch.relu(pre) * (pre >= pre.flatten().topk(k * len(pre)).values[-1]),
-            "BatchTopK",
-        ),
-        (lambda pre, k: torch.relu(pre.topk(k).values), "back in their places"),
-        (lambda pre, k: torch.relu(pre), "ReLU alone"),
-    ],
+    wrong=MISTAKES_61,
 )
 def check_61(answer) -> None:
-    pre = draw(4, 9, seed=0)
-    pre[3] = -pre[3].abs() - 0.1  # a row in which nothing is positive
-    pre[3, 2] = 0.5
-    want, k = topk_activation(pre, 3), 3
-    got = answer(pre.clone(), k)
-    values, indices = pre.topk(k)
-    biggest = pre.abs().topk(k).indices
-    least = pre.flatten().topk(k * len(pre)).values.min()
-    expect_none_of(
-        got,
-        (
-            torch.zeros_like(pre).scatter(-1, indices, values),
-            "The last row has one positive pre-activation, and three latents fire, two of them "
-            "with negative values: a latent that is kept still passes the ReLU.",
-        ),
-        (
-            torch.zeros_like(pre).scatter(-1, biggest, torch.relu(pre.gather(-1, biggest))),
-            "These are the k largest in *absolute* value: a strongly negative pre-activation "
-            "takes the place of a positive one.",
-        ),
-        (
-            torch.relu(pre) * (pre >= least),
-            "The k · rows largest of the whole batch are kept. That is BatchTopK; TopK chooses "
-            "k in each row.",
-        ),
-        (torch.relu(values), "The shape is (rows, k): put the values back in their places."),
-        (torch.relu(pre), "This is a ReLU alone: keep only the k largest of each row."),
-        (
-            torch.zeros_like(pre).scatter(-1, pre.topk(k, largest=False).indices, torch.relu(pre)),
-            "These are the k smallest.",
-        ),
+    def inputs(draw) -> tuple:
+        model = shipped_model()
+        direction = draw.normal(model.d_model, scale=2)
+        return model, token_ids(draw), a_site(draw), direction, draw.number(4, 20)
+
+    on_model(
+        answer,
+        turned_up,
+        inputs,
+        MISTAKES_61,
+        "Add strength · direction / ‖direction‖ at every position but the first.",
     )
-    expect_close(got, want, "Each row should keep its k largest entries, where positive.")
 
 
 # -- 6.2 -------------------------------------------------------------------------------------
 
-STUB_62 = '''\
-def explained_variance(x, x_hat):
-    """1 - E|x - x_hat|^2 / E|x - mean(x)|^2, over all rows and numbers together: one number.
 
-    x, x_hat: tensors (rows, d).
+def topk_activation(pre, k):
+    """ReLU of the k largest pre-activations of each row, in their places; 0 everywhere else.
+
+    pre (rows, latents). Returns the same shape.
     """
-    ...
-'''
+    values, indices = pre.topk(k, dim=-1)
+    return torch.zeros_like(pre).scatter(-1, indices, values.relu())
 
 
-def explained_variance(x, x_hat):
-    """One minus the normalised mean squared error."""
-    return float(1 - (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
+def topk_by_threshold(pre, k):
+    least = pre.sort(-1, descending=True).values[:, k - 1 : k]
+    return torch.where(pre >= least, pre, 0).clamp(min=0)
+
+
+MISTAKES_62 = edits(
+    topk_activation,
+    """
+    values.relu() → values
+        A latent that is kept still passes the ReLU: some values here are negative.
+    pre.topk(k, dim=-1) → (lambda at: (pre.gather(-1, at), at))(pre.abs().topk(k).indices)
+        These are the largest in *absolute* value: a strongly negative one takes a place.
+    torch.zeros_like(pre).scatter(-1, indices, values.relu()) → values.relu()
+        The shape is (rows, k): put the values back in their places.
+    torch.zeros_like(pre).scatter(-1, indices, values.relu()) → pre.relu()
+        This is the ReLU alone: keep only the k largest of each row.
+    values.relu() → (values > 0).to(pre)
+        This says which latents fire: give how strongly.
+    pre.topk(k, dim=-1) → pre.topk(k, dim=-1, largest=False)
+        These are the k smallest.
+    pre.topk(k, dim=-1) → pre.relu().topk(min(k + 1, pre.shape[-1]), dim=-1)
+        One too many is kept in each row.
+    """,
+) + [
+    (
+        lambda pre, k: pre.relu() * (pre >= pre.flatten().topk(k * len(pre)).values.min()),
+        "The k · rows largest of the whole batch are kept. That is BatchTopK; TopK keeps k in each "
+        "row.",
+    )
+]
 
 
 @exercise(
     "6.2",
-    title="Explained variance",
+    title="The k largest",
     difficulty=2,
     importance=5,
-    minutes=10,
-    stub=STUB_62,
-    reference=explained_variance,
+    minutes=4,
+    reference=topk_activation,
+    right=[topk_by_threshold],
     hints=[
-        "Two sums of squares and one division, in this order.",
-        "The mean is over the rows: `x.mean(0)`, one for each of the d numbers.",
+        "`values, indices = pre.topk(k, dim=-1)` gives the k largest of each row.",
+        "`torch.zeros_like(pre).scatter(-1, indices, …)` puts values into their places.",
     ],
-    wrong=[
-        (
-            lambda x, x_hat: 1 - (x - x_hat).pow(2).sum() / x.pow(2).sum(),
-            "always gives the mean",
-        ),
-        (
-            lambda x, x_hat: (1 - (x - x_hat).pow(2).sum(0) / (x - x.mean(0)).pow(2).sum(0)).mean(),
-            "hardly varies",
-        ),
-        (
-            lambda x, x_hat: 1 - (x - x_hat).var(0).sum() / x.var(0).sum(),
-            "off by a constant",
-        ),
-        (lambda x, x_hat: 1 - explained_variance(x, x_hat), "normalised MSE"),
-        (lambda x, x_hat: x_hat.var(0).sum() / x.var(0).sum(), "being right"),
-    ],
+    wrong=MISTAKES_62,
 )
 def check_62(answer) -> None:
-    x = draw(60, 5, seed=0) * torch.tensor([3.0, 1, 1, 0.5, 0.2]) + torch.tensor([9.0, 0, 2, 0, 0])
-    x_hat = x + 0.6 * draw(60, 5, seed=1) + 0.3
-    got, want = answer(x.clone(), x_hat.clone()), explained_variance(x, x_hat)
-    error = (x - x_hat).pow(2)
-    spread = (x - x.mean(0)).pow(2)
-    expect_none_of(
-        got,
-        (
-            1 - error.sum() / x.pow(2).sum(),
-            "Below the line stands E|x|², not the variance: a coder that always gives the mean "
-            "would score 0.9 here. Take the mean of each number away first.",
-        ),
-        (
-            1 - error.sum() / (x - x.mean()).pow(2).sum(),
-            "One mean is taken over all numbers: each of the d numbers has its own mean, "
-            "`x.mean(0)`.",
-        ),
-        (
-            (1 - error.sum(0) / spread.sum(0)).mean(),
-            "This averages the explained variance of each number, so a number that hardly "
-            "varies counts as much as one that varies most. Sum first, then divide.",
-        ),
-        (
-            1 - (x - x_hat).var(0).sum() / x.var(0).sum(),
-            "The variance of the error leaves out its mean: a reconstruction that is off by a "
-            "constant would count as perfect. Use the squared error.",
-        ),
-        (
-            error.sum() / spread.sum(),
-            "This is the normalised MSE: explained variance is one minus it.",
-        ),
-        (
-            x_hat.var(0).sum() / x.var(0).sum(),
-            "The variance of the reconstruction says nothing of its being right.",
-        ),
+    def inputs(draw) -> tuple:
+        n = draw.size("latents", 8, 14)
+        pre = 3 * draw.normal("rows", n) - 1
+        pre[0] = -pre[0].abs() - 0.1  # a row in which one alone is positive
+        pre[0, draw.integer(0, n - 1)] = 0.5
+        pre[1] = pre[1].abs() + 1  # one in which all are
+        return pre, draw.integer(3, 6)
+
+    agree(
+        answer,
+        topk_activation,
+        inputs,
+        mistakes=MISTAKES_62,
+        otherwise="Each row should keep its k largest entries, where they are positive.",
     )
-    expect_close(got, want, "Compare with 1 - Σ (x - x̂)² / Σ (x - x̄)².", 1e-5)
 
 
 # -- 6.3 -------------------------------------------------------------------------------------
 
-STUB_63 = '''\
-def tangent(gradient, W_dec):
-    """The gradient of W_dec without its part along each row, so that norms do not want to change.
 
-    gradient, W_dec: (latents, d); the rows of W_dec have norm 1. Returns (latents, d).
+def train_step(coder, x, optimizer):
+    """One step of training: returns the loss before it, the mean over rows of |x - coder(x)|².
+
+    1. Gradients of the loss, with none left from the step before.
+    2. From coder.W_dec.grad, take away each row's part along the same row of coder.W_dec.
+    3. optimizer.step(), then bring each row of coder.W_dec back to length 1.
+    x (rows, d); coder.W_dec (latents, d), a parameter whose rows have length 1; change it and its
+    gradient in place, under `with torch.no_grad():`
     """
-    ...
-'''
+    optimizer.zero_grad()
+    loss = (x - coder(x)).pow(2).sum(-1).mean()
+    loss.backward()
+    with torch.no_grad():
+        grad, rows = coder.W_dec.grad, coder.W_dec
+        grad -= (grad * rows).sum(-1, keepdim=True) * rows
+        optimizer.step()
+        rows /= rows.norm(dim=-1, keepdim=True)
+    return loss.item()
 
 
-def tangent(gradient, W_dec):
-    """g - (g · w) w, row by row."""
-    return gradient - (gradient * W_dec).sum(1, keepdim=True) * W_dec
+def train_step_otherwise(coder, x, optimizer):
+    loss = torch.nn.functional.mse_loss(coder(x), x) * x.shape[1]
+    for parameter in coder.parameters():
+        parameter.grad = None
+    loss.backward()
+    W = coder.W_dec.data
+    coder.W_dec.grad.sub_(W * torch.einsum("ld,ld->l", W, coder.W_dec.grad)[:, None])
+    optimizer.step()
+    W.copy_(torch.nn.functional.normalize(W, dim=1))
+    return loss
+
+
+MISTAKES_63 = edits(
+    train_step,
+    """
+    optimizer.zero_grad() → pass
+        Gradients of the step before are still there: call `optimizer.zero_grad()` first.
+    .sum(-1).mean() → .mean()
+        The loss is divided by the width, too: sum over the d numbers, mean over rows.
+    .sum(-1).mean() → .sum()
+        The loss is summed over the rows: take their mean.
+    .pow(2).sum(-1).mean() → .norm(dim=-1).mean()
+        This is the length of the error, not its square.
+    grad -= (grad * rows).sum(-1, keepdim=True) * rows → pass
+        The gradient keeps its part along the rows, and the optimizer's moments fill up with it.
+    grad -= → grad +=
+        The part along the rows is added: take it away.
+    (grad * rows).sum(-1, keepdim=True) * rows → rows
+        The whole row is taken away, whatever the gradient's part along it is.
+    rows /= rows.norm(dim=-1, keepdim=True) → pass
+        The rows of W_dec do not have length 1 afterwards.
+    rows /= rows.norm(dim=-1, keepdim=True) → rows /= rows.norm(dim=0, keepdim=True)
+        The columns of W_dec have length 1 now: it should be the rows.
+    optimizer.step() → pass
+        Nothing has been trained: `optimizer.step()` is missing.
+    loss.item() → (x - coder(x)).pow(2).sum(-1).mean().item()
+        This is the loss after the step: return the one before.
+    """,
+)
+
+
+def small_coder(draw) -> tuple[SparseCoder, torch.Tensor]:
+    """A coder, and rows; neither square, gradients left over, biases that are not 0."""
+    d, latents = draw.size("d", 4, 7), draw.size("latents", 9, 14)
+    coder = SparseCoder(d, latents, k=draw.integer(2, 4), seed=draw.integer(0, 99))
+    with torch.no_grad():
+        coder.b_dec += draw.normal(d, scale=0.3)
+        coder.b_enc += draw.positive(latents, high=0.5)
+    for parameter in coder.parameters():
+        parameter.grad = torch.full_like(parameter, 0.3)
+    return coder, draw.normal(draw.size("rows", 5, 8), d)
+
+
+def after_steps(step, coder: SparseCoder, x, rate: float) -> dict[str, torch.Tensor]:
+    """What two steps of SGD return, and leave behind, of a copy of a coder."""
+    mine = copy.deepcopy(coder)
+    for parameter, other in zip(mine.parameters(), coder.parameters(), strict=True):
+        parameter.grad = other.grad.clone()
+    optimizer = torch.optim.SGD(mine.parameters(), rate, momentum=0.5)
+    losses = [step(mine, x.clone(), optimizer) for _ in range(2)]
+    if any(loss is None for loss in losses):
+        raise Wrong("Return the loss, a number.")
+    losses = [torch.as_tensor(loss).detach().double().reshape(()) for loss in losses]
+    kept = {name: p.detach().clone() for name, p in mine.named_parameters()}
+    return kept | {"the loss": torch.stack(losses)}
 
 
 @exercise(
     "6.3",
-    title="A gradient along the sphere",
+    title="One step of training",
     difficulty=3,
-    importance=4,
-    minutes=10,
-    stub=STUB_63,
-    reference=tangent,
+    importance=5,
+    minutes=8,
+    reference=train_step,
+    right=[train_step_otherwise],
+    copies=False,
     hints=[
-        "One dot product per row: `(gradient * W_dec).sum(1, keepdim=True)`.",
-        "Times the row itself, this is the part along the row.",
+        "`loss = (x - coder(x)).pow(2).sum(-1).mean()`, then `loss.backward()`.",
+        "The part of a row g along a row w of length 1 is (g · w) w: "
+        "`(grad * rows).sum(-1, keepdim=True) * rows`.",
+        "In place: `coder.W_dec.grad -= …`, and `coder.W_dec /= …` after the optimizer's step.",
     ],
-    wrong=[
-        (lambda gradient, W_dec: gradient - tangent(gradient, W_dec), "be taken away"),
-        (lambda gradient, W_dec: gradient - W_dec, "whole row"),
-        (
-            lambda gradient, W_dec: gradient - (gradient * W_dec).sum(0) * W_dec,
-            "over the latents",
-        ),
-        (
-            lambda gradient, W_dec: torch.nn.functional.normalize(gradient, dim=1),
-            "right angle",
-        ),
-    ],
+    wrong=MISTAKES_63,
 )
 def check_63(answer) -> None:
-    gradient = draw(6, 6, seed=0)
-    W = torch.nn.functional.normalize(draw(6, 6, seed=1), dim=1)
-    before = gradient.clone()
-    got, want = answer(gradient, W.clone()), tangent(before, W)
-    expect(torch.equal(gradient, before), "Your function changes the gradient that it was given.")
-    along = (before * W).sum(1, keepdim=True)
-    expect_none_of(
-        got,
-        (along * W, "This is the part along the rows: it is what should be taken away."),
-        (before + along * W, "The part along the rows is added: take it away."),
-        (before - W, "The whole row is taken away, whatever the gradient's part along it is."),
-        (
-            before - (before * W).sum(0) * W,
-            "The dot products are summed over the latents: each row has one of its own, so sum "
-            "over the last axis.",
-        ),
-        (
-            before - (before * W).sum() * W,
-            "One dot product is taken of the whole matrices: each row has its own.",
-        ),
-        (
-            torch.nn.functional.normalize(before, dim=1),
-            "The gradient's rows are scaled to norm 1: what is wanted is a right angle between "
-            "each of them and its row of W_dec.",
-        ),
-    )
-    expect_close(got, want, "Afterwards each row of the result times its row of W_dec should be 0.")
+    alive, problem = list(MISTAKES_63), ""
+    for draw in draws(3):
+        coder, x = small_coder(draw)
+        given = coder, x, draw.number(0.02, 0.1)
+        want, got = after_steps(train_step, *given), after_steps(answer, *given)
+        far = [name for name, value in want.items() if not close(got[name], value)]
+        problem = problem or (f"Two steps leave {far[0]} another than they should." if far else "")
+        alive = [pair for pair in alive if same_steps(pair[0], given, got)]
+    expect(not problem, alive[0][1] if alive else problem)
+
+
+def close(got, want) -> bool:
+    """Whether two tensors agree, as far as two steps in float32 do."""
+    return got.shape == want.shape and torch.allclose(got.to(want), want, rtol=1e-4, atol=1e-5)
+
+
+def same_steps(step, given: tuple, got: dict) -> bool:
+    """Whether a mistaken step leaves the same behind."""
+    return all(close(got[name], value) for name, value in after_steps(step, *given).items())
 
 
 # -- 6.4 -------------------------------------------------------------------------------------
 
-STUB_64 = '''\
-def dead_share(indices, values, n_latents):
-    """The share of latents that fire at none of the tokens.
 
-    indices, values: (tokens, k): which latents are the k largest at each token, and their
-    activations, which are 0 or more. A latent fires where its activation is above 0.
+def explained_variance(x, x_hat):
+    """1 - E|x - x_hat|² / E|x - E x|², over all rows and numbers together: one number.
+
+    x, x_hat (rows, d)
     """
-    ...
-'''
+    return 1 - (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
 
 
-def dead_share(indices, values, n_latents):
-    """One minus the share of different latents among the firings."""
-    return 1 - len(set(indices[values > 0].tolist())) / n_latents
+def explained_in_numpy(x, x_hat):
+    x, x_hat = np.asarray(x), np.asarray(x_hat)
+    return float(1 - np.square(x - x_hat).mean() / x.var(0).mean())
+
+
+MISTAKES_64 = edits(
+    explained_variance,
+    """
+    (x - x.mean(0)) → x
+        Below the line stands E|x|²: a coder that always gives the mean would score well. Take the
+        mean of each number away first.
+    x.mean(0) → x.mean()
+        One mean is taken over all numbers: each of the d numbers has its own.
+    x.mean(0) → x.mean(1, keepdim=True)
+        The mean is taken over each row: take it over the rows, for each number.
+    1 - →
+        This is the normalised MSE: explained variance is one minus it.
+    (x - x_hat).pow(2).sum() → ((x - x_hat) - (x - x_hat).mean(0)).pow(2).sum()
+        The variance of the error leaves out its mean: a reconstruction that is off by a constant
+        would count as perfect.
+    (x - x.mean(0)) → (x_hat - x_hat.mean(0))
+        Below the line stands the variance of the reconstruction: it should be that of x.
+    pow(2) → abs()
+        These are sizes, not squares.
+    """,
+) + [
+    (
+        lambda x, x_hat: (1 - (x - x_hat).pow(2).sum(0) / (x - x.mean(0)).pow(2).sum(0)).mean(),
+        "This averages over the d numbers, so one that hardly varies counts as much as one that "
+        "varies most. Sum first, then divide.",
+    )
+]
 
 
 @exercise(
     "6.4",
-    title="Who is dead?",
+    title="Explained variance",
     difficulty=2,
-    importance=4,
-    minutes=5,
-    stub=STUB_64,
-    reference=dead_share,
-    hints=[
-        "`indices[values > 0]` lists the latents that fire, with repetitions.",
-        "How many different ones are there? `len(set(....tolist()))`, or `.unique()`.",
-    ],
-    wrong=[
-        (
-            lambda indices, values, n_latents: 1 - len(indices.unique()) / n_latents,
-            "did not fire",
-        ),
-        (
-            lambda indices, values, n_latents: 1 - dead_share(indices, values, n_latents),
-            "alive",
-        ),
-        (
-            lambda indices, values, n_latents: n_latents - len(indices[values > 0].unique()),
-            "divide by the number of latents",
-        ),
-        (
-            lambda indices, values, n_latents: 1 - float((values > 0).sum()) / n_latents,
-            "count different latents",
-        ),
-    ],
+    importance=5,
+    minutes=4,
+    reference=explained_variance,
+    right=[explained_in_numpy],
+    hints=["Two sums of squares, and one division.", "The mean is over the rows: `x.mean(0)`."],
+    wrong=MISTAKES_64,
 )
 def check_64(answer) -> None:
-    indices = torch.tensor([[0, 1, 7], [0, 2, 7], [0, 3, 6], [1, 0, 5]])
-    values = torch.tensor([[2.0, 1, 0], [3, 1, 0], [1, 0.2, 0], [1, 0.5, 0.1]])
-    got, want = answer(indices.clone(), values.clone(), 16), dead_share(indices, values, 16)
-    expect_none_of(
-        got,
-        (
-            1 - 7 / 16,
-            "Latents 6 and 7 were among the k largest, but with an activation of 0: they did "
-            "not fire.",
-        ),
-        (
-            1 - want,
-            "This is the share of latents that are alive.",
-        ),
-        (11, "This is how many are dead: divide by the number of latents."),
-        (
-            1 - float((values > 0).sum()) / 16,
-            "Every firing is counted, so latent 0 counts four times: count different latents.",
-        ),
-        (
-            float((values == 0).float().mean()),
-            "This is the share of empty places among the k of each token, which is another "
-            "thing: a latent is dead if it fires at no token at all.",
-        ),
+    def inputs(draw) -> tuple:
+        rows, d = draw.size("rows", 12, 30), draw.size("d", 3, 8)
+        x = draw.normal(rows, d) * draw.positive(d) + draw.normal(d, scale=3)
+        return x, x + draw.number(0.2, 0.8) * draw.normal(rows, d)
+
+    agree(
+        answer,
+        explained_variance,
+        inputs,
+        mistakes=MISTAKES_64,
+        otherwise="Compare with 1 - Σ (x - x̂)² / Σ (x - x̄)².",
     )
-    expect_close(got, want, "Of the sixteen latents, 0, 1, 2, 3 and 5 fire somewhere.", 1e-6)
 
 
 # -- 6.5 -------------------------------------------------------------------------------------
 
-STUB_65 = '''\
-def loss_recovered(clean, spliced, zero):
-    """The share of the loss that comes back with the reconstruction: 1 if it does no harm, 0 if it
-    is no better than zeros.
 
-    clean, spliced, zero: losses of the model as it is, with the reconstruction, with zeros.
+def loss_recovered(model, ids, site, reconstruct):
+    """The share of the loss that comes back when the model goes on with reconstruct(x):
+    (loss with zeros - loss with reconstruct(x)) / (loss with zeros - loss as it is).
+
+    As SAELens has it: zeros stand at every position, BOS included; reconstruct(x) at every one but
+    the first. A loss is the mean of model.loss(ids) without its first column, which BOS predicts.
+    ids (batch, pos); the site holds x (batch, pos, d_model), and reconstruct keeps that shape
     """
-    ...
-'''
 
+    def splice(x):
+        x[:, 1:] = reconstruct(x)[:, 1:]
+        return x
 
-def loss_recovered(clean, spliced, zero):
-    """(L_zero - L_spliced) / (L_zero - L_clean)."""
+    def loss(hooks):
+        with model.hooks(hooks):
+            return model.loss(ids)[:, 1:].mean()
+
+    clean, spliced, zero = loss({}), loss({site: splice}), loss({site: lambda x: 0 * x})
     return (zero - spliced) / (zero - clean)
+
+
+def recovered_otherwise(model, ids, site, reconstruct):
+    def put(x):
+        return torch.cat([x[:, :1], reconstruct(x[:, 1:])], 1)
+
+    losses = []
+    for hook in (lambda x: x, put, torch.zeros_like):
+        with model.hooks({site: hook}):
+            losses.append(float(model.loss(ids)[:, 1:].mean()))
+    clean, spliced, zero = losses
+    return 1 - (spliced - clean) / (zero - clean)
+
+
+MISTAKES_65 = edits(
+    loss_recovered,
+    """
+    x[:, 1:] = reconstruct(x)[:, 1:] → x[:] = reconstruct(x)
+        BOS is reconstructed, too: no autoencoder is trained on it, so leave it as it is.
+    lambda x: 0 * x → lambda x: torch.cat([x[:, :1], 0 * x[:, 1:]], 1)
+        BOS stays when you put zeros: put them at every position. A model that keeps its BOS alone
+        is worse than one that knows nothing, and every coder looks better beside it.
+    model.loss(ids)[:, 1:] → model.loss(ids)
+        The tokens that BOS alone predicts are in the mean: leave out the first column.
+    (zero - spliced) → (spliced - clean)
+        This is the share that is *lost*: one minus it comes back.
+     / (zero - clean) →
+        This is in nats: divide by what there is to win back.
+    (zero - clean) → zero
+        Below the line stands the loss with zeros: only what is above the clean loss can be won.
+    (zero - spliced) → (spliced - zero)
+        The sign is turned round: a good reconstruction is near +1.
+    lambda x: 0 * x → lambda x: x.mean((0, 1)).expand_as(x)
+        You put the mean where zeros belong.
+    lambda x: 0 * x → lambda x: 0 * x + 1
+        You put ones where zeros belong.
+    return (zero - spliced) / (zero - clean) → return clean / spliced
+        A ratio of losses has no zero: subtract before you divide.
+    """,
+)
 
 
 @exercise(
     "6.5",
     title="Loss recovered",
-    difficulty=1,
-    importance=4,
-    minutes=5,
-    stub=STUB_65,
+    difficulty=3,
+    importance=5,
+    minutes=8,
     reference=loss_recovered,
+    survivors=ONE_MODEL
+    | {
+        "0 * x → 0 / x": "that is 0 as well",
+        "model.loss(ids)[:, 1:].mean() → model.loss(ids)[:, 1:].sum()": "all three are sums over "
+        "as many tokens, so the share is the same",
+    },
+    right=[recovered_otherwise],
     hints=[
-        "How much worse than clean is `zero`? That is all that there is to recover.",
-        "How much better than `zero` is the reconstruction?",
+        "Three runs: without a hook, with the reconstruction, with zeros.",
+        "A hook that writes `x[:, 1:] = reconstruct(x)[:, 1:]` and returns x leaves BOS alone.",
+        "`model.loss(ids)[:, 1:].mean()` inside the `with`.",
     ],
-    wrong=[
-        (
-            lambda clean, spliced, zero: (spliced - clean) / (zero - clean),
-            "that is *lost*",
-        ),
-        (lambda clean, spliced, zero: clean / spliced, "no zero"),
-        (lambda clean, spliced, zero: (zero - spliced) / zero, "less the clean loss"),
-        (
-            lambda clean, spliced, zero: max(0, (zero - spliced) / (zero - clean)),
-            "do not clip",
-        ),
-    ],
+    wrong=MISTAKES_65,
 )
 def check_65(answer) -> None:
-    clean, spliced, zero = 2.0, 2.5, 7.0
-    got = answer(clean, spliced, zero)
-    expect_none_of(
-        got,
-        (0.1, "This is the share that is *lost*: one minus it comes back."),
-        (clean / spliced, "A ratio of losses has no zero: at worst it would be 2 / 7 here."),
-        (spliced / clean, "A ratio of losses is no share of what could be lost."),
-        (
-            (zero - spliced) / zero,
-            "Below the line stands the loss with zeros: what could be won back is the loss "
-            "with zeros *less the clean loss*.",
-        ),
-        (
-            (spliced - zero) / (zero - clean),
-            "The sign is turned round: a good reconstruction is near +1.",
-        ),
-        (4.5, "This is a difference in nats: divide by what could be won back."),
+    def inputs(draw) -> tuple:
+        model, share = shipped_model(), draw.number(0.3, 0.8)
+        shift = draw.normal(model.d_model, scale=2)
+        return model, prose(draw), a_site(draw), lambda x: share * x + shift
+
+    on_model(
+        answer,
+        loss_recovered,
+        inputs,
+        MISTAKES_65,
+        "(zero - spliced) / (zero - clean), of three mean losses.",
     )
-    expect_close(got, 0.9, "Zeros cost 5 nats here, the reconstruction half a nat.", 1e-9)
-    expect_close(answer(2.0, 2.0, 7.0), 1.0, "A perfect reconstruction recovers 1.", 1e-9)
-    expect_close(answer(2.0, 8.0, 7.0), -0.2, "Worse than zeros is below 0: do not clip.", 1e-9)
+
+
+def prose(draw) -> torch.Tensor:
+    """The beginnings of a few documents, (batch, pos), BOS first."""
+    n, length = draw.size("batch", 2, 4), draw.size("pos", 9, 14)
+    return lab.starts(shipped_model(), n, length, draw.integer(0, 200))
 
 
 # -- 6.6 -------------------------------------------------------------------------------------
 
-STUB_66 = '''\
-def honest_f1(fires, truth):
-    """The F1 of the best unit, chosen on the first half of the rows, scored on the second half.
 
-    fires: booleans (rows, units); truth: booleans (rows,); NumPy arrays. Returns one number.
-    F1 = 2 TP / (fired + positives).
+def top_contexts(model, coder, site, latent, texts, n, around):
+    """Where a latent fires most: a list of up to n texts, the strongest firing first.
+
+    One context per text, at its highest value, the first position (BOS) left out; none where the
+    latent is silent. A context goes from `around` tokens before to `around` after, as far as there
+    are tokens, BOS never among them; the firing token stands in [[ ]], its leading blank before
+    them: "the [[virus]] of".
+    model.str_tokens(text)  the tokens, BOS first; coder.encode(x) (pos, d_model) to (pos, latents)
     """
-    ...
-'''
+    found = []
+    for text in texts:
+        tokens = model.str_tokens(text)
+        _, cache = model.run_with_cache(text, [site])
+        values = coder.encode(cache[site][0])[1:, latent]
+        at = int(values.argmax()) + 1
+        if values.max() > 0:
+            bare = tokens[at].lstrip(" ")
+            blank = tokens[at][: len(tokens[at]) - len(bare)]
+            before, after = tokens[max(1, at - around) : at], tokens[at + 1 : at + around + 1]
+            context = "".join([*before, f"{blank}[[{bare}]]", *after])
+            found.append((float(values.max()), context))
+    found.sort(key=lambda pair: pair[0], reverse=True)
+    return [context for _, context in found[:n]]
 
 
-def honest_f1(fires, truth):
-    """Choose and score on different rows, or chance is scored too."""
-    half = len(truth) // 2
+MISTAKES_66 = edits(
+    top_contexts,
+    """
+    [1:, latent] → [:-1, latent]
+        The token in brackets is not the one that fires: is position 0, BOS, where you count from?
+    if values.max() > 0: → if True:
+        Texts in which the latent is silent are among them: leave those out.
+    reverse=True → reverse=False
+        The weakest comes first.
+    found[:n] → found
+        There are more than n: keep the strongest n.
+    found.sort(key=lambda pair: pair[0], reverse=True) → pass
+        They are in the order of the texts: the strongest firing comes first.
+    {blank}[[{bare}]] → [[{blank}{bare}]]
+        The blank is inside the brackets: it belongs before them.
+    {blank}[[{bare}]] → [[{bare}]]
+        The blank before the firing token is lost.
+    {blank}[[{bare}]] → {blank}[{bare}]
+        The brackets are single: [[ ]].
+    max(1, at - around) → max(0, at - around)
+        BOS is in the context: leave it out.
+    max(1, at - around) → at - around
+        Near the beginning of a text, at - around is below 0, and counts from the end.
+    at + around + 1 → at + around
+        There is one token too few after the firing one.
+    [context for _, context in found[:n]] → found[:n]
+        Return the contexts alone, without the values.
+    """,
+)
 
-    def f1(rows):
-        both = (fires[rows] & truth[rows, None]).sum(0)
-        return 2 * both / (fires[rows].sum(0) + truth[rows].sum())
 
-    return float(f1(slice(half, None))[f1(slice(half)).argmax()])
+@functools.cache
+def pool() -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Texts; each latent's highest value in each, (texts, latents), BOS left out; and where."""
+    model, stream = shipped_model(), World().documents(66)
+    texts = [next(stream).text[:70] for _ in range(40)]
+    found = []
+    for _, _, (x,) in rivals.read_texts(model, texts, [lab.middle(model)]):
+        found.append(shipped_coder().encode(x).detach().max(0))
+    return texts, torch.stack([f.values for f in found]), torch.stack([f.indices for f in found])
+
+
+def texts_and_latent(draw) -> tuple:
+    """Texts in some of which a latent fires, in one of them near the beginning."""
+    texts, values, places = pool()
+    rows = draw.sample(range(len(texts)), draw.size("texts", 6, 8))
+    fires, count = values[rows] > 0, (values[rows] > 0).sum(0)
+    some = (count >= 3) & (count < len(rows)) & (fires & (places[rows] < 3)).any(0)
+    some &= (fires & (values[rows] < 1)).any(0)  # weakly, too
+    latent = draw.choice(some.nonzero()[:, 0].tolist() or [int(count.argmax())])
+    model, most = shipped_model(), draw.choice([2, len(rows)])
+    kept = [texts[i] for i in rows]
+    site = lab.middle(model)
+    return model, shipped_coder(), site, latent, kept, most, draw.integer(3, 6)
 
 
 @exercise(
     "6.6",
-    title="An honest best unit",
+    title="Contexts in brackets",
     difficulty=3,
-    importance=5,
-    minutes=15,
-    stub=STUB_66,
-    reference=honest_f1,
+    importance=4,
+    minutes=8,
+    reference=top_contexts,
+    survivors=ONE_MODEL
+    | {
+        "coder → its first value, always": "the course has one autoencoder",
+        "site → its first value, always": "and that reads one site",
+    },
     hints=[
-        "Write F1 of all units on some rows first: true positives are "
-        "`(fires[rows] & truth[rows, None]).sum(0)`.",
-        "`argmax` on the first half, then look up that unit's F1 on the second half.",
+        "`model.run_with_cache(text, [site])[1][site][0]` is (pos, d_model), BOS first.",
+        "`coder.encode(x)[1:, latent]` leaves BOS out, so add 1 to the place of its maximum.",
+        "Split a token into its blank and the rest with `token.lstrip(' ')`.",
     ],
-    wrong=[
-        (
-            lambda fires, truth: honest_f1(
-                np.concatenate([fires[100:], fires[100:]]),
-                np.concatenate([truth[100:], truth[100:]]),
-            ),
-            "luckiest",
-        ),
-        (
-            lambda fires, truth: honest_f1(
-                np.concatenate([fires[:100], fires[:100]]),
-                np.concatenate([truth[:100], truth[:100]]),
-            ),
-            "score it on the second",
-        ),
-        (
-            lambda fires, truth: (
-                2 * (fires & truth[:, None]).sum(0) / (fires.sum(0) + truth.sum())
-            ).max(),
-            "keep the halves apart",
-        ),
-        (
-            lambda fires, truth: (fires[100:] == truth[100:, None]).mean(0)[5],
-            "Compare with F1",
-        ),
-    ],
+    wrong=MISTAKES_66,
 )
 def check_66(answer) -> None:
-    rng = np.random.default_rng(0)
-    truth = rng.random(200) < 0.3
-    fires = rng.random((200, 40)) < 0.3
-    fires[:, 5] = np.where(rng.random(200) < 0.25, ~truth, truth)
-    fires[:100, 9] = np.where(rng.random(100) < 0.15, ~truth[:100], truth[:100])
-    fires[100:, 11] = truth[100:]
-    fires[:, 20] = True
-    fires[:, 30] = truth & (rng.random(200) < 0.1)
-    half, got, want = 100, answer(fires.copy(), truth.copy()), honest_f1(fires, truth)
-
-    def scores(rows, of="f1"):
-        both = (fires[rows] & truth[rows, None]).sum(0)
-        fired, n = fires[rows].sum(0), truth[rows].sum()
-        parts = {
-            "f1": 2 * both / (fired + n),
-            "precision": both / np.maximum(fired, 1),
-            "recall": both / n,
-            "accuracy": (fires[rows] == truth[rows, None]).mean(0),
-        }
-        return parts[of]
-
-    first, second, whole = slice(half), slice(half, None), slice(None)
-    best = scores(first).argmax()
-    expect_none_of(
-        got,
-        (
-            scores(second).max(),
-            "The unit is chosen on the very rows that it is scored on: of forty units, the "
-            "luckiest wins. Choose on the first half.",
-        ),
-        (
-            scores(first).max(),
-            "This is the score on the half on which the unit was chosen: score it on the second.",
-        ),
-        (scores(whole).max(), "Unit and score come from all rows: keep the halves apart."),
-        (scores(second, "precision")[best], "This is precision: it ignores what was missed."),
-        (scores(second, "recall")[best], "This is recall: a unit that always fires has 1."),
-        (scores(second, "accuracy")[best], "This is accuracy, which pays for silence."),
-        (
-            scores(second)[scores(first, "recall").argmax()],
-            "The unit is chosen by its recall, so the one that always fires wins: choose by F1.",
-        ),
-        (
-            scores(second)[scores(first, "precision").argmax()],
-            "The unit is chosen by its precision: choose by F1.",
-        ),
-        (best, "This is the number of the best unit: return its F1 on the second half."),
+    on_model(
+        answer,
+        top_contexts,
+        texts_and_latent,
+        MISTAKES_66,
+        "Each context is the tokens around the highest value, with that token in [[ ]].",
     )
-    expect_close(got, want, "Compare with F1 = 2 TP / (fired + positives).", 1e-6)
 
 
 # -- 6.7 -------------------------------------------------------------------------------------
 
-STUB_67 = '''\
-def share_found_again(rows, others, same):
-    """The share of rows that have, among the other rows, one with a cosine above `same`.
 
-    rows, others: decoders (latents, d) of two autoencoders, of any norms. Returns one number.
+def raised(model, direction, n):
+    """The ids of the n tokens whose logits a direction in the stream raises most, the most first.
+
+    By the direct path: through the final norm's gain, 1 + w, and the unembedding.
+    model.ln_final.weight (d_model,) is w; model.W_U (d_model, d_vocab). Tokens that no text has,
+    where model.in_text is False, are left out.
     """
-    ...
-'''
+    logits = (direction * (1 + model.ln_final.weight)) @ model.W_U
+    return logits.masked_fill(~model.in_text, -torch.inf).topk(n).indices
 
 
-def share_found_again(rows, others, same):
-    """The best cosine of each row, and how many of these are above the threshold."""
-    unit, other = (torch.nn.functional.normalize(each, dim=1) for each in (rows, others))
-    return float(((unit @ other.T).max(1).values > same).float().mean())
+def raised_by_sorting(model, direction, n):
+    logits = model.W_U.T @ ((1 + model.ln_final.weight) * direction)
+    order = logits.argsort(descending=True).tolist()
+    return [i for i in order if model.in_text[i]][:n]
+
+
+MISTAKES_67 = edits(
+    raised,
+    """
+    (1 + model.ln_final.weight) → model.ln_final.weight
+        The gain is w here: Gemma's norm multiplies by 1 + w.
+     * (1 + model.ln_final.weight) →
+        The final norm's gain is left out.
+    .masked_fill(~model.in_text, -torch.inf) →
+        Tokens that stand in no text are among them: leave those out.
+    .topk(n) → .topk(n, largest=False)
+        These are the ones that it lowers most.
+    .topk(n) → .abs().topk(n)
+        Some of these it lowers: take the logits themselves, not their size.
+    topk(n).indices → topk(n).values
+        These are the logits: give the tokens' ids.
+    """,
+)
 
 
 @exercise(
     "6.7",
-    title="Found again",
+    title="What it writes",
     difficulty=2,
-    importance=3,
-    minutes=10,
-    stub=STUB_67,
-    reference=share_found_again,
-    hints=[
-        "`torch.nn.functional.normalize(rows, dim=1)` divides each row by its norm.",
-        "The matrix of cosines has one row per latent of the first: take the maximum of each.",
-    ],
-    wrong=[
-        (
-            lambda rows, others, same: float(
-                ((rows @ others.T).max(1).values > same).float().mean()
-            ),
-            "divide by the norms",
-        ),
-        (
-            lambda rows, others, same: share_found_again(rows, torch.cat([others, -others]), same),
-            "opposite way",
-        ),
-        (
-            lambda rows, others, same: share_found_again(others, rows, same),
-            "*other* autoencoder",
-        ),
-        (lambda rows, others, same: share_found_again(rows, rows, same), "itself included"),
-    ],
+    importance=4,
+    minutes=4,
+    reference=raised,
+    survivors=ONE_MODEL,
+    right=[raised_by_sorting],
+    hints=["`direction * (1 + w)`, then `@ model.W_U`.", "`.topk(n).indices`, highest first."],
+    wrong=MISTAKES_67,
 )
 def check_67(answer) -> None:
-    rows = draw(12, 6, seed=0) * torch.linspace(0.05, 1, 12)[:, None]
-    others = torch.cat([rows[:4] * 5 + 0.02 * draw(4, 6, seed=1), draw(11, 6, seed=2)])
-    others[5] = -rows[8]
-    others[6:9] = 5 * rows[0] + 0.02 * draw(3, 6, seed=3)
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
-    others = others[order]
-    same_cosine = 0.95
-    got, want = answer(rows.clone(), others.clone(), same_cosine), 4 / 12
-    unit, other = (torch.nn.functional.normalize(each, dim=1) for each in (rows, others))
-    cosines = unit @ other.T
-    expect_none_of(
-        got,
-        (
-            ((rows @ others.T).max(1).values > same_cosine).float().mean(),
-            "These are dot products, in which long rows win: divide by the norms.",
-        ),
-        (
-            (cosines.abs().max(1).values > same_cosine).float().mean(),
-            "A row that points the opposite way counts as the same: latents only add, so the "
-            "sign matters.",
-        ),
-        (
-            (cosines.max(0).values > same_cosine).float().mean(),
-            "This asks of the *other* autoencoder's rows whether they are found in the first.",
-        ),
-        (
-            (cosines > same_cosine).float().mean(),
-            "This is the share of all *pairs* that are alike: take each row's best match.",
-        ),
-        (
-            ((unit @ unit.T).max(1).values > same_cosine).float().mean(),
-            "Every row is compared with its own autoencoder, itself included.",
-        ),
-        (
-            cosines.max(1).values.mean(),
-            "This is the mean of the best cosines: count those above the threshold.",
-        ),
-        (4, "This is how many are found again: divide by the number of rows."),
+    def inputs(draw) -> tuple:
+        model = shipped_model()
+        odd = model.W_U[:, ~model.in_text].sum(-1)  # a direction that also raises what no text has
+        direction = draw.normal(model.d_model) / 3 + draw.number(0.5, 2) * odd / odd.norm()
+        return model, direction, draw.integer(4, 12)
+
+    on_model(
+        answer,
+        raised,
+        inputs,
+        MISTAKES_67,
+        "Compare with the highest entries of (direction * (1 + w)) @ W_U.",
     )
-    expect_close(got, want, "Of these twelve rows, the first four are found again.", 1e-6)
 
 
 # -- 6.8 -------------------------------------------------------------------------------------
 
-STUB_68 = '''\
-def jumprelu_encode(x, W_enc, b_enc, threshold):
-    """Gemma Scope's encoder: pre = x W_enc + b_enc, and f = pre where pre > threshold, else 0.
 
-    x: (rows, d); W_enc: (d, latents); b_enc, threshold: (latents,), thresholds above 0.
+def honest_f1(fires, truth):
+    """The F1 of the best unit, chosen on the first half of the rows and scored on the second.
+
+    F1 = 2 · true positives / (times it fires + times it should).
+    fires (rows, units), truth (rows,): booleans, NumPy arrays. Returns one number.
     """
-    ...
-'''
+    half = len(truth) // 2
+
+    def f1(rows):
+        hits = (fires[rows] & truth[rows, None]).sum(0)
+        return 2 * hits / (fires[rows].sum(0) + truth[rows].sum())
+
+    return f1(slice(half, None))[f1(slice(half)).argmax()]
 
 
-def jumprelu_encode(x, W_enc, b_enc, threshold):
-    """Rajamanoharan and others 2024, "Jumping Ahead", equation 3."""
-    pre = x @ W_enc + b_enc
-    return pre * (pre > threshold)
+MISTAKES_68 = edits(
+    honest_f1,
+    """
+    f1(slice(half)).argmax() → f1(slice(half, None)).argmax()
+        The unit is chosen on the second half, on which it is scored: luck is scored, too.
+    return f1(slice(half, None))[f1(slice(half)).argmax()] → return f1(slice(None)).max()
+        Chosen and scored on all rows: the best of many looks good by luck.
+    return f1(slice(half, None))[f1(slice(half)).argmax()] → return f1(slice(half)).max()
+        This is the score on the first half, where the unit was chosen.
+    return f1(slice(half, None)) → early = slice(half); half = 0; return f1(early)
+        The halves are swapped: choose on the first, score on the second.
+    2 * hits / (fires[rows].sum(0) + truth[rows].sum()) → hits / fires[rows].sum(0).clip(1)
+        This is precision: a unit that fires once, rightly, would be best.
+    2 * hits / (fires[rows].sum(0) + truth[rows].sum()) → hits / truth[rows].sum()
+        This is recall: a unit that always fires would be best.
+    2 * hits / (fires[rows].sum(0) + truth[rows].sum()) → (fires[rows] == truth[rows, None]).mean(0)
+        This is accuracy: where a concept is rare, a unit that never fires would be best.
+    2 * hits → hits
+        The 2 is missing: a perfect unit has an F1 of 1.
+    """,
+)
+
+
+def honest_by_loops(fires, truth):
+    half, scores = len(truth) // 2, []
+    for rows in (range(half), range(half, len(truth))):
+        said, true = fires[list(rows)], truth[list(rows)]
+        both = [int((column & true).sum()) for column in said.T]
+        scores.append([2 * b / (c.sum() + true.sum()) for b, c in zip(both, said.T, strict=True)])
+    return float(scores[1][int(np.argmax(scores[0]))])
 
 
 @exercise(
     "6.8",
-    title="The jump of JumpReLU",
-    difficulty=1,
-    importance=4,
-    minutes=5,
-    stub=STUB_68,
-    reference=jumprelu_encode,
+    title="An honest best unit",
+    difficulty=3,
+    importance=5,
+    minutes=7,
+    reference=honest_f1,
+    right=[honest_by_loops],
     hints=[
-        "There is no b_dec in it: Gemma Scope does not take it away from the input.",
-        "A comparison gives a mask; multiply.",
+        "Write the F1 of all units on some rows first: true positives are "
+        "`(fires[rows] & truth[rows, None]).sum(0)`.",
+        "`argmax` on the first half, then that unit's F1 on the second.",
     ],
-    wrong=[
-        (
-            lambda x, W_enc, b_enc, threshold: torch.relu(x @ W_enc + b_enc - threshold),
-            "the jump",
-        ),
-        (
-            lambda x, W_enc, b_enc, threshold: torch.relu(x @ W_enc + b_enc),
-            "plain ReLU",
-        ),
-        (
-            lambda x, W_enc, b_enc, threshold: (x @ W_enc + b_enc > threshold).float(),
-            "not how strongly",
-        ),
-        (
-            lambda x, W_enc, b_enc, threshold: jumprelu_encode(x, W_enc, 0 * b_enc, threshold),
-            "b_enc is missing",
-        ),
-    ],
+    wrong=MISTAKES_68,
 )
 def check_68(answer) -> None:
-    x, W_enc, b_enc = draw(8, 5, seed=0), draw(5, 7, seed=1), draw(7, seed=2)
-    threshold = torch.linspace(0.2, 1.5, 7)
-    pre = x @ W_enc + b_enc
-    got = answer(x.clone(), W_enc.clone(), b_enc.clone(), threshold.clone())
-    expect_none_of(
-        got,
-        (
-            torch.relu(pre - threshold),
-            "The threshold is taken away from what passes, so every activation is too small: "
-            "above its threshold a latent has its full pre-activation. That is the jump.",
-        ),
-        (torch.relu(pre), "The threshold is not used: this is a plain ReLU."),
-        ((pre > threshold).float(), "This says where latents fire, not how strongly."),
-        (
-            pre * (pre.abs() > threshold),
-            "A strongly negative pre-activation fires too: compare pre itself.",
-        ),
-        (
-            (x @ W_enc) * (x @ W_enc > threshold),
-            "b_enc is missing.",
-        ),
-        (pre * (pre < threshold), "The comparison is turned round."),
-        (pre.clamp(min=threshold), "Below the threshold the activation is 0."),
+    def inputs(draw) -> tuple:
+        n, units = 2 * draw.size("half", 24, 40) + draw.integer(0, 1), draw.size("units", 6, 12)
+        truth = draw.booleans(n, share=0.25)
+        truth[[0, 1, n - 2, n - 1]] = True
+        truth[[2, n - 3]] = False
+        noise = [draw.booleans(n, share=draw.number(0.1, 0.7)) for _ in range(units)]
+        fires = np.stack([truth ^ (each & (draw.rng.random(n) < 0.5)) for each in noise], 1)
+        at = draw.rng.permutation(units)
+        fires[:, at[0]] = True  # the best recall
+        fires[:, at[1]] = truth & (np.cumsum(truth) % 5 == 1)  # the best precision
+        fires[:, at[2]] = False  # the best accuracy, nearly
+        second = np.arange(n) >= n // 2
+        fires[:, at[3]] = np.where(second, ~truth, truth)  # perfect at first
+        fires[:, at[4]] = truth & (second | (np.cumsum(truth) % 3 == 0))  # perfect later
+        return fires, truth
+
+    agree(
+        answer,
+        honest_f1,
+        varied(inputs),
+        mistakes=MISTAKES_68,
+        otherwise="Choose on rows 0 to n // 2, score on the others: F1 = 2 TP / (fired + true).",
+        numpy=True,
     )
-    expect_close(got, jumprelu_encode(x, W_enc, b_enc, threshold), "Compare with pre · [pre > θ].")
+
+
+def varied(inputs):
+    """The same inputs; in every second case no unit is perfect in one half alone."""
+    count = iter(range(10**6))
+
+    def make(draw) -> tuple:
+        fires, truth = inputs(draw)
+        if next(count) % 2:
+            fires = fires ^ (draw.rng.random(fires.shape) < 0.1)
+        return fires, truth
+
+    return make
+
+
+# -- 6.9 -------------------------------------------------------------------------------------
+
+
+def partners(a, b):
+    """For each latent of one dictionary, how alike its best partner in another fires: (latents,).
+
+    The highest of its correlations with the latents of the other, over the same tokens: the cosine
+    of their values, each less its mean. A latent that never fires has 0 with all.
+    a (tokens, latents), b (tokens, other latents)
+    """
+
+    def standard(x):
+        x = x - x.mean(0)
+        return x / x.norm(dim=0).clamp(min=1e-9)
+
+    return (standard(a).T @ standard(b)).amax(1)
+
+
+def partners_in_numpy(a, b):
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    with np.errstate(invalid="ignore"):
+        found = np.nan_to_num(np.corrcoef(a.T, b.T)[: a.shape[1], a.shape[1] :])
+    return found.max(1)
+
+
+MISTAKES_69 = edits(
+    partners,
+    """
+    x = x - x.mean(0) → pass
+        The mean is not taken off: two latents that are often on at all look alike.
+    x.mean(0) → x.mean()
+        One mean is taken over all latents: each has its own.
+    x.mean(0) → x.mean(1, keepdim=True)
+        The mean is over the latents of each token: take it over the tokens.
+    norm(dim=0) → norm(dim=1, keepdim=True)
+        Each token has length 1 here: it should be each latent.
+    amax(1) → amax(0)
+        These are the partners of the other dictionary's latents: one for each latent of `a`.
+    amax(1) → mean(1)
+        This is the mean over all partners: take the best.
+    amax(1) → abs().amax(1)
+        A partner that is silent where the latent fires is no partner: no absolute value.
+    .amax(1) → .argmax(1)
+        This says which partner: give how alike they are.
+    """,
+)
+
+
+@exercise(
+    "6.9",
+    title="The same latent elsewhere",
+    difficulty=3,
+    importance=4,
+    minutes=6,
+    reference=partners,
+    survivors={"1e-09 → 2e-09": "it is there for what is 0"},
+    right=[partners_in_numpy],
+    hints=[
+        "Take the mean over tokens off each column, then divide it by its length.",
+        "One matrix product of the two gives all correlations, (latents, other latents).",
+        "A silent column has length 0: `clamp(min=1e-9)` before you divide.",
+    ],
+    wrong=MISTAKES_69,
+)
+def check_69(answer) -> None:
+    def inputs(draw) -> tuple:
+        n, a, b = draw.size("tokens", 20, 40), draw.size("a", 4, 8), draw.size("b", 6, 12)
+        one = (draw.normal(n, a) + draw.normal(a)).clamp(min=0)
+        other = (draw.normal(n, b) + draw.normal(b)).clamp(min=0)
+        other[:, 0] = (other[:, 0] + draw.number(0.5, 2) * one[:, 0]).clamp(min=0)
+        other[:, 1] = 4 - one[:, 1]  # fires where the latent is silent
+        one[:, 2] = 0
+        other[:, 3] = 0
+        return one, other
+
+    agree(
+        answer,
+        partners,
+        inputs,
+        mistakes=MISTAKES_69,
+        otherwise="Compare with the highest entry of each row of the correlations.",
+        tolerance=1e-4,
+    )
+
+
+# -- 6.10, going further ---------------------------------------------------------------------
+
+
+def jumprelu_encode(x, W_enc, b_enc, threshold):
+    """Gemma Scope's encoder: pre = x W_enc + b_enc, and f = pre where pre > threshold, else 0.
+
+    x (rows, d); W_enc (d, latents); b_enc, threshold (latents,), thresholds above 0
+    """
+    pre = x @ W_enc + b_enc
+    return pre * (pre > threshold)
+
+
+MISTAKES_610 = edits(
+    jumprelu_encode,
+    """
+    pre * (pre > threshold) → (pre - threshold).relu()
+        The threshold is taken away from what passes: above it a latent has its full
+        pre-activation. That is the jump.
+    pre * (pre > threshold) → pre.relu()
+        The threshold is not used: this is a plain ReLU.
+    pre * (pre > threshold) → (pre > threshold).float()
+        This says where latents fire, not how strongly.
+    (pre > threshold) → (pre.abs() > threshold)
+        A strongly negative pre-activation fires, too.
+    pre > threshold → pre < threshold
+        The comparison is turned round.
+     + b_enc →
+        b_enc is missing.
+    pre * (pre > threshold) → torch.maximum(pre, threshold)
+        Below the threshold the activation is 0.
+    """,
+)
+
+
+@exercise(
+    "6.10",
+    title="The jump of JumpReLU (going further)",
+    difficulty=1,
+    importance=3,
+    minutes=3,
+    reference=jumprelu_encode,
+    hints=["No b_dec is taken from the input.", "A comparison gives a mask; multiply."],
+    wrong=MISTAKES_610,
+)
+def check_610(answer) -> None:
+    agree(
+        answer,
+        jumprelu_encode,
+        lambda draw: (
+            draw.normal("rows", "d"),
+            draw.normal("d", "latents"),
+            draw.normal("latents"),
+            draw.positive("latents", low=0.2, high=2),
+        ),
+        mistakes=MISTAKES_610,
+        otherwise="Compare with pre · [pre > θ].",
+    )
+    one = torch.ones(1, 1)
+    expect_close(answer(one, one, 0 * one[0], one[0]), [[0.0]], "At the threshold it is 0.")
+
+
+# -- predictions -----------------------------------------------------------------------------
+
+SHARES = ["under 3 %", "3 to 10 %", "over 10 %"]
+THIRDS = ["under a third", "a third to two thirds", "over two thirds"]
+
+
+@prediction(
+    "6.11",
+    question="Turned up to 1.5 times its highest, what share of the next words is its topic's?",
+    options=SHARES,
+)
+def share_when_turned_up() -> str:
+    model, coder = shipped_model(), shipped_coder()
+    tokens = rivals.ground(model, lab.middle(model), seed=1, neurons=False)
+    latent = lab.opening_latent(coder, tokens)
+    highest = float(coder.encode(tokens.x)[:, latent].max())
+    p = turned_up(
+        model, lab.starts(model), lab.middle(model), coder.W_dec[latent].detach(), 1.5 * highest
+    )
+    share = float(p[:, 1:, lab.topic_words(model, lab.OPENING)].sum(-1).mean())
+    return SHARES[0] if share < 0.03 else SHARES[1] if share < 0.1 else SHARES[2]
+
+
+@prediction(
+    "6.12",
+    question="Which of these tells six concepts best, by the median F1?",
+    options=["the best neuron", "a difference of means", "a logistic probe"],
+)
+def strongest_rival() -> str:
+    judged = lab.told(1).judged
+    found = {
+        "the best neuron": judged["neuron of a block below"].median,
+        "a difference of means": judged["difference of means"].median,
+        "a logistic probe": judged["logistic probe"].median,
+    }
+    return max(found, key=lambda name: found[name])
+
+
+@prediction(
+    "6.13",
+    question="How many latents have a partner in the dictionary of another seed?",
+    options=THIRDS,
+)
+def found_again() -> str:
+    x, fresh = (lab.stream_rows(shipped_model(), n, 7 + i) for i, n in enumerate((20_000, 5_000)))
+    share = float((partners(*lab.two_seeds(x, fresh)) > 0.7).float().mean())
+    return THIRDS[0] if share < 1 / 3 else THIRDS[1] if share < 2 / 3 else THIRDS[2]
+
+
+# -- the investigation -----------------------------------------------------------------------
+
+
+@functools.cache
+def seen() -> naming.Sample:
+    """The text from which names are found."""
+    return naming.sample(shipped_model(), shipped_coder(), lab.middle(shipped_model()), seed=700)
+
+
+@functools.cache
+def held_out() -> naming.Sample:
+    """The text on which names are scored; the notebook has none of it."""
+    return naming.sample(shipped_model(), shipped_coder(), lab.middle(shipped_model()), seed=900)
+
+
+@functools.cache
+def five() -> tuple[int, ...]:
+    """The latents to be named."""
+    return tuple(naming.to_be_named(seen()))
+
+
+def best_names() -> dict[int, str]:
+    """The names that predict best in the text that is not the held-out one."""
+    return {latent: naming.best_name(seen(), latent)[0] for latent in five()}
+
+
+def some_names(rng) -> dict[int, str]:
+    """Names drawn without looking: a subject, or tokens of the text."""
+    words = sorted(set(seen().facts["at"]) - {""})
+    made = (
+        lambda: f"about: {rng.choice(naming.subjects())}",
+        lambda: f"at: {', '.join(rng.sample(words, 3))}",
+        lambda: f"after: {', '.join(rng.sample(words, 3))}",
+    )
+    return {latent: rng.choice(made)() for latent in five()}
+
+
+@investigation(
+    "6",
+    title="Name five latents",
+    form='a dictionary of names by latent, such as {17: "about: chess", 99: "at: the, each"}',
+    chance=some_names,
+    best=best_names,
+    good=lambda: dict(list(best_names().items())[:3]),
+    foolish=["chess", {10**6: "about: chess"}, {-1: "about: chess"}, [1, 2], {"a": 3}],
+)
+def score_names(answer) -> float:
+    """The mean over the five latents of the F1 of what their names say on held-out text."""
+    if not isinstance(answer, dict):
+        raise Wrong(f"Give a dictionary {{latent: name}}, not {describe(answer)}.")
+    strange = [latent for latent in answer if latent not in five()]
+    if strange:
+        listed = ", ".join(map(str, five()))
+        raise Wrong(f"{describe(strange[0])} is none of the five latents: {listed}.")
+    highest, total = seen().values.max(0), 0.0
+    for latent, name in answer.items():
+        true = naming.strong(held_out(), latent, float(highest[latent]))
+        total += naming.f1(naming.says(name, held_out()), true)
+    return total / len(five())

@@ -1,11 +1,13 @@
 """The experiments of lesson 06: what a sparse autoencoder finds, scored against TinyWorld's labels.
 
+    opening_latent(model, coder)                          # the latent that the lesson opens with
+    write_on(probabilities, model, "However, the", 16)    # text sampled from given probabilities
     at_a_topics_words(model, coder, latent, "virology", 0.5)   # in lists that are half the topic's
     structure(x)                                          # real rows against their Gaussian twins
     read_grid()                                           # the table of runs in data/sae/grid.csv
 
-What the cells call that is not of this lesson alone is in `saes`: `training.fit`, `labels`,
-`concepts`, `similarity`. The coder and the table that ship are made by `grid`.
+Rivals are in `rivals`, names and their scores in `naming`, two models' latents in `universality`;
+what is not of this lesson alone is in `saes`. The coder and the table that ship are made by `grid`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import csv
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,28 +25,28 @@ from torch import Tensor
 
 from mi_helpers.files import DATA
 from mi_helpers.layouts import Key
+from mi_helpers.lessons.lesson_06.rivals import (
+    CONCEPTS,
+    Ground,
+    Judged,
+    ground,
+    judge,
+    tell,
+)
 from mi_helpers.lessons.shared import MODELS, repeated_tokens, shipped_model
 from mi_helpers.models import LanguageModel, read_sites
 from mi_helpers.saes.coder import SparseCoder, explained_variance
-from mi_helpers.saes.concepts import concept_scores
+from mi_helpers.saes.concepts import best_latents
 from mi_helpers.saes.features import collect, token_purity
+from mi_helpers.saes.files import load_coder
 from mi_helpers.saes.harvest import HarvestConfig, harvest
-from mi_helpers.saes.labels import labelled_tokens
 from mi_helpers.saes.report import held_out_texts, spliced_losses
-from mi_helpers.saes.scores import Best
 from mi_helpers.saes.similarity import gaussian_like
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.training import TrainConfig, fit, quality
+from mi_helpers.steering import Add, steered
 from mi_helpers.tinyworld.lexicon import topics
 
-CONCEPTS = {  # TinyWorld's name of each concept that the reference run found
-    "virology": "virology",
-    "london": "London landmarks",
-    "courts": "sentencing",
-    "norwegian": "Norwegian",
-    "quantum": "quantum physics",
-    "aircraft": "aircraft designators",
-}
 SHIPPED = DATA / "sae"
 CODER, GRID = SHIPPED / "tiny_gemma", SHIPPED / "grid.csv"
 K = 8  # of what ships: 32 of 144 numbers would hardly be sparse; the table says what it costs
@@ -56,6 +58,24 @@ def middle(model: LanguageModel) -> Key:
     In tiny-gemma that is block 3 of 6; in Gemma 2 2B block 12 of 26, as in the reference run.
     """
     return "resid_post", min(model.n_layers // 2, 12)
+
+
+def coder_of(model: LanguageModel) -> SparseCoder:
+    """The autoencoder that the lesson reads, not to be trained: tiny-gemma's ships; Gemma 2 2B's is
+    Gemma Scope's.
+
+    Raises:
+        ValueError: the model is another.
+    """
+    if model.name == "tiny-gemma":
+        return load_coder(CODER).requires_grad_(False)
+    if model.name.endswith("gemma-2-2b"):
+        scope = "google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82"
+        return load_coder(*scope).requires_grad_(False)
+    raise ValueError(
+        f"No autoencoder of {model.name} is at hand: train one with python -m mi_helpers run, and "
+        "load its folder with load_coder."
+    )
 
 
 # --------------------------------------------------------------------------- where in the text
@@ -113,6 +133,70 @@ def at_a_topics_words(
     (x,) = read_sites(model, ids, [middle(model)])
     value = coder.encode(x.float())[:, -length:, latent]
     return float(value[counts].mean())
+
+
+# ------------------------------------------------------------------------------- turning one up
+
+
+OPENING = "chess"  # the topic whose latent the lesson opens with
+TURNED = (0.0, 0.5, 1.0, 1.5, 2.0)  # in units of the latent's highest value
+
+
+def opening_latent(coder: SparseCoder, tokens: Ground) -> int:
+    """The latent that the lesson opens with: the one that tells its topic best in some tokens.
+
+    Raises:
+        ValueError: the topic does not occur in both halves of the tokens.
+    """
+    if not tokens.scorable([OPENING]):
+        raise ValueError(f"Too little of the text is about {OPENING}: take more documents of it.")
+    return best_latents(coder, tokens, [OPENING])[0].unit
+
+
+def starts(
+    model: LanguageModel, n: int = 12, length: int = 24, seed: int = 0, family: str = "prose"
+) -> Tensor:
+    """The beginnings of n documents of a family, (n, length) token ids, BOS first.
+
+    Shorter documents are left out.
+    """
+    source, rows, number = open_source(f"tinyworld:{family}", 1_000 + seed), [], 0
+    while len(rows) < n:
+        ids = model.tokens(source.document(number).text)[0]
+        number += 1
+        if len(ids) >= length:
+            rows.append(ids[:length])
+    return torch.stack(rows)
+
+
+def write_on(
+    probabilities: Callable[[Tensor], Tensor],
+    model: LanguageModel,
+    text: str,
+    n: int = 16,
+    seed: int = 1,
+) -> str:
+    """`text` and n tokens more, each drawn from probabilities(ids)[0, -1], of ids (1, pos)."""
+    ids, generator = model.tokens(text), torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        p = torch.as_tensor(probabilities(ids))[0, -1].float().cpu()
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator).to(ids)[None]], 1)
+    return model.tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def turned_up(
+    model: LanguageModel, ids: Tensor, site: Key, direction: Tensor, strength: float
+) -> Tensor:
+    """p(next token), (batch, pos, d_vocab), with strength times the direction, at unit length,
+    added to the stream at a site, everywhere but at the first position."""
+    with steered(model, site, Add(direction / direction.norm(), strength)):
+        return model(ids).float().softmax(-1)
+
+
+def random_direction(coder: SparseCoder, seed: int = 0) -> Tensor:
+    """A random direction in the stream, (d_model,)."""
+    return torch.randn(coder.d_in, generator=torch.Generator().manual_seed(seed))
 
 
 # -------------------------------------------------------------------------------------- measures
@@ -196,18 +280,55 @@ def stream_rows(model: LanguageModel, tokens: int, seed: int) -> Tensor:
         return held.slice(0, held.rows)[0]
 
 
+def two_seeds(x: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of two small SAEs that differ in their seed alone, (tokens, latents) each.
+
+    Args:
+        x, fresh: rows to train on, and rows on which the values are (tokens, d).
+    """
+    width = 4 * x.shape[1]
+    configs = (TrainConfig(width, K, steps=250, batch=1_024, seed=seed) for seed in (0, 1))
+    return tuple(fit(x, config).encode(fresh).detach() for config in configs)
+
+
+def in_control(kind: str, model: LanguageModel, seed: int = 0) -> dict[str, float]:
+    """A brief SAE of a model or of one of its controls, by three measures.
+
+    Args:
+        kind: one of `shared.MODELS`.
+
+    Returns:
+        {"explained variance" on held-out rows, "token purity" (the share of a latent's strongest
+        contexts that have one and the same token, mean of latents), "F1" of the best latents, the
+        median over the six concepts}.
+    """
+    model = MODELS[kind](model, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        config = HarvestConfig(middle(model), tokens=10_000)
+        held = harvest(model, open_source("tinyworld", 8), folder, config, progress=False)
+        x = held.slice(0, held.rows)[0]
+        coder = fit(x[:-2_000], TrainConfig(8 * model.d_model, K, steps=120, batch=1_024))
+        purity = token_purity(collect(held, coder), held.tokens.numpy()).mean()
+    tokens = ground(model, middle(model), 2, each=8, others=60, neurons=False)
+    best = best_latents(coder, tokens, tokens.scorable(CONCEPTS))
+    return {
+        "explained variance": quality(coder, x[-2_000:])["explained_variance"],
+        "token purity": float(purity),
+        "F1": float(np.median([each.f1 for each in best])),
+    }
+
+
 # ------------------------------------------------------------------------- one whole experiment
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One SAE, its measures on held-out rows, and each concept's best units.
+    """One SAE and its measures on held-out rows.
 
     Args:
         quality: as `training.quality` gives it.
         recovered: the share of the loss recovered, against zeros.
         dead: the share of latents that never fire.
-        scores: {kind: each concept's best unit}, as `concepts.concept_scores` gives them.
         purity: mean token purity of the latents.
     """
 
@@ -215,17 +336,12 @@ class Outcome:
     quality: dict[str, float]
     recovered: float
     dead: float
-    scores: dict[str, list[Best]]
     purity: float
-
-    def f1(self, kind: str = "latent") -> dict[str, float]:
-        """{concept: F1 of its best unit of this kind}."""
-        return {best.concept: best.f1 for best in self.scores[kind]}
 
 
 @functools.cache
 def experiment(seed: int, kind: str = "trained") -> Outcome:
-    """Harvest, train and score once; text, weights and the order of the rows depend on the seed.
+    """Harvest, train and measure once; text, weights and the rows' order depend on the seed.
 
     Args:
         kind: of the model whose activations these are, one of `shared.MODELS`.
@@ -241,14 +357,43 @@ def experiment(seed: int, kind: str = "trained") -> Outcome:
         recovered = spliced_losses(model, held, coder, texts).recovered("zero")
         features = collect(held, coder)
         ids = held.tokens.numpy()
-    tokens = labelled_tokens(model, middle(model), 20_000, 200 + seed)
     return Outcome(
         coder,
         quality(coder, x[n:]),
         float("nan") if recovered is None else recovered,
         features.dead,
-        concept_scores(coder, tokens, tokens.scorable(CONCEPTS), seed),
         float(token_purity(features, ids).mean()),
+    )
+
+
+@dataclass(frozen=True)
+class Told:
+    """How well the shipped SAE tells the six concepts in a fresh text, beside its rivals.
+
+    Args:
+        judged: {kind of unit: `rivals.Judged`}.
+        latents: {concept: its best latent}.
+        highest: (latents,), the highest value of each in the text.
+    """
+
+    coder: SparseCoder
+    judged: dict[str, Judged]
+    latents: dict[str, int]
+    highest: np.ndarray
+
+
+@functools.cache
+@torch.no_grad()
+def told(seed: int) -> Told:
+    """The shipped SAE judged on the text of a seed; the random directions are the seed's, too."""
+    model, coder = shipped_model(), load_coder(CODER)
+    tokens = ground(model, middle(model), seed)
+    names = tokens.scorable(CONCEPTS)
+    return Told(
+        coder,
+        judge(tell(coder, tokens, names, seed), tokens, names),
+        {best.concept: best.unit for best in best_latents(coder, tokens, names)},
+        coder.encode(tokens.x).amax(0).numpy(),
     )
 
 

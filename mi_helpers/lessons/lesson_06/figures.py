@@ -11,13 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mi_helpers.lessons.lesson_06.experiments import Plane, select
-from mi_helpers.lessons.lesson_06.image_coding import (
-    LOCAL,
-    ORIENTED,
-    as_squares,
-    orientation,
-    spread,
-)
+from mi_helpers.lessons.lesson_06.image_coding import as_squares
 from mi_helpers.plots import DASHES, MARKERS, OKABE_ITO, Picture, as_array, figure, style
 
 # ------------------------------------------------------------------------------------- images
@@ -35,18 +29,6 @@ def mosaic(filters, columns: int) -> np.ndarray:
 
 
 @style()
-def images(panels: Mapping[str, np.ndarray]) -> Figure:
-    """Grey pictures {title: (height, width)} side by side; 1 % at each end of the scale is cut."""
-    picture, axes = figure(5 * len(panels), 3.8, columns=len(panels), squeeze=False)
-    for one, (title, image) in zip(axes[0], panels.items(), strict=True):
-        low, high = np.quantile(image, [0.01, 0.99])
-        one.imshow(image, cmap="gray", vmin=low, vmax=high)
-        one.set_axis_off()
-        one.set_title(title)
-    return picture
-
-
-@style()
 def filter_panels(panels: Mapping[str, Sequence], columns: int = 12) -> Figure:
     """The filters {title: (n, pixels)} as grey tiles, from black for - to white for +.
 
@@ -57,33 +39,6 @@ def filter_panels(panels: Mapping[str, Sequence], columns: int = 12) -> Figure:
         one.imshow(mosaic(filters, columns), cmap="gray", vmin=-1, vmax=1)
         one.set_axis_off()
         one.set_title(title)
-    return picture
-
-
-@style()
-def filter_map(sets: Mapping[str, Sequence]) -> Figure:
-    """Each filter of the sets {name: (n, pixels)} as a point: its spread and its orientation.
-
-    The corner of those that are localised and oriented is framed.
-    """
-    picture, axes = figure(8.5, 4.8)
-    for index, (name, filters) in enumerate(sets.items()):
-        axes.plot(
-            spread(filters),
-            orientation(filters),
-            linestyle="",
-            marker=MARKERS[index],
-            color=OKABE_ITO[index],
-            markerfacecolor="none" if index else OKABE_ITO[index],
-            markersize=5,
-            label=name,
-        )
-    frame = {"color": "black", "linestyle": "--", "marker": "", "linewidth": 1.5}
-    axes.plot([0, LOCAL, LOCAL], [ORIENTED, ORIENTED, 1], **frame)
-    axes.text(0.02, 0.97, "localised and oriented", va="top")
-    axes.set(xlabel="spread (1: all over the patch)", ylabel="orientation (1: one alone)")
-    axes.set(xlim=(0, 1.2), ylim=(0, 1))
-    axes.legend(loc="lower left")
     return picture
 
 
@@ -168,22 +123,6 @@ def sparsity_explorer(rows: Sequence[dict], width: int, k: int) -> Figure:
     right.set_yticks(range(len(BARS)), BARS.values())
     right.invert_yaxis()
     right.set(xlim=(0, 1.2), title=f"{chosen['latents_per_topic']:.1f} latents per concept")
-    return picture
-
-
-@style()
-def concepts(rows: Sequence[dict]) -> Figure:
-    """The best latents' F1 on six concepts, median, over k: a line per width."""
-    runs = select(rows, activation="topk", seed=0)
-    picture, axes = figure(8.5, 4.2)
-    ks = sorted({row["k"] for row in runs})
-    for width in sorted({row["width"] for row in runs}):
-        line = sorted(select(runs, width=width), key=lambda row: row["k"])
-        axes.plot([row["k"] for row in line], [row["f1"] for row in line], label=str(width))
-    axes.set(xscale="log", xlabel="k: latents per token", ylabel="F1, six concepts", ylim=(0, 1))
-    axes.set_xticks(ks, [str(k) for k in ks])
-    axes.minorticks_off()
-    axes.legend(title="latents", loc="center left", bbox_to_anchor=(1, 0.5))
     return picture
 
 

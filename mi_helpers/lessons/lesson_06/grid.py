@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mi_helpers.lessons.lesson_06.experiments import CODER, CONCEPTS, GRID, SHIPPED, K, middle
+from mi_helpers.lessons.lesson_06.experiments import CODER, GRID, SHIPPED, K, middle
+from mi_helpers.lessons.lesson_06.rivals import CONCEPTS
 from mi_helpers.lessons.shared import shipped_model
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes.activations import Activations

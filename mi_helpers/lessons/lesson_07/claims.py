@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import random
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,19 +17,27 @@ from mi_helpers.circuits.replacement import Replacement, without_latents
 from mi_helpers.circuits.rules import ActivePairs, WriteEffects, active_pairs, write_effects
 from mi_helpers.course.ledger import claim
 from mi_helpers.layouts import NORMALIZED
+from mi_helpers.lessons.lesson_07.currencies import (
+    Strongest,
+    strongest_writers,
+    with_own_currency,
+)
 from mi_helpers.lessons.lesson_07.experiments import (
     ALL_LAYERS,
     Faithful,
     as_published,
     by_coders,
+    by_neurons,
     compare,
     explained,
+    explained_by,
     linear_explained,
     losses,
     make_pages,
-    neurons_explained,
+    mean_loss,
     predicted_tokens,
     random_features,
+    rivals,
 )
 from mi_helpers.lessons.shared import make_batch, shipped_model
 from mi_helpers.saes.files import load_coder
@@ -37,12 +47,8 @@ from mi_helpers.saes.transcoders import K, load_transcoders, of_mlp_in, read_mlp
 
 @dataclass(frozen=True)
 class SmallFit:
-    """Explained variance, on fresh text, of what the MLP of the middle layer writes.
-
-    By a small transcoder, its control that learned from shuffled outputs, the best affine map,
-    random features, and the small transcoder in Gemma Scope's layout, read as it wants and turned
-    back to read `mlp_in`.
-    """
+    """Explained variance, on fresh text, of what the MLP of the middle layer writes: by a small
+    transcoder, its control, three rivals, and itself in Gemma Scope's layout, read two ways."""
 
     transcoder: float
     shuffled: float
@@ -142,8 +148,9 @@ def above_neurons(seed: int) -> float:
     in the layer where it is least."""
     model = shipped_model()
     coders, rows = load_transcoders(), read_mlps(model, 3_000, 600 + seed)
+    learn = read_mlps(model, 3_000, 500 + seed)
     return min(
-        explained(coders[i], x, y) - neurons_explained(model, i, x, [K])[K]
+        explained(coders[i], x, y) - explained_by(by_neurons(model, i, K, learn[i][0]), x, y)
         for i, (x, y) in rows.items()
     )
 
@@ -192,6 +199,56 @@ def replaced_by(seed: int, by: Mapping[int, Replacement]) -> Faithful:
     model, known = shipped_model(), shipped(seed)[ALL_LAYERS, "transcoder"]
     batch = make_batch(model, seed=40_000 + 1_000 * seed)
     return Faithful(known.clean, losses(model, batch, by), known.zero)
+
+
+@claim(
+    "transcoders-family",
+    "The same, in the family of text that suffers most",
+    source="measured in the lesson",
+    tolerance=">= 0.85",
+    seeds=3,
+    fast=False,
+)
+def worst_family(seed: int) -> float:
+    """Loss recovered with all MLPs replaced, in the family where it is least."""
+    return min(shipped(seed)[ALL_LAYERS, "transcoder"].by_family().values())
+
+
+@functools.cache
+def rivals_added(seed: int) -> dict[str, dict[str, float]]:
+    """`rivals` at 16 units per token, on forty answers of each family."""
+    model, rows = shipped_model(), read_mlps(shipped_model(), 3_000, 500 + seed)
+    batch = make_batch(model, answers=40, seed=40_000 + 1_000 * seed)
+    return rivals(model, dict(enumerate(load_transcoders())), rows, batch, K)
+
+
+@claim(
+    "transcoders-rival",
+    "All MLPs replaced, 16 units per token: |ln| of nats added by latents over those by neurons",
+    source="measured in the lesson",
+    tolerance="<= 0.7",
+    seeds=3,
+    fast=False,
+)
+def cost_against_neurons(seed: int) -> float:
+    """0 where 16 latents per token cost, in every layer, what the 16 strongest neurons cost."""
+    latents, neurons = (mean_loss(each) for each in rivals_added(seed).values())
+    return abs(math.log(latents / neurons))
+
+
+@claim(
+    "transcoders-rival-skills",
+    "The same: nats by which latents harm arithmetic more, or neurons repetition, the smaller",
+    source="measured in the lesson",
+    tolerance=">= 0.05",
+    seeds=3,
+    fast=False,
+)
+def different_skills(seed: int) -> float:
+    """Latents and neurons cost the model much the same, and other skills."""
+    latents, neurons = rivals_added(seed).values()
+    more = {name: latents[name] - neurons[name] for name in latents}
+    return min(more["arithmetic"], -more["repetition"])
 
 
 @claim(
@@ -333,6 +390,55 @@ def written_exchanged(seed: int) -> float:
 
 
 @functools.cache
+def currency_writers(seed: int) -> list[Strongest]:
+    """`strongest_writers` of a dozen countries of the seed."""
+    drawn = random.Random(seed).sample(with_own_currency(), 12)
+    return strongest_writers(shipped_model(), dict(enumerate(load_transcoders())), drawn)
+
+
+@claim(
+    "rule-silenced",
+    "The rule that writes a currency most, silenced: share of the currency's lead lost, median",
+    source="measured in the lesson",
+    tolerance=">= 0.06",
+    seeds=3,
+    fast=False,
+)
+def currency_lost(seed: int) -> float:
+    """Median, over countries, of what silencing the strongest rule takes from the currency's logit
+    above the others' mean."""
+    return float(np.median([each.own for each in currency_writers(seed)]))
+
+
+@claim(
+    "rule-silenced-others",
+    "Negative control: the same rules, what other countries' currencies lose, median",
+    source="measured in the lesson",
+    published="0",
+    tolerance="± 0.03",
+    seeds=3,
+    fast=False,
+)
+def others_lost(seed: int) -> float:
+    """The control of `currency_lost`: other countries' currencies."""
+    return float(np.median([each.others for each in currency_writers(seed)]))
+
+
+@claim(
+    "rule-of-a-country",
+    "The same rules: what the country's capital loses, over what its currency does, medians",
+    source="measured in the lesson",
+    tolerance=">= 0.5",
+    seeds=3,
+    fast=False,
+)
+def capital_over_currency(seed: int) -> float:
+    """Near 1, the rules write the country and whatever is asked of it; near 0, its currency."""
+    found = currency_writers(seed)
+    return float(np.median([each.capital for each in found]) / currency_lost(seed))
+
+
+@functools.cache
 def shipped_pairs(seed: int) -> ActivePairs:
     """`active_pairs` of three prompts of the seed."""
     model = shipped_model()
@@ -390,17 +496,3 @@ def layouts_differ(seed: int) -> float:
     """Explained variance of a transcoder in Gemma Scope's layout, reading the stream without the
     norm's gain, less that of the same one turned back to `mlp_in`."""
     return small_fit(seed).published - small_fit(seed).turned_back
-
-
-@claim(
-    "gemma-scope-jumprelu",
-    "Explained variance of TopK, less that of the same as JumpReLU in that layout",
-    source="measured in the lesson",
-    published="0",
-    tolerance="± 0.05",
-    seeds=3,
-    fast=False,
-)
-def cost_of_jumprelu(seed: int) -> float:
-    """Explained variance with TopK, less that in Gemma Scope's layout, which is JumpReLU."""
-    return small_fit(seed).transcoder - small_fit(seed).published

@@ -3,14 +3,16 @@
 coders = transcoders.load_transcoders()           # mi_helpers.saes.transcoders
 runs = compare(model, batch, {"transcoder": by_coders(coders)})
 runs[ALL_LAYERS, "transcoder"].recovered          # the share of the loss
+by_neurons(model, 3, 16, x)                       # the rival: the MLP's own 16 strongest neurons
 predicted_tokens(make_pages(model, coders, folder)[0], 0)
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from mi_helpers.saes.features import collect, context, logit_effects
 from mi_helpers.saes.figures import Page
 from mi_helpers.saes.harvest import HarvestConfig, harvest
 from mi_helpers.saes.sources import open_source
-from mi_helpers.saes.transcoders import READ, SOURCE, TARGET
+from mi_helpers.saes.transcoders import READ, SOURCE, TARGET, Pairs, read_ids
 
 ALL_LAYERS = "all at once"
 
@@ -148,33 +150,112 @@ def linear_explained(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> fl
     return explained_variance(test_y.float(), test_x.float() @ W + b)
 
 
-@torch.no_grad()
-def neurons_explained(
-    model: LanguageModel, layer: int, x: Tensor, numbers: Sequence[int]
-) -> dict[int, float]:
-    """{n: explained variance of the MLP's output by the n of its neurons that write most at each
-    row of x}.
+# --------------------------------------------------------------- neurons and latents at equal L0
 
-    The other neurons are silent. The norm after the MLP keeps the scale that it has with all of
-    them, and the best constant is added, as a transcoder has one (`b_dec`). (With the others at
-    their mean this would be no rival: the rows with the largest neurons dominate the mean, and the
-    norm divides the other rows by much less.)
+
+def strongest(units: Tensor, rows: Tensor, n: int) -> Tensor:
+    """What the n units that write most at each token write: (..., d_model).
+
+    Args:
+        units: how much each fires, (..., units): neurons, of both signs, or latents.
+        rows: what each writes when it fires by 1, (units, d_model).
+        n: how many are kept, those with the longest |unit| · row.
+    """
+    kept = (units.abs() * rows.norm(dim=1)).topk(n, dim=-1).indices
+    return torch.zeros_like(units).scatter(-1, kept, units.gather(-1, kept)) @ rows
+
+
+@torch.no_grad()
+def neurons(
+    model: LanguageModel, layer: int, x: Tensor
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """An MLP's neurons at x (..., d_model): how much they fire (..., d_mlp), what they write
+    (d_mlp, d_model), and the norm after the MLP as it is at x with all of them, a function.
+
+    A norm that is held fixed divides the n strongest neurons by what it divides all of them by.
     """
     seen: list[Tensor] = []
-    hook = model.part("w_out", layer).register_forward_pre_hook(lambda _, args: seen.append(args))
-    x = x.to(model.device, model.dtype)
-    whole = model.part("mlp", layer)(x).float()
-    hook.remove()
-    post, W = seen[0][0].float(), model.weight("W_out", layer).float()  # (rows, d_mlp)
+    hook = model.part("w_out", layer).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    try:
+        whole = model.part("mlp", layer)(x.to(model.device, model.dtype)).float()
+    finally:
+        hook.remove()
     norm = model.part("ln2_post", layer)
     after = (lambda y: y) if norm is None else FrozenNorm.of(norm, whole)
-    order = (post.abs() * W.norm(dim=1)).argsort(1, descending=True)
-    target, found = after(whole), {}
-    for n in numbers:
-        kept = torch.zeros_like(post).scatter(1, order[:, :n], post.gather(1, order[:, :n]))
-        given = after(kept @ W)
-        found[n] = explained_variance(target, given + (target - given).mean(0))
-    return found
+    return seen[0].float(), model.weight("W_out", layer).float(), after
+
+
+@torch.no_grad()
+def by_neurons(model: LanguageModel, layer: int, n: int, x: Tensor) -> Replacement:
+    """The n neurons that write most at each token, and the constant that is best on the rows x.
+
+    The rest are silent. (With the rest at their mean this would be no rival: the tokens with the
+    largest neurons dominate the mean, and the norm divides the other tokens by much less.)
+    """
+
+    def write(x: Tensor) -> tuple[Tensor, Tensor]:
+        post, rows, after = neurons(model, layer, x)
+        return after(strongest(post, rows, n)), after(post @ rows)
+
+    given, whole = write(x)
+    constant = (whole - given).mean(0)
+    return lambda x, y: (write(x)[0] + constant).to(y)
+
+
+@torch.no_grad()
+def by_latents(coder: SparseCoder, n: int, x: Tensor, y: Tensor) -> Replacement:
+    """The n latents that write most at each token, and the constant that is best on rows x → y."""
+
+    def write(x: Tensor) -> Tensor:
+        return strongest(coder.encode(x.float()), coder.W_dec, n)
+
+    constant = (y.float() - write(x)).mean(0)
+    return lambda x, y: (write(x) + constant).to(y)
+
+
+def explained_by(replacement: Replacement, x: Tensor, y: Tensor) -> float:
+    """Explained variance of y (rows, d_out) by a replacement that reads x (rows, d_in)."""
+    return explained_variance(y.float(), replacement(x.float(), y.float()))
+
+
+def both_explained(
+    model: LanguageModel, coders: Mapping[int, SparseCoder], rows: Pairs, fresh: Pairs, n: int
+) -> dict[str, list[float]]:
+    """{"latents" or "neurons": explained variance of each layer's output on fresh rows}: by the
+    transcoders, and by the n strongest neurons with the constant that is best on rows."""
+    shown = {i: by_neurons(model, i, n, x[:2_000]) for i, (x, _) in rows.items()}
+    return {
+        "latents": [explained(coders[i], *pair) for i, pair in fresh.items()],
+        "neurons": [explained_by(shown[i], *pair) for i, pair in fresh.items()],
+    }
+
+
+def rivals(
+    model: LanguageModel,
+    coders: Mapping[int, SparseCoder],
+    rows: Pairs,
+    batch: Batch,
+    n: int,
+) -> dict[str, dict[str, float]]:
+    """{kind: {family: nats added}} with the MLPs of these layers replaced by n units at each token:
+    "latents" or "neurons".
+
+    Args:
+        rows: {layer: (MLP inputs, MLP outputs)}, on which constants are found.
+        batch: texts. With few answers a family or two decide: give 40 or more of each.
+    """
+    few = {i: (x[:2_000], y[:2_000]) for i, (x, y) in rows.items()}  # enough for a constant
+    ways = {
+        "latents": {i: by_latents(coders[i], n, *pair) for i, pair in few.items()},
+        "neurons": {i: by_neurons(model, i, n, x) for i, (x, _) in few.items()},
+    }
+    clean, added = losses(model, batch, {}), {}
+    for kind, by in ways.items():
+        after = losses(model, batch, by)
+        added[kind] = {name: after[name] - clean[name] for name in clean}
+    return added
 
 
 @torch.no_grad()
@@ -268,6 +349,53 @@ def plainest(page: Page, layer: int) -> int:
         for effect, ids in zip(effects, after, strict=True)
     ]
     return plain[int(np.argmax(raised))]
+
+
+@torch.no_grad()
+def strongest_rules(
+    model: LanguageModel, coders: Mapping[int, SparseCoder], ids: Tensor
+) -> list[tuple[int, int, float]]:
+    """(layer, latent, activation) of the rules that fire at the last token of ids (1, pos), the one
+    first that writes most, directly, on the logit of the token that the model says next."""
+    logits, cache = model.run_with_cache(ids, ["mlp_in", "resid_final"], pos=-1)
+    final = cache["resid_final"][0].float()
+    U = model.W_U[:, int(logits[0, -1].argmax())] - model.W_U[:, model.in_text].mean(1)
+    along = model.ln_final(final).float() / final * U.float()  # (d_model,)
+    found = []
+    for layer, coder in coders.items():
+        f = coder.encode(cache["mlp_in", layer][0].float())  # (latents,)
+        written = f * (coder.W_dec @ along)
+        found += [(float(written[i]), layer, int(i), float(f[i])) for i in f.nonzero()[:, 0]]
+    return [(layer, latent, value) for _, layer, latent, value in sorted(found, reverse=True)]
+
+
+# ---------------------------------------------------------------------------- where it misleads
+
+
+def jumbled(ids: Sequence[list[int]], seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+    """Texts as they are, and each with its tokens after the first in a random order."""
+    draw = random.Random(seed)
+    return list(ids), [[row[0], *draw.sample(row[1:], len(row) - 1)] for row in ids]
+
+
+@torch.no_grad()
+def cut_off(coder: SparseCoder, x: Tensor) -> float:
+    """Of the latents with a positive pre-activation at rows of x, the share that does not fire."""
+    wanted = (coder.encode_pre_act(x.float()) > 0).sum()
+    return float(1 - (coder.encode(x.float()) > 0).sum() / wanted)
+
+
+def out_of_place(
+    model: LanguageModel, coders: Mapping[int, SparseCoder], ids: Sequence[list[int]]
+) -> str:
+    """A line for each layer: what is explained on texts, on the same words jumbled, and how many
+    latents others cut off."""
+    lines = []
+    for layer, coder in coders.items():
+        ordered, mixed = (read_ids(model, each, [layer])[layer] for each in jumbled(ids))
+        two = f"explained {explained(coder, *ordered):.2f}, jumbled {explained(coder, *mixed):.2f}"
+        lines.append(f"layer {layer}: {two}; cut off by others {cut_off(coder, ordered[0]):.0%}")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------ Gemma Scope's convention

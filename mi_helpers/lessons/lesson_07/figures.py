@@ -1,19 +1,72 @@
-"""Lesson 07's figures: losses with MLPs replaced, rules, virtual weights."""
+"""Lesson 07's figures: rules silenced, MLPs replaced, rivals, a rule, virtual weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from mi_helpers import plots
+from mi_helpers.circuits.replacement import Replacement, replaced
 from mi_helpers.circuits.rules import ActivePairs, token_inputs, top_tokens
-from mi_helpers.lessons.lesson_07.experiments import Faithful
-from mi_helpers.saes.features import contexts
-from mi_helpers.saes.figures import Page, centred, draw_bars
+from mi_helpers.lessons.lesson_07.currencies import Coders, Strongest, without
+from mi_helpers.lessons.lesson_07.experiments import ALL_LAYERS, Faithful, strongest_rules
+from mi_helpers.models import LanguageModel
+from mi_helpers.saes.features import contexts, logit_effects
+from mi_helpers.saes.figures import Page, centred, draw_bars, printable
 
-SHOWN = 6  # contexts in the figure of a rule
+SHOWN = 6  # contexts in the figure of a rule, and tokens where one is silenced
+
+
+@torch.no_grad()
+@plots.style()
+def silenced(model: LanguageModel, coders: Coders, prompt: str, silenced: int) -> Figure:
+    """What a model says next without some of its rules, and what the last of these writes.
+
+    Left, the tokens whose logits that rule raises most; right, the likeliest next tokens, before
+    and after what the rules write is taken from their MLPs' outputs, everywhere but at the first
+    position.
+
+    Args:
+        silenced: how many rules: those that write most for the model's answer at the last token.
+
+    Raises:
+        ValueError: no words (the model says so), or a number below 0.
+    """
+    ids = model.tokens(prompt)
+    if silenced < 0:
+        raise ValueError(f"{silenced} rules cannot be silenced: give 0 or more.")
+    rules = strongest_rules(model, coders, ids)[: max(1, silenced)]
+    gone = [rule[:2] for rule in rules[:silenced]]
+    before, after = (
+        next_token_probabilities(model, ids, without(coders, each)) for each in ([], gone)
+    )
+    picture, (left, right) = plots.figure(12, 4.2, columns=2)
+    layer, latent, value = rules[-1]
+    row = logit_effects(model, coders[layer].W_dec[latent][None])[0]
+    title = f"rule {len(rules)} writes (layer {layer}, latent {latent})"
+    draw_bars(left, top_tokens(model, row, SHOWN), title, "logit per unit of activation")
+    shown = torch.maximum(before, after).topk(SHOWN).indices.tolist()
+    places = np.arange(len(shown))
+    for at, p, label in ((-0.2, before, "the model"), (0.2, after, f"{silenced} rules silenced")):
+        drawn = right.barh(places + at, p[shown], 0.38, label=label, hatch=("", "//")[at > 0])
+        right.bar_label(drawn, [f"{float(each):.2f}" for each in p[shown]], padding=3)
+    right.set_yticks(places, [printable(model.token_text(i)) for i in shown])
+    right.invert_yaxis()
+    right.set(title="what comes next", xlabel="probability", xlim=(0, 1.15))
+    right.legend(loc="lower right")
+    return picture
+
+
+@torch.no_grad()
+def next_token_probabilities(
+    model: LanguageModel, ids: torch.Tensor, by: Mapping[int, Replacement]
+) -> torch.Tensor:
+    """The model's probabilities after ids (1, pos), (d_vocab,), with MLPs replaced."""
+    with replaced(model, by):
+        return model(ids)[0, -1].float().softmax(-1)
 
 
 def replacement(runs: Mapping[tuple[str, str], Faithful], part: str, kind: str) -> Figure:
@@ -39,31 +92,44 @@ def replacement(runs: Mapping[tuple[str, str], Faithful], part: str, kind: str) 
     )
 
 
+def kinds_table(runs: Mapping[tuple[str, str], Faithful]) -> str:
+    """Markdown: what replaces all MLPs, the loss that it recovers and adds, its worst family."""
+    lines = ["| all MLPs replaced by | recovered | nats added | worst family |", "|---" * 4 + "|"]
+    for (where, kind), run in runs.items():
+        if where == ALL_LAYERS:
+            family, share = min(run.by_family().items(), key=lambda pair: pair[1])
+            cells = kind, f"{run.recovered:.1%}", f"{run.added:.2f}", f"{family}, {share:.0%}"
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 @plots.style()
-def equal_l0(
-    l0: Mapping[str, Sequence[float]],
-    explained: Mapping[str, Sequence[float]],
-    added: Mapping[str, Sequence[float]],
+def rivals(
+    explained: Mapping[str, Sequence[float]], added: Mapping[str, Mapping[str, float]]
 ) -> Figure:
-    """Explained variance and added loss against the mean number of units that fire per token.
+    """Latents and neurons, equally many per token: what they explain, and which skills they cost.
 
     Args:
-        l0, explained, added: {kind: values}; a kind without values is left out of that panel.
+        explained: {kind: explained variance of each layer's output}.
+        added: {kind: {family: nats added with all MLPs replaced}}.
     """
-    picture, axes = plots.figure(12, 4.6, columns=2)
-    panels = {"explained variance": explained, "nats added, this MLP replaced": added}
-    ends = [value for each in l0.values() for value in each]
-    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if min(ends) / 2 < n < 2 * max(ends)]
-    for one, (title, curves) in zip(axes, panels.items(), strict=True):
-        for index, name in enumerate(l0):
-            look = {"color": plots.OKABE_ITO[index], "linestyle": plots.DASHES[index]}
-            if name in curves:
-                one.plot(l0[name], curves[name], label=name, **look)
-        one.set(title=title, xlabel="L0: units that fire per token", xscale="log")
-        one.set_xticks(ticks, [str(n) for n in ticks])
-        one.minorticks_off()
-    axes[0].margins(y=0.45)  # room for the legend, above the curves
-    axes[0].legend(loc="upper left", ncols=2)
+    picture, (left, right) = plots.figure(12, 5.6, columns=2)
+    for name, values in explained.items():
+        left.plot(range(len(values)), values, label=name)
+    left.set(title="each MLP's output", xlabel="layer", ylabel="explained variance")
+    left.set_xticks(range(len(next(iter(explained.values())))))
+    families = list(next(iter(added.values())))
+    places = np.arange(len(families))
+    for each in added.values():
+        right.plot([each[name] for name in families], places, linestyle="", markersize=9)
+    two = np.array([[each[name] for name in families] for each in added.values()])
+    right.hlines(places, two.min(0), two.max(0), color="0.8", linewidth=3, zorder=0)
+    right.axvline(0, color="grey", marker="", linewidth=1, linestyle="-")
+    right.set_yticks(places, families)
+    right.invert_yaxis()
+    right.set(title="all MLPs replaced", xlabel="nats added to the answers' loss")
+    where = {"loc": "outside lower center", "ncols": len(explained)}
+    plots.name_series(picture, left.get_lines(), explained, **where)
     return picture
 
 
@@ -125,3 +191,43 @@ def virtual(pairs: ActivePairs, most: int = 4_000) -> Figure:
         one.set(title=f"{title}: r = {np.corrcoef(x, y)[0, 1]:.2f}", xlabel="promised")
     axes[0].set_ylabel("arrives (edge)")
     return picture
+
+
+@plots.style()
+def by_country(found: Sequence[Strongest]) -> Figure:
+    """What is lost of each country's currency and capital when its strongest rule is silenced.
+
+    A circle for each country: its currency across, its capital up; a triangle: other currencies.
+    """
+    picture, axes = plots.figure(8.5, 4.8)
+    own, capital = ([getattr(each, name) for each in found] for name in ("own", "capital"))
+    look = {"linestyle": "", "markersize": 8}
+    axes.plot(own, capital, marker="o", label="the country's capital", **look)
+    axes.plot(own, [each.others for each in found], marker="^", label="other currencies", **look)
+    end = 1.12 * max(*own, *capital)
+    axes.plot([0, end], [0, end], color="grey", linestyle="--", marker="", linewidth=1)
+    for each in found:
+        if max(each.own, each.capital) > 0.5 * end:
+            axes.annotate(
+                f" {each.country}", (each.own, each.capital), va="bottom", fontsize="small"
+            )
+    axes.set(title="The rule that writes most, silenced", xlabel="of the currency's lead, lost")
+    axes.set_ylabel("of the others' lead, lost")
+    axes.legend(loc="upper left")
+    return picture
+
+
+def countries_table(found: Sequence[Strongest]) -> str:
+    """Markdown: the shares of the lead that are lost: the median country, and the middle half."""
+    names = {
+        "own": "the currency",
+        "capital": "the country's capital",
+        "others": "other currencies",
+        "neuron": "the currency, its strongest *neuron* silenced",
+    }
+    lines = ["| lead of | median lost | middle half |", "|---" * 3 + "|"]
+    for name, text in names.items():
+        values = [getattr(each, name) for each in found]
+        low, middle, high = np.percentile(values, [25, 50, 75])
+        lines.append(f"| {text} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    return "\n".join(lines)

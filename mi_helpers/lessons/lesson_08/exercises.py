@@ -1,28 +1,80 @@
 """Exercises of lesson 08, circuit tracing."""
 
-import numpy as np
+import functools
 
-from mi_helpers.course.check import exercise, expect, expect_close, expect_none_of
+import numpy as np
+import torch
+
+from mi_helpers.circuits.interventions import intervene
+from mi_helpers.circuits.replacement import LocalReplacement
+from mi_helpers.course.check import agree, edits, exercise
+from mi_helpers.course.investigate import investigation, some_of
+from mi_helpers.course.predict import prediction
+from mi_helpers.lessons.lesson_08 import prompts, stories
+from mi_helpers.lessons.lesson_08.controls import DONORS, active_in, donors
+from mi_helpers.lessons.lesson_08.experiments import SCORED, score_table
+from mi_helpers.lessons.lesson_08.inquiry import (
+    Inquiry,
+    greedy_story,
+    random_story,
+    rule_story,
+)
+from mi_helpers.lessons.lesson_08.looking import parts_of
+from mi_helpers.lessons.lesson_08.stories import shipped_steps
+from mi_helpers.lessons.shared import on_model, shipped_model
+from mi_helpers.saes.transcoders import coders_for
+
+ONE_MODEL = {"model → its first value, always": "all inputs are for one model, the course's own"}
+
+
+@functools.cache
+def transcoders() -> dict:
+    """The transcoders of the course's model."""
+    return coders_for(shipped_model(), range(shipped_model().n_layers))
+
+
+@functools.cache
+def asked() -> list[prompts.Question]:
+    """Questions that the checks draw from."""
+    return prompts.questions(shipped_model(), 14, seed=5)
+
+
+def some_prompt(draw) -> str:
+    return draw.choice([question.prompt for question in asked()])
+
 
 # -- 8.1 -------------------------------------------------------------------------------------
 
-STUB_81 = '''\
-def edge(write, x, gain, encoder):
-    """What a source adds to a feature's pre-activation, with the norm's denominator frozen.
 
-    write    (d_model,), what the source adds to the stream
-    x        (d_model,), the whole stream that the norm divides: RMSNorm, epsilon 0
-    gain     (d_model,), the norm's gain
-    encoder  (d_model,), the feature's encoder column
-    Returns a number.
+def edge(write, x, gain, reader):
+    """What a write adds to a reader's input, with the norm's denominator frozen: a number.
+
+    write   (d_model,), what a source adds to the stream
+    x       (d_model,), the whole stream there: the norm is x / √(mean of x²), times the gain
+    gain    (d_model,)
+    reader  (d_model,): the reader's input is (what the norm gives) · reader
     """
-    ...
-'''
+    return (write / (x**2).mean() ** 0.5 * gain) @ reader
 
 
-def edge(write, x, gain, encoder):
-    """(write / rms(x) · gain) · encoder: the denominator is that of the whole stream."""
-    return float((write / np.sqrt((x**2).mean()) * gain) @ encoder)
+MISTAKES_81 = edits(
+    edge,
+    """
+    (x**2) → (write**2)
+        This divides by the source's own size: the denominator is frozen at that of the whole
+        stream, or edges would not sum.
+    * gain → * 1
+        The norm's gain is missing.
+    / (x**2).mean() ** 0.5 → / 1
+        Nothing is divided: the norm's denominator is missing.
+    (x**2).mean() → (x**2).sum()
+        This divides by the length of x: take the root of the *mean* square.
+    (write / → ((x + write) /
+        This is what the reader gets in all: an edge is the source's part alone.
+    * gain → * (1 + gain)
+        The gain is given whole: Gemma's 1 is in it already.
+    """,
+)
 
 
 @exercise(
@@ -30,207 +82,219 @@ def edge(write, x, gain, encoder):
     title="One edge",
     difficulty=2,
     importance=5,
-    minutes=10,
-    stub=STUB_81,
+    minutes=5,
     reference=edge,
     hints=[
         "The norm divides by the root mean square of x, whatever the source is.",
-        "`write / np.sqrt((x**2).mean()) * gain`, then the scalar product with the encoder.",
+        "`write / (x**2).mean() ** 0.5 * gain`, then the product with the reader.",
     ],
-    wrong=[
-        (lambda write, x, gain, encoder: edge(write, write, gain, encoder), "own size"),
-        (lambda write, x, gain, encoder: edge(write, x, 1.0, encoder), "gain is missing"),
-        (lambda write, x, gain, encoder: (write * gain) @ encoder, "Nothing is divided"),
-        (
-            lambda write, x, gain, encoder: write / np.linalg.norm(x) * gain @ encoder,
-            "length of x",
-        ),
-        (
-            lambda write, x, gain, encoder: edge(x + write, x, gain, encoder),
-            "the source's part alone",
-        ),
-    ],
+    wrong=MISTAKES_81,
 )
 def check_81(answer) -> None:
-    write, x = np.array([1.0, -2.0, 0.5]), np.array([3.0, 1.0, -4.0])
-    gain, encoder = np.array([1.0, 2.0, 0.5]), np.array([2.0, -1.0, 4.0])
-    got = answer(write.copy(), x.copy(), gain.copy(), encoder.copy())
-    rms = np.sqrt((x**2).mean())
-    expect_none_of(
-        got,
-        (
-            (write / np.sqrt((write**2).mean()) * gain) @ encoder,
-            "This divides by the source's own size: the denominator is frozen at that of the whole "
-            "stream, or edges would not sum.",
+    agree(
+        answer,
+        edge,
+        lambda draw: (
+            draw.normal("d"),
+            draw.normal("d", scale=draw.number(1, 4)),
+            draw.normal("d"),
+            draw.normal("d"),
         ),
-        (write / rms @ encoder, "The norm's gain is missing."),
-        ((write * gain) @ encoder, "Nothing is divided: the norm's denominator is missing."),
-        (
-            (write / np.linalg.norm(x) * gain) @ encoder,
-            "This divides by the length of x: RMSNorm divides by the root of the *mean* square.",
-        ),
-        (
-            ((x + write) / rms * gain) @ encoder,
-            "This is what the feature reads in all: an edge is the source's part alone.",
-        ),
+        mistakes=MISTAKES_81,
+        otherwise="Divide by the stream's root mean square, multiply by the gain, then read.",
     )
-    expect_close(got, edge(write, x, gain, encoder), "Divide, multiply by the gain, read.")
 
 
 # -- 8.2 -------------------------------------------------------------------------------------
 
-STUB_82 = '''\
-def error_node(mlp_out, activations, W_dec, b_dec):
-    """What the error nodes write: all that the transcoder leaves unexplained, (pos, d_model).
 
-    mlp_out      (pos, d_model), what the MLP writes in truth
-    activations  (pos, d_latent), of the transcoder
-    W_dec        (d_latent, d_model); b_dec (d_model,)
+def error_nodes(model, coder, layer, prompt):
+    """What a transcoder leaves unexplained at each token of a prompt, (pos, d_model).
+
+    The transcoder reads ("mlp_in", layer) and should write ("mlp_out", layer), both (1, pos,
+    d_model). coder.encode(x) gives activations (pos, latents); each latent writes its row of
+    coder.W_dec (latents, d_model), and coder.b_dec (d_model,) is always written.
     """
-    ...
-'''
+    _, cache = model.run_with_cache(prompt, [("mlp_in", layer), ("mlp_out", layer)])
+    f = coder.encode(cache["mlp_in", layer][0])
+    return cache["mlp_out", layer][0] - (f @ coder.W_dec + coder.b_dec)
 
 
-def error_node(mlp_out, activations, W_dec, b_dec):
-    """mlp_out - (f W_dec + b_dec)."""
-    return mlp_out - (activations @ W_dec + b_dec)
+MISTAKES_82 = edits(
+    error_nodes,
+    """
+    + coder.b_dec → + 0
+        `b_dec` is missing: the transcoder writes it at every token.
+    (f @ coder.W_dec + coder.b_dec) → f @ coder.W_dec + coder.b_dec
+        `b_dec` is added to the error: the brackets are missing.
+    f @ coder → (f > 0).float() @ coder
+        Each decoder row counts as often as its latent is active: multiply by the activations.
+    cache["mlp_out", layer][0] - (f → -cache["mlp_out", layer][0] + (f
+        The sign is turned round: transcoder plus error has to be what the MLP writes.
+    coder.encode(cache["mlp_in", layer][0]) → coder.encode(cache["mlp_out", layer][0])
+        The transcoder is given the MLP's output: it reads the input.
+    """,
+)
 
 
 @exercise(
     "8.2",
     title="What is left over",
-    difficulty=1,
+    difficulty=2,
     importance=5,
     minutes=5,
-    stub=STUB_82,
-    reference=error_node,
+    reference=error_nodes,
+    survivors=ONE_MODEL,
     hints=[
-        "The transcoder writes `activations @ W_dec + b_dec`.",
-        "Transcoder plus error has to be exactly what the MLP writes.",
+        "`model.run_with_cache(prompt, [('mlp_in', layer), ('mlp_out', layer)])` keeps both.",
+        "The transcoder writes `f @ coder.W_dec + coder.b_dec`.",
     ],
-    wrong=[
-        (lambda out, f, W, b: out - f @ W, "b_dec is missing"),
-        (lambda out, f, W, b: f @ W + b - out, "sign"),
-        (lambda out, f, W, b: out - ((f > 0) @ W + b), "multiply by activations"),
-        (lambda out, f, W, b: (error_node(out, f, W, b) ** 2).sum(1), "writes a vector"),
-    ],
+    wrong=MISTAKES_82,
 )
 def check_82(answer) -> None:
-    rng = np.random.default_rng(0)
-    out, W, b = rng.normal(size=(3, 4)), rng.normal(size=(5, 4)), rng.normal(size=4)
-    f = np.maximum(rng.normal(size=(3, 5)), 0) * 2
-    got = answer(out.copy(), f.copy(), W.copy(), b.copy())
-    want = error_node(out, f, W, b)
-    expect_none_of(
-        got,
-        (out - f @ W, "b_dec is missing: the transcoder writes it at every position."),
-        (-want, "The sign is turned round: transcoder plus error has to be what the MLP writes."),
-        (
-            out - ((f > 0) @ W + b),
-            "Each decoder row counts as often as its feature is active: multiply by activations.",
-        ),
-        ((want**2).sum(1), "This is the size of the error: the node writes a vector."),
+    def given(draw) -> tuple:
+        layer = draw.integer(0, shipped_model().n_layers - 1)
+        return shipped_model(), transcoders()[layer], layer, some_prompt(draw)
+
+    on_model(
+        answer,
+        error_nodes,
+        given,
+        MISTAKES_82,
+        "Transcoder plus error should be exactly what the MLP writes.",
     )
-    expect_close(got, want, "Transcoder plus error has to give mlp_out, at every position.")
 
 
 # -- 8.3 -------------------------------------------------------------------------------------
 
-STUB_83 = '''\
-def normalise(edges):
-    """The share of each node's input that comes through each edge, (n, n).
 
-    edges: (n, n), edges[target, source], of both signs. The amounts into a node sum to 1; a node
-    without incoming edges keeps zeros.
+def carried(model, prompt, layer, write, start, end):
+    """What a layer's attention brings to position `end` of a write at position `start`, (d_model,).
+
+    The patterns stay as they are on the prompt, and so do both norms' denominators. For each head:
+    pattern[end, start] · (normed write) @ W_V @ W_O, with model.weight("W_V", layer) (n_kv_heads,
+    d_model, d_head), model.weight("W_O", layer) (n_heads, d_head, d_model); several heads share a
+    W_V. The norm before, "ln1", divides the stream ("resid_pre", layer) by its √(mean of squares);
+    the norm after, "ln1_post", divides the sum of all heads' z @ W_O, where ("z", layer) is
+    (1, pos, n_heads, d_head). Both then multiply by 1 + their weight.
     """
-    ...
-'''
+    sites = [(name, layer) for name in ("pattern", "resid_pre", "z")]
+    _, cache = model.run_with_cache(prompt, sites)
+    pattern, stream, z = (cache[site][0] for site in sites)
+    W_V = model.weight("W_V", layer).repeat_interleave(model.n_heads // model.n_kv_heads, 0)
+    W_O = model.weight("W_O", layer)
+    read = write / stream[start].square().mean().sqrt() * (1 + model.part("ln1", layer).weight)
+    moved = torch.einsum("h,d,hde,hem->m", pattern[:, end, start], read, W_V, W_O)
+    whole = torch.einsum("he,hem->m", z[end], W_O)
+    return moved / whole.square().mean().sqrt() * (1 + model.part("ln1_post", layer).weight)
 
 
-def normalise(edges):
-    """|edges| over the sum of its row."""
-    size = np.abs(edges)
-    total = size.sum(1, keepdims=True)
-    return size / np.where(total > 0, total, 1.0)
+MISTAKES_83 = edits(
+    carried,
+    """
+    pattern[:, end, start] → pattern[:, start, end]
+        Rows of a pattern look at columns: `end` is the one that looks.
+    stream[start].square() → write.square()
+        The first norm divides by the size of the write alone: freeze it at that of the stream.
+    stream[start].square() → stream[end].square()
+        The first norm is taken at `end`: values are read at `start`.
+    whole.square() → moved.square()
+        The second norm divides by the size of this part: freeze it at that of all heads' sum.
+    * (1 + model.part("ln1_post", layer).weight) → * 1
+        The gain of the norm after attention is missing: 1 + its weight.
+    / whole.square().mean().sqrt() * (1 + model.part("ln1_post", layer).weight) → * 1
+        The norm after attention is missing.
+    z[end], W_O → z[start], W_O
+        The second norm is taken at `start`: what is written, is written at `end`.
+    .repeat_interleave(model.n_heads // model.n_kv_heads, 0) → .repeat(2, 1, 1)
+        Heads 0 and 1 share the first W_V, heads 2 and 3 the second: `repeat_interleave`.
+    """,
+)
 
 
 @exercise(
     "8.3",
-    title="Shares of the input",
-    difficulty=2,
+    title="An edge through frozen attention",
+    difficulty=4,
     importance=4,
-    minutes=10,
-    stub=STUB_83,
-    reference=normalise,
+    minutes=7,
+    reference=carried,
+    survivors=ONE_MODEL,
     hints=[
-        "First amounts, `np.abs`, then the sum of each row.",
-        "`np.where(total > 0, total, 1)` keeps an empty row from dividing by zero.",
+        "Norm the write with the stream's denominator at `start`, times 1 + the weight of ln1.",
+        '`W_V.repeat_interleave(n_heads // n_kv_heads, 0)`, then `torch.einsum("h,d,hde,hem->m", '
+        "…)`.",
+        "Divide by the root mean square of Σ z[end] @ W_O, times 1 + the weight of ln1_post.",
     ],
-    wrong=[
-        (
-            lambda e: e / np.where(e.sum(1) == 0, 1, e.sum(1))[:, None],
-            "cancel in the sum",
-        ),
-        (
-            lambda e: e / np.where(np.abs(e).sum(1) == 0, 1, np.abs(e).sum(1))[:, None],
-            "kept their signs",
-        ),
-        (
-            lambda e: np.abs(e) / np.where(np.abs(e).sum(0) == 0, 1, np.abs(e).sum(0)),
-            "Rows are targets",
-        ),
-        (lambda e: np.abs(e) / np.abs(e).sum(), "each row should"),
-    ],
+    wrong=MISTAKES_83,
 )
 def check_83(answer) -> None:
-    edges = np.array([[0.0, 0, 0, 0], [2, 0, 0, 0], [3, -1, 0, 0], [-2, 1, 5, 0]])
-    before = edges.copy()
-    got = answer(edges)
-    expect(np.array_equal(edges, before), "Your function changes the edges it was given: copy.")
-    size = np.abs(before)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mistakes = (
-            (
-                before / np.where(before.sum(1) == 0, 1, before.sum(1))[:, None],
-                "Positive and negative edges cancel in the sum: take amounts first.",
-            ),
-            (
-                before / np.where(size.sum(1) == 0, 1, size.sum(1))[:, None],
-                "The sum is of amounts, and the edges have kept their signs: amounts there, too.",
-            ),
-            (
-                size / np.where(size.sum(0) == 0, 1, size.sum(0)),
-                "Columns sum to 1: that is each *source's* output. Rows are targets.",
-            ),
-            (
-                size / size.sum(1, keepdims=True),
-                "A node without inputs becomes NaN: leave its row at zero.",
-            ),
-            (size / size.sum(), "All edges together sum to 1: each row should."),
-        )
-    expect_none_of(got, *mistakes)
-    expect_close(got, normalise(before), "Each row's amounts should sum to 1, or be all zero.")
+    def given(draw) -> tuple:
+        model, prompt = shipped_model(), some_prompt(draw)
+        length = model.tokens(prompt).shape[1]
+        start, end = sorted(draw.sample(range(1, length), 2))
+        layer = draw.integer(0, model.n_layers - 1)
+        write = torch.as_tensor(draw.normal(144, scale=draw.number(1, 3)), dtype=torch.float32)
+        return model, prompt, layer, write, start, end
+
+    on_model(
+        answer,
+        carried,
+        given,
+        MISTAKES_83,
+        "Norm, each head's pattern · W_V · W_O, norm: both denominators as they are on the prompt.",
+    )
 
 
 # -- 8.4 -------------------------------------------------------------------------------------
 
-STUB_84 = '''\
-def influence(A, weights):
+
+def influence(edges, weights):
     """How much of the logits comes through each node, over paths of every length, (n,).
 
-    A        (n, n), A[target, source]: normalised edges, with nothing on or above the diagonal
+    edges    (n, n), edges[target, source], of both signs; sources come before targets
     weights  (n,): the logits' probabilities, 0 at all other nodes
+    First take amounts, and let the edges into each node sum to 1 (a node without any keeps zeros):
+    A. Then paths of length one carry weights @ A, of length two weights @ A @ A, and so on: add up.
     """
-    ...
-'''
-
-
-def influence(A, weights):
-    """weights (A + A² + A³ + ...), which ends, as no path is longer than the graph."""
-    total, step = np.zeros(len(A)), weights @ A
+    size = abs(edges)
+    total = size.sum(1)
+    total[total == 0] = 1
+    A = size / total[:, None]
+    step = weights @ A
+    found = step * 0
     for _ in range(len(A)):
-        total, step = total + step, step @ A
-    return total
+        found = found + step
+        step = step @ A
+    return found
+
+
+def solved(edges, weights):
+    size = torch.as_tensor(np.abs(np.asarray(edges))).double()
+    A = size / size.sum(1, keepdim=True).clamp(min=1e-30)
+    w = torch.as_tensor(np.asarray(weights)).double()
+    return (w @ torch.linalg.inv(torch.eye(len(A)).double() - A) - w).float()
+
+
+MISTAKES_84 = edits(
+    influence,
+    """
+    range(len(A)) → range(1)
+        These are direct edges alone: follow the paths further, A², A³ and so on.
+    range(len(A)) → range(2)
+        Paths of three edges and more are missing: go on until nothing is left.
+    abs(edges) → edges
+        Positive and negative edges cancel: take amounts first.
+    size / total[:, None] → size / total
+        Rows are targets: each row should sum to 1.
+    weights @ A → A @ weights
+        This walks from sources to targets: A[target, source], so weights stand on the left.
+    step * 0 → weights
+        The path of no edge is counted, so that a logit influences itself.
+    total[total == 0] = 1 → total[total == 0] = float("nan")
+        A node without inputs becomes NaN: leave its row at zero.
+    """,
+)
 
 
 @exercise(
@@ -238,65 +302,81 @@ def influence(A, weights):
     title="All paths at once",
     difficulty=3,
     importance=5,
-    minutes=15,
-    stub=STUB_84,
+    minutes=5,
     reference=influence,
+    right=[solved],
+    survivors={
+        "range(len(A)) → range(len(A) - 1)": "no path has as many edges as there are nodes",
+        "range(len(A)) → range(1, len(A))": "the same: one step less is enough",
+        "1 → 2": "a row without edges is zero, whatever it is divided by",
+    },
     hints=[
         "`weights @ A` is what comes by one edge, `weights @ A @ A` by two.",
-        "Sum until no path is left, or use (I - A)⁻¹ - I.",
+        "No path is longer than the graph has nodes: a loop over `range(len(A))` is enough.",
     ],
-    wrong=[
-        (lambda A, w: w @ A, "direct edges alone"),
-        (lambda A, w: w @ np.linalg.inv(np.eye(len(A)) - A), "influences itself"),
-        (
-            lambda A, w: np.linalg.inv(np.eye(len(A)) - A) @ w - w,
-            "weights stand on the left",
-        ),
-        (lambda A, w: w @ A + w @ A @ A, "length 3"),
-    ],
+    wrong=MISTAKES_84,
 )
 def check_84(answer) -> None:
-    A = np.array([[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0.25, 0, 0.75, 0, 0],
-                  [0, 0.2, 0.3, 0.5, 0]], dtype=float)  # fmt: skip
-    w = np.array([0, 0, 0, 0, 1.0])
-    got, want = answer(A.copy(), w.copy()), influence(A, w)
-    eye = np.eye(5)
-    expect_none_of(
-        got,
-        (w @ A, "These are direct edges alone: follow the paths further, A², A³ and so on."),
-        (
-            w @ np.linalg.inv(eye - A),
-            "The path of length 0 is counted, so that the logit influences itself: subtract it.",
-        ),
-        (
-            np.linalg.inv(eye - A) @ w - w,
-            "This walks from sources to targets: A[target, source], so weights stand on the left.",
-        ),
-        (w @ A @ A, "These are the paths of length 2 alone: sum over all lengths."),
-        (w @ A + w @ A @ A, "Paths of length 3 are missing: go on until nothing is left."),
+    def given(draw) -> tuple:
+        edges = torch.as_tensor(draw.normal("n", "n")).tril(-1)
+        n = len(edges)
+        edges[: n // 3] = 0.0  # tokens: nothing comes in
+        weights = torch.zeros_like(edges[0])
+        weights[-2:] = torch.as_tensor(draw.probabilities(2)).to(weights)
+        edges[-1, -2] = 0.0
+        return edges, weights
+
+    agree(
+        answer,
+        influence,
+        given,
+        mistakes=MISTAKES_84,
+        otherwise="Σ weights @ Aᵏ for k = 1, 2, …, with rows of A that sum to 1.",
     )
-    expect_close(got, want, "Node 0 gets 0.25 · 0.5 + 0.3 + 0.75 · 0.5, one term per path.")
 
 
 # -- 8.5 -------------------------------------------------------------------------------------
 
-STUB_85 = '''\
-def fewest(influence, threshold):
-    """A mask (n,): the fewest nodes whose influence sums to at least `threshold` of all.
 
-    influence: (n,), none negative and no two alike.
+def fewest(influence, threshold):
+    """The fewest nodes whose influence sums to at least `threshold` of all: n booleans.
+
+    influence (n,), none negative, no two alike; threshold between 0 and 1
     """
-    ...
-'''
-
-
-def fewest(influence, threshold):
-    """From the largest down, until the sum is reached; the node that reaches it counts."""
-    order = np.argsort(-influence)
-    share = np.cumsum(influence[order]) / influence.sum()
-    keep = np.zeros(len(influence), dtype=bool)
-    keep[order[: int((share < threshold - 1e-12).sum()) + 1]] = True
+    order = (-influence).argsort()
+    share = influence[order].cumsum(0) / influence.sum()
+    keep = influence < 0
+    keep[order[: int((share < threshold).sum()) + 1]] = True
     return keep
+
+
+def one_after_another(influence, threshold):
+    values = [float(each) for each in influence]
+    keep, left = [False] * len(values), threshold * sum(values)
+    for i in sorted(range(len(values)), key=lambda i: -values[i]):
+        if left > 0:
+            keep[i] = True
+            left -= values[i]
+    return keep
+
+
+MISTAKES_85 = edits(
+    fewest,
+    """
+    .sum()) + 1] → .sum())]
+        You stop one node too early: the node that reaches the threshold is needed.
+    (-influence).argsort() → influence.argsort()
+        You begin with the smallest: the fewest are the largest.
+    influence[order].cumsum(0) → influence.cumsum(0)
+        The sums run in the order in which the nodes come: sort by influence first.
+    int((share < threshold).sum()) + 1 → round(threshold * len(influence))
+        This keeps a share of the *nodes*: it is the influence that should reach the threshold.
+    / influence.sum() → / 1
+        The threshold is a share of all influence: divide by the sum.
+    keep[order[: int((share < threshold).sum()) + 1]] = True → keep = influence > influence.mean()
+        This asks which node has much by itself: sum from the largest down.
+    """,
+)
 
 
 @exercise(
@@ -304,212 +384,518 @@ def fewest(influence, threshold):
     title="The fewest that are enough",
     difficulty=2,
     importance=4,
-    minutes=10,
-    stub=STUB_85,
+    minutes=4,
     reference=fewest,
+    right=[one_after_another],
+    survivors={
+        "influence < 0 → influence <= 0": "all influences that are drawn are positive",
+        "share < threshold → share <= threshold": "no share that is drawn is the threshold",
+    },
     hints=[
-        "Sort from the largest down, and sum as you go: `np.cumsum`.",
+        "Sort from the largest down, and sum as you go: `cumsum`.",
         "Count the sums that are still below the threshold; one node more is enough.",
     ],
-    wrong=[
-        (
-            lambda x, t: np.isin(
-                np.arange(len(x)),
-                np.argsort(-x)[: int((np.cumsum(np.sort(x)[::-1]) / x.sum() < t).sum())],
-            ),
-            "too early",
-        ),
-        (lambda x, t: x / x.sum() >= t, "by itself"),
-        (
-            lambda x, t: np.isin(np.arange(len(x)), np.argsort(-x)[: round(t * len(x))]),
-            "of the *nodes*",
-        ),
-        (lambda x, t: np.cumsum(x) / x.sum() <= t, "sort by influence"),
-        (lambda x, t: np.flatnonzero(fewest(x, t)), "one boolean"),
-    ],
+    wrong=MISTAKES_85,
 )
 def check_85(answer) -> None:
-    values = np.array([1.0, 8, 2, 5, 4])  # of 20 in all: 8, 13, 17, 19, 20
-    got = np.asarray(answer(values.copy(), 0.8))
-    expect(
-        got.shape == (5,) and got.dtype == bool,
-        "Return one boolean per node: is it kept?",
-    )
-    order = np.argsort(-values)
-    expect_none_of(
-        got,
-        (
-            np.isin(np.arange(5), order[:2]),
-            "You stop one node too early: 13 of 20 is less than 0.8, so the next one is needed.",
-        ),
-        (
-            values / values.sum() >= 0.8,
-            "This asks which node has 0.8 by itself: sum from the largest down.",
-        ),
-        (
-            np.isin(np.arange(5), order[:4]),
-            "This keeps 0.8 of the *nodes*: it is 0.8 of the influence, which few nodes carry.",
-        ),
-        (
-            np.cumsum(values) / values.sum() <= 0.8,
-            "The nodes are summed in the order in which they come: sort by influence first.",
-        ),
-    )
-    expect(bool((got == fewest(values, 0.8)).all()), "8 + 5 + 4 is the first sum above 16.")
-    full = np.asarray(answer(values.copy(), 1.0))
-    expect(bool(full.all()), "With a threshold of 1 every node should stay.")
-    exact = np.asarray(answer(np.array([6.0, 3, 1]), 0.6))
-    expect(
-        int(exact.sum()) == 1,
-        "Influence 6, 3, 1 and a threshold of 0.6: the first node is exactly enough.",
+    agree(
+        answer,
+        fewest,
+        lambda draw: (draw.positive("n", low=0.05, high=5), draw.number(0.3, 0.9)),
+        mistakes=MISTAKES_85,
+        otherwise="From the largest down, until the sum reaches threshold · Σ influence.",
     )
 
 
 # -- 8.6 -------------------------------------------------------------------------------------
 
-STUB_86 = '''\
-def completeness(A, weights, is_error):
-    """The share of the inputs of all nodes that does not come from error nodes.
 
-    A         (n, n), A[target, source]: normalised, each row summing to 1, or to 0 without inputs
-    weights   (n,): how much each node counts: its influence, or a logit's probability
-    is_error  (n,), booleans
-    Only nodes that have inputs count.
+def best_name(fires, labels):
+    """The label that tells best where a latent fires, and how well: (its number, F1 held out).
+
+    fires   (tokens,), booleans: where the latent fires
+    labels  (tokens, labels), booleans: what is true of each token
+    F1 = 2 · (both) / (firings + tokens with the label). Choose the label on the first half of the
+    tokens, rows before len(fires) // 2, and score it on the others.
     """
-    ...
-'''
+    half = len(fires) // 2
+
+    def f1(fires, labels):
+        both = (fires[:, None] & labels).sum(0)
+        return 2 * both / (fires.sum() + labels.sum(0))
+
+    best = int(f1(fires[:half], labels[:half]).argmax())
+    return best, float(f1(fires[half:], labels[half:])[best])
 
 
-def completeness(A, weights, is_error):
-    """Σ weight · (1 - share from errors) / Σ weight, over the nodes with inputs."""
-    w = np.where(A.sum(1) > 0, weights, 0.0)
-    return float((w * (1 - A[:, is_error].sum(1))).sum() / w.sum())
+MISTAKES_86 = edits(
+    best_name,
+    """
+    f1(fires[half:], labels[half:])[best] → f1(fires[:half], labels[:half])[best]
+        The score is of the tokens on which the label was chosen: score it on the others.
+    f1(fires[:half], labels[:half]).argmax() → f1(fires, labels).argmax()
+        The label is chosen on all tokens: choose on the first half alone.
+    2 * both / (fires.sum() + labels.sum(0)) → both / labels.sum(0)
+        This is precision: a name that is true once and fires once would be perfect.
+    2 * both / (fires.sum() + labels.sum(0)) → both / fires.sum()
+        This is recall: a label that is true everywhere would be perfect.
+    2 * both → both
+        F1 has a 2 above: it is 1 for a label that is true exactly where the latent fires.
+    f1(fires[half:], labels[half:])[best] → f1(fires[half:], labels[half:]).max()
+        On the held-out half you choose anew: score the label that was chosen before.
+    """,
+)
 
 
 @exercise(
     "8.6",
-    title="How complete is the graph?",
+    title="A name and its score",
     difficulty=3,
-    importance=4,
-    minutes=10,
-    stub=STUB_86,
-    reference=completeness,
+    importance=5,
+    minutes=5,
+    reference=best_name,
     hints=[
-        "`A[:, is_error].sum(1)` is the share of each node's inputs that errors provide.",
-        "Set the weight of a node without inputs to 0, then take the weighted mean.",
+        "`fires[:, None] & labels` is where both are true, (tokens, labels).",
+        "Write F1 as a function of some rows, and call it once for each half.",
     ],
-    wrong=[
-        (lambda A, w, e: 1 - completeness(A, w, e), "take it from 1"),
-        (
-            lambda A, w, e: (w * (1 - A[:, e].sum(1))).sum() / w.sum(),
-            "Leave them out",
-        ),
-        (
-            lambda A, w, e: (1 - A[A.sum(1) > 0][:, e].sum(1)).mean(),
-            "weigh them",
-        ),
-        (lambda A, w, e: w[~e].sum() / w.sum(), "where the *inputs*"),
-    ],
+    wrong=MISTAKES_86,
 )
 def check_86(answer) -> None:
-    A = np.array([[0, 0, 0, 0], [0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.2, 0.6, 0.2, 0]])
-    w, error = np.array([0.4, 0.3, 0.5, 1.0]), np.array([False, True, False, False])
-    got, want = answer(A.copy(), w.copy(), error.copy()), completeness(A, w, error)
-    expect_none_of(
-        got,
-        (1 - want, "This is the share that errors *do* explain: take it from 1."),
-        (
-            (w * (1 - A[:, error].sum(1))).sum() / w.sum(),
-            "Nodes without inputs count as explained: an embedding needs no explanation. Leave "
-            "them out.",
-        ),
-        (
-            (1 - A[2:, error].sum(1)).mean(),
-            "All nodes count alike: weigh them, as little depends on most of them.",
-        ),
-        (
-            w[~error].sum() / w.sum(),
-            "This asks which nodes are errors: ask where the *inputs* of the others come from.",
-        ),
+    def given(draw) -> tuple:
+        tokens, count = 61 + 2 * draw.size("tokens"), draw.size("labels")
+        fires = draw.booleans(tokens, share=0.4)
+        labels = draw.booleans(tokens, count, share=0.45)
+        labels[: tokens // 2, 0] = fires[: tokens // 2]  # the best before is not the best after
+        labels[3, 0] = not fires[3]
+        labels[tokens // 2 :, 1] = fires[tokens // 2 :]
+        labels[:, 2] = True
+        return fires, labels
+
+    agree(
+        answer,
+        best_name,
+        given,
+        mistakes=MISTAKES_86,
+        otherwise="argmax of F1 on the first half, then that label's F1 on the second.",
     )
-    expect_close(got, want, "Here: (0.5 · 0.9 + 1 · 0.4) / 1.5.")
 
 
 # -- 8.7 -------------------------------------------------------------------------------------
 
-STUB_87 = '''\
-def predicted_change(edges, values, switched_off):
-    """What the graph says of the last node's value when one feature is switched off.
 
-    edges         (n, n), edges[target, source], nothing on or above the diagonal
-    values        (n,): activations of the features; nodes without incoming edges never change
-    switched_off  the number of the feature that is held at zero
-    A feature whose value changes by a share of itself passes on the same share of its edges.
+def predicted_change(edges, values, off):
+    """How the graph says the last node's value changes when some features are switched off.
+
+    edges   (n, n), edges[target, source], sources before targets
+    values  (n,), what each node's value is now
+    off     the numbers of the features that are held at zero
+    A node's change is Σ edges · share of its sources, where a source's share is its own change
+    divided by its value, and -1 for a feature that is held at zero.
     """
-    ...
-'''
-
-
-def predicted_change(edges, values, switched_off):
-    """Walk through the nodes in order; each one's share is its change over its value."""
-    share = np.zeros(len(values))
+    share = values * 0
     for i in range(len(values)):
         change = edges[i] @ share
-        share[i] = -1.0 if i == switched_off else change / values[i]
-    return float(change)
+        share[i] = -1 if i in off else change / values[i]
+    return change
+
+
+MISTAKES_87 = edits(
+    predicted_change,
+    """
+    change / values[i] → 0
+        These are the direct edges alone: the features downstream change, too, and pass it on.
+    change / values[i] → change
+        A change of 3 in a value of 4 passes on three quarters of its edges: divide by the value.
+    return change → return -change
+        The sign is turned round: what the features add is *lost*.
+    return change → return values[-1] + change
+        This is the value afterwards: return by how much it changes.
+    -1 if i in off else change / values[i] → change / values[i] - float(i in off)
+        A feature that is held at zero has a share of exactly -1, whatever its sources do.
+    i in off → i == off[0]
+        Only the first of the features is switched off.
+    """,
+)
 
 
 @exercise(
     "8.7",
     title="Predict an intervention",
-    difficulty=4,
+    difficulty=3,
     importance=5,
-    minutes=15,
-    stub=STUB_87,
+    minutes=5,
     reference=predicted_change,
+    survivors={"0 → 1": "each share is written before it is read"},
     hints=[
         "Go through the nodes in order, and keep for each the share by which it changes.",
-        "A node's change is `edges[i] @ share`; its share is that over its value, but -1 for "
-        "the one that is switched off.",
+        "`change = edges[i] @ share`, then `share[i]` is -1, or `change / values[i]`.",
     ],
-    wrong=[
-        (lambda edges, values, j: -edges[-1, j], "direct edge alone"),
-        (lambda edges, values, j: -predicted_change(edges, values, j), "*lost*"),
-        (
-            lambda edges, values, j: predicted_change(edges, np.ones(len(values)), j),
-            "divide by the value",
-        ),
-        (
-            lambda edges, values, j: values[-1] + predicted_change(edges, values, j),
-            "value afterwards",
-        ),
-    ],
+    wrong=MISTAKES_87,
 )
 def check_87(answer) -> None:
-    edges = np.zeros((5, 5))
-    edges[1, 0], edges[2, 0], edges[2, 1], edges[3, 2], edges[3, 1] = 2, 1, 3, 2, -1
-    edges[4, 1], edges[4, 2], edges[4, 3] = 1, 2, 3
-    values = np.array([1.0, 2.0, 4.0, 2.0, 6.0])
-    got, want = answer(edges.copy(), values.copy(), 1), predicted_change(edges, values, 1)
-    unshared = np.zeros(5)
-    unshared[1] = -1.0
-    for i in (2, 3):
-        unshared[i] = edges[i] @ unshared
-    expect_none_of(
-        got,
-        (
-            -edges[4, 1],
-            "This is the direct edge alone: the features downstream change, too, and pass it on.",
-        ),
-        (-want, "The sign is turned round: what the feature adds is *lost*."),
-        (
-            edges[4] @ unshared,
-            "A change of 3 in a value of 4 passes on three quarters of its edges, not three times: "
-            "divide by the value.",
-        ),
-        (
-            6 + want,
-            "This is the value afterwards: return by how much it changes.",
-        ),
+    def given(draw) -> tuple:
+        count = draw.size("n", 6, 13)
+        edges = torch.as_tensor(draw.normal("n", "n")).tril(-1)
+        first, second = sorted(draw.sample(range(count - 2), 2))
+        edges[second, first] = 1.5  # the second depends on the first
+        return edges, draw.positive("n", low=0.5, high=3), [first, second]
+
+    agree(
+        answer,
+        predicted_change,
+        given,
+        mistakes=MISTAKES_87,
+        otherwise="change = edges[i] @ share; share = change / value, -1 where held at zero.",
+        tolerance=1e-4,
     )
-    expect_close(got, want, "Node 2 loses 3 of its 4; node 3 loses 2 · 3/4 and gains 1.")
+
+
+# -- 8.8 -------------------------------------------------------------------------------------
+
+
+def set_features(model, coders, prompt, values):
+    """The logits at the last position, (d_vocab,), with some features held at other activations.
+
+    values  {(layer, latent, position): new activation}
+    The model's own MLPs run. To what they write at ("mlp_out", layer), (1, pos, d_model), add
+    (new - old) times the latent's row of coders[layer].W_dec, at the feature's position. `old` is
+    what coders[layer].encode(("mlp_in", layer)) says in this changed run: (1, pos, latents).
+    """
+    read = {}
+
+    def keep(layer):
+        def hook(x):
+            read[layer] = x
+
+        return hook
+
+    def write(layer):
+        def hook(out):
+            old = coders[layer].encode(read[layer][0])
+            for (at, latent, position), new in values.items():
+                if at == layer:
+                    step = new - old[position, latent]
+                    out[0, position] += step * coders[layer].W_dec[latent]
+            return out
+
+        return hook
+
+    layers = {layer for layer, _, _ in values}
+    hooks = {("mlp_in", i): keep(i) for i in layers} | {("mlp_out", i): write(i) for i in layers}
+    with model.hooks(hooks):
+        return model(prompt)[0, -1]
+
+
+def set_by_library(model, coders, prompt, values):
+    named = {f"{layer}_{latent}_{position}": v for (layer, latent, position), v in values.items()}
+    return intervene(model, coders, prompt, values=named, attention="recomputed").logits_after
+
+
+MISTAKES_88 = edits(
+    set_features,
+    """
+    step = new - old[position, latent] → step = new
+        The old activation is still written: add the difference, new - old.
+    out[0, position] += → out[0] +=
+        The change is made at every position: only at the feature's own.
+    if at == layer → if True
+        Every layer writes the changes of all layers: each writes its own.
+    return model(prompt)[0, -1] → return model(prompt)[0, 0]
+        These are the logits at the first position: return those at the last.
+    step = new - old[position, latent] → step = old[position, latent] - new
+        The sign is turned round: new - old.
+    coders[layer].W_dec[latent] → coders[layer].W_enc[:, latent]
+        This writes what the latent *reads*: its row of W_dec is what it writes.
+    ("mlp_out", i): write(i) for i in layers → ("mlp_out", i): write(i) for i in sorted(layers)[:1]
+        Only the first layer's features are set: take all layers.
+    """,
+)
+
+
+def to_set(draw) -> tuple:
+    """A prompt, and new activations for three features of two layers: two active ones, one not."""
+    model, coders, prompt = shipped_model(), transcoders(), some_prompt(draw)
+    low, high = sorted(draw.sample(range(model.n_layers), 2))
+    local = LocalReplacement(model, coders, prompt)
+    values = {}
+    for layer, count in ((low, 1), (high, 2)):
+        active = local.features[layer]
+        for place in draw.sample(range(len(active)), count):
+            key = layer, int(active.latents[place]), int(active.positions[place])
+            values[key] = draw.number(-2, 3)
+    last = local.length - 1
+    values[low, draw.integer(0, coders[low].d_latent - 1), last] = draw.number(2, 5)
+    return model, coders, prompt, values
+
+
+@exercise(
+    "8.8",
+    title="Change features, and run on",
+    difficulty=4,
+    importance=5,
+    minutes=7,
+    reference=set_features,
+    right=[set_by_library],
+    survivors=ONE_MODEL
+    | {"coders → its first value, always": "all inputs are for one set of transcoders"},
+    hints=[
+        'Two hooks a layer: one on ("mlp_in", layer) keeps x, one on ("mlp_out", layer) adds.',
+        "A function that makes the hook keeps each layer's own number.",
+        "`out[0, position] += (new - old[position, latent]) * coders[layer].W_dec[latent]`.",
+    ],
+    wrong=MISTAKES_88,
+)
+def check_88(answer) -> None:
+    on_model(
+        answer,
+        set_features,
+        to_set,
+        MISTAKES_88,
+        "At each feature's place, mlp_out should be as before plus (new - old) · its decoder row.",
+    )
+
+
+# -- 8.9 -------------------------------------------------------------------------------------
+
+
+def fair_control(features, chosen):
+    """For each chosen feature another one, of its layer and position, about as active.
+
+    features  {(layer, latent, position): activation}, all that fire in a prompt
+    chosen    a list of some of them
+    Returns a list: for each of `chosen`, in order, the one with the nearest activation among those
+    of its layer *and* position that are neither chosen nor taken already. Where none is left, the
+    feature has no control, and the list is shorter.
+    """
+    taken, found = set(chosen), []
+    for key in chosen:
+        layer, _, position = key
+        free = [k for k in features if k not in taken and (k[0], k[2]) == (layer, position)]
+        if free:
+            best = min(free, key=lambda k: abs(features[k] - features[key]))
+            found.append(best)
+            taken.add(best)
+    return found
+
+
+MISTAKES_89 = edits(
+    fair_control,
+    """
+    (k[0], k[2]) == (layer, position) → k[0] == layer
+        The position is ignored: at another token a feature may be one that nothing reads.
+    (k[0], k[2]) == (layer, position) → k[2] == position
+        The layer is ignored: features of one layer write for other readers than those of the next.
+    abs(features[k] - features[key]) → -features[k]
+        You take the most active one: take the one whose activation is nearest.
+    taken.add(best) → pass
+        One feature stands for two: take each at most once.
+    set(chosen) → set()
+        A control may not be one of the chosen features.
+    abs(features[k] - features[key]) → features[k]
+        You take the least active one: take the one whose activation is nearest.
+    """,
+)
+
+
+@functools.cache
+def features_of(prompt: str) -> dict[tuple[int, int, int], float]:
+    """{(layer, latent, position): activation} of a prompt's features."""
+    return active_in(shipped_model(), transcoders(), prompt)
+
+
+@exercise(
+    "8.9",
+    title="A fair control",
+    difficulty=2,
+    importance=4,
+    minutes=4,
+    reference=fair_control,
+    hints=[
+        "Keep a set of what is taken, which begins as `set(chosen)`.",
+        "`min(free, key=lambda k: abs(features[k] - features[key]))`, where `free` is not empty.",
+    ],
+    wrong=MISTAKES_89,
+)
+def check_89(answer) -> None:
+    def given(draw) -> tuple:
+        every = features_of(some_prompt(draw))
+        last = max(position for _, _, position in every)
+        layer = draw.integer(0, 4)
+        here = [key for key in every if key[0] == layer and key[2] == last]
+        count = draw.size("count", 3, len(here) // 2)
+        chosen = draw.sample(here, count) + draw.sample([k for k in every if k[2] < last], 5)
+        crowded = {k for k in here if k not in chosen}
+        most = dict.fromkeys(sorted(crowded)[: max(0, len(crowded) - count + 1)])
+        return {k: v for k, v in every.items() if k not in most}, chosen
+
+    agree(
+        answer,
+        fair_control,
+        given,
+        mistakes=MISTAKES_89,
+        otherwise="Nearest in activation, same layer, same position, none twice, none chosen.",
+    )
+
+
+# -- 8.10 ------------------------------------------------------------------------------------
+
+
+def products(model, layer, head, query_parts, key_parts, turns):
+    """A head's attention score as a table, (a, b): what each pair of parts adds.
+
+    query_parts  (a, d_model): the summands of the stream at the token that looks
+    key_parts    (b, d_model): those at the token that is looked at
+    turns        two of (d_head, d_head): how the rotary embedding turns queries here, and keys
+    Norm each part with the denominator of its whole stream, √(mean of the square), times
+    1 + model.part("ln1", layer).weight. Then q = normed @ W_Q @ turns[0], k likewise, and the score
+    is q · k / √d_head. model.weight("W_Q", layer) is (n_heads, d_model, d_head), and "W_K" has one
+    for each group of heads, (n_kv_heads, d_model, d_head).
+    """
+    gain = 1 + model.part("ln1", layer).weight
+    group = head // (model.n_heads // model.n_kv_heads)
+
+    def read(parts, W, turn):
+        whole = parts.sum(0)
+        return parts / whole.square().mean().sqrt() * gain @ W @ turn
+
+    q = read(query_parts, model.weight("W_Q", layer)[head], turns[0])
+    k = read(key_parts, model.weight("W_K", layer)[group], turns[1])
+    return q @ k.T / model.d_head**0.5
+
+
+MISTAKES_810 = edits(
+    products,
+    """
+    whole.square().mean() → parts.square().mean(-1, keepdim=True)
+        Each part is divided by its own size: freeze the denominator at that of the whole stream.
+    / model.d_head**0.5 → / 1
+        The score is divided by √d_head.
+    @ W @ turn → @ W
+        Queries and keys are not turned: the score would not know how far apart they are.
+    [group] → [head % model.n_kv_heads]
+        Heads 0 and 1 share the first key head, heads 2 and 3 the second.
+    * gain → * 1
+        The norm's gain is missing.
+    q @ k.T → k @ q.T
+        Rows are the query's parts, columns the key's.
+    / model.d_head**0.5 → / model.d_head
+        Divide by the *root* of d_head.
+    """,
+)
+
+
+@exercise(
+    "8.10",
+    title="Why a head looks there",
+    difficulty=3,
+    importance=4,
+    minutes=5,
+    reference=products,
+    survivors=ONE_MODEL,
+    hints=[
+        "`whole = parts.sum(0)`, and every part is divided by the root mean square of that.",
+        "`q @ k.T` is the whole table at once.",
+    ],
+    wrong=MISTAKES_810,
+)
+def check_810(answer) -> None:
+    def given(draw) -> tuple:
+        model, one, other = shipped_model(), some_prompt(draw), some_prompt(draw)
+        layer, head = draw.integer(1, model.n_layers - 1), draw.integer(0, model.n_heads - 1)
+        turns = torch.as_tensor(draw.normal(2, model.d_head, model.d_head), dtype=torch.float32)
+        key = parts_of(model, other, layer, draw.integer(1, 3))[: draw.size("key", 2, 3)]
+        return model, layer, head, parts_of(model, one, layer, -1), key, turns / 6
+
+    on_model(
+        answer,
+        products,
+        given,
+        MISTAKES_810,
+        "Norm all parts with the whole stream's denominator, read, turn, and multiply.",
+    )
+
+
+# -- predictions -----------------------------------------------------------------------------
+
+CITIES = ["Warsaw, as before", "Madrid", "another city", "no city"]
+
+
+@prediction(
+    "8.11", question="With Spain's features for Poland's: which word comes first?", options=CITIES
+)
+def after_the_swap() -> str:
+    model, coders, steps = shipped_steps()
+    question = prompts.opening(model)
+    (word, *_), *_ = stories.swapped(model, coders, steps.story(question, "country")).top(1)
+    known = {question.answer: CITIES[0], question.rival: CITIES[1]}
+    cities = {f" {mark.city}" for mark in prompts.lexicon.landmarks()}
+    return known.get(word, CITIES[2] if word in cities else CITIES[3])
+
+
+@prediction(
+    "8.12",
+    question="Which control scores as well as the true graph?",
+    options=["decoders exchanged", "untrained model", "edges dealt out anew", "none"],
+)
+def control_that_scores() -> str:
+    model, coders, _ = shipped_steps()
+    found = score_table(model, coders, prompts.questions(model, SCORED, seed=0))
+    median = {name: np.median(rows[:, 0]) for name, rows in found.items()}
+    own = median.pop("the graph")
+    best = max(median, key=median.get)
+    return best if median[best] > own - 0.05 else "none"
+
+
+PLACES = ["at the name", "between", "at the last word"]
+
+
+@prediction("8.13", question="Where does the country's step stand?", options=PLACES)
+def where_the_country_is() -> str:
+    model, _, steps = shipped_steps()
+    question = prompts.opening(model)
+    graph = steps.graph(question)
+    amount = np.abs(steps.share_map(graph, question, "country")).sum(0)
+    end = prompts.name_ends(model, question.one)
+    parts = [amount[: end + 1].sum(), amount[end + 1 : -1].sum(), amount[-1]]
+    return PLACES[int(np.argmax(parts))]
+
+
+OFTEN = ["about as often", "less than half as often", "never"]
+
+
+@prediction(
+    "8.14",
+    question="Donors that ask something else: how often does the other country's answer win?",
+    options=OFTEN,
+)
+def donors_that_ask_something_else() -> str:
+    model, coders, steps = shipped_steps()
+    same, other = donors(model, coders, steps, DONORS, seed=0).first()
+    return OFTEN[0] if other >= same / 2 else OFTEN[1] if other > 0 else OFTEN[2]
+
+
+# -- the investigation -----------------------------------------------------------------------
+
+
+@functools.cache
+def inquiry() -> Inquiry:
+    """The question that a story is told of, and what it is tested on."""
+    model, coders, _ = shipped_steps()
+    return Inquiry(model, coders, prompts.untold(model))
+
+
+@investigation(
+    "8",
+    title="A story of two hops",
+    form='a set of features "layer_latent_position" of either prompt, such as {"3_12_10"}',
+    chance=lambda rng: random_story(inquiry(), rng),
+    best=lambda: greedy_story(inquiry(), shipped_steps()[2]),
+    good=lambda: rule_story(inquiry(), shipped_steps()[2]),
+    foolish=["Spain", {"99_0_1"}, {"3_12_10": 1.0}, 7],
+)
+def score_story(answer) -> float:
+    """The least of three shares, each from 0 to 1, less a thousandth for each feature: the gap lost
+    without the features, the way to the partner's answer when they are swapped, and the gap kept in
+    questions about other countries."""
+    found = inquiry()
+    return found.score(some_of(answer, found.every, "features"))

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mi_helpers.circuits.figures import ADDS, intervention_figure
 from mi_helpers.circuits.interventions import intervene
+from mi_helpers.circuits.queries import QKAttribution
 from mi_helpers.circuits.replacement import Coders
-from mi_helpers.lessons.lesson_08.stories import Outcome, Singles, Story, changes, gap_change
+from mi_helpers.lessons.lesson_08.controls import Singles
+from mi_helpers.lessons.lesson_08.stories import Outcome, Story, changes, gap_change
 from mi_helpers.models import LanguageModel
-from mi_helpers.plots import OKABE_ITO, figure, style
+from mi_helpers.plots import OKABE_ITO, figure, heatmap, style
 
 SCORES = ("replacement", "completeness")
 MARKS = {"suppress": ("o", OKABE_ITO[0]), "swap": ("s", OKABE_ITO[1]), "null": ("D", "white")}
@@ -43,6 +46,31 @@ def score_figure(table: Mapping[str, np.ndarray]) -> Figure:
     return picture
 
 
+def qk_map(found: QKAttribution, texts: Sequence[str]) -> Figure:
+    """A head's score as a map: products summed by the token at which each side was written. Rows
+    are what the query read, columns what the key read; biases are left out.
+
+    Source: Kamath et al. 2025, "Tracing Attention Computation Through Feature Interactions".
+    """
+    at = torch.tensor([node.position for node in found.nodes])
+    belongs = torch.nn.functional.one_hot(at, len(texts)).float()
+    table = belongs.T @ found.products[:-1, :-1] @ belongs
+    names = [_visible(text) for text in texts]
+    return heatmap(
+        table,
+        names,
+        names,
+        unit="added to the score",
+        centre_zero=True,
+        xlabel="written at …, read by the key",
+        ylabel="written at …,\nread by the query",
+    )
+
+
+def _visible(text: str) -> str:
+    return text.strip() or repr(text)
+
+
 @style()
 def prediction_figure(sorts: Mapping[str, Sequence[Outcome]]) -> Figure:
     """Observed against predicted changes of the gap, with a panel for each sort of stories and a
@@ -60,6 +88,7 @@ def prediction_figure(sorts: Mapping[str, Sequence[Outcome]]) -> Figure:
         one.scatter([o.predicted for o in missed], [o.observed for o in missed], 40,
                     marker="x", color="black", label="a miss", zorder=3)  # fmt: skip
         one.set(title=name, xlabel="predicted change of the gap")
+        one.locator_params(axis="x", nbins=6)
     low = min(min(o.predicted, o.observed) for some in sorts.values() for o in some)
     for one in axes[0]:
         one.plot([low, 0], [low, 0], color="0.6", linestyle="--", marker="", zorder=0)

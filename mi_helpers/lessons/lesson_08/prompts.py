@@ -199,6 +199,62 @@ def unseen_hops(model: LanguageModel, n: int, seed: int) -> list[Question]:
     return list({q.prompt: q for q in asked}.values())[:n]
 
 
+def opening(model: LanguageModel) -> Question:
+    """Poland's capital, by a landmark of its, with a landmark of Spain as the partner; another
+    two-hop question where the model does not answer both rightly."""
+    for kind in TWO_HOP:
+        for one, other in _partners(model, kind):
+            if (one.country, other.country) == ("Poland", "Spain"):
+                return Question(one, other)
+    return unseen_hops(model, 1, seed=0)[0]
+
+
+def untold(model: LanguageModel) -> Question:
+    """A two-hop question that training never showed, and that the lesson tells no story of."""
+    told = {q.prompt for q in (opening(model), *unseen_hops(model, 8, seed=0))}
+    return next(q for q in unseen_hops(model, 20, seed=88) if q.prompt not in told)
+
+
+def alike(model: LanguageModel, question: Question, n: int, seed: int) -> list[Question]:
+    """At most n questions of the same kind and as many tokens, about other countries, each about
+    another one."""
+    length, taken = length_of(model, question.one), {question.one.country, question.other.country}
+    pairs = [
+        (one, other)
+        for one, other in _partners(model, question.one.kind)
+        if length_of(model, one) == length and not {one.country, other.country} & taken
+    ]
+    random.Random(seed).shuffle(pairs)
+    return [
+        Question(*pair) for pair in {one.country: (one, other) for one, other in pairs}.values()
+    ][:n]
+
+
+def name_ends(model: LanguageModel, asked: Asked) -> int:
+    """The position of the last token of what a sentence names."""
+    text = asked.prompt[: asked.prompt.index(asked.subject) + len(asked.subject)]
+    return model.tokens(text).shape[1] - 1
+
+
+def other_question(model: LanguageModel, asked: Asked) -> Asked | None:
+    """The same landmark asked for its country's language in place of its capital, or the other way
+    round, with as many tokens; None where the model answers it wrongly or there is none."""
+    kinds = dict([ALIKE[-1], ALIKE[-1][::-1]])
+    if asked.kind not in kinds:
+        return None
+    known = {each.subject: each for each in _known(model)[kinds[asked.kind]][0]}
+    found = known.get(asked.subject)
+    same = found is not None and length_of(model, found) == length_of(model, asked)
+    return found if same else None
+
+
+def paired(model: LanguageModel, n: int, seed: int) -> list[Question]:
+    """At most n unseen two-hop questions whose partner the model can also be asked something else
+    about, rightly and in as many tokens."""
+    asked = unseen_hops(model, 4 * n, seed)
+    return [q for q in asked if other_question(model, q.other) is not None][:n]
+
+
 def what_is_asked(model: LanguageModel, n: int, seed: int) -> list[Question]:
     """n questions whose partner names the same and asks for something else, of the pairs of kinds
     in `ALIKE` in turn; the model answers both sentences rightly.

@@ -12,14 +12,12 @@ and *null* (as many other features at zero that the graph calls unimportant).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mi_helpers.circuits.graphs import FEATURE, Graph
 from mi_helpers.circuits.interventions import Intervention, intervene, predicted_effect
@@ -28,14 +26,16 @@ from mi_helpers.files import literal
 from mi_helpers.lessons.lesson_08.experiments import (
     Reading,
     activations,
-    by_label,
     contributions,
     logit_gap,
     question_graph,
+    read_sentences,
     shares,
 )
 from mi_helpers.lessons.lesson_08.prompts import Question
+from mi_helpers.lessons.shared import shipped_model
 from mi_helpers.models import LanguageModel
+from mi_helpers.saes.transcoders import coders_for
 
 # ---------------------------------------------------------------------------------------- stories
 
@@ -106,23 +106,6 @@ def matched_features(graph: Graph, nodes: Sequence[str], limit: float = float("i
             chosen.append(min(near, key=lambda n: abs(graph.value(n) - value)).id)
             taken.add(chosen[-1])
     return chosen
-
-
-def label_story(model: LanguageModel, coders: Coders, question: Question, labels: Mapping) -> Story:
-    """The story of the label whose features add most to the gap, as the graph sees it. The swap
-    puts in those that the same rule finds in the partner's graph.
-
-    Raises:
-        ValueError: no feature of a graph has a label.
-    """
-    graph = question_graph(model, coders, question, labels)
-    other = question_graph(model, coders, question.turned(), labels)
-    sums, theirs = by_label(graph), by_label(other)
-    if not sums or not theirs:
-        raise ValueError(f"No feature of the graphs of {question.prompt!r} has a label.")
-    label, their = max(sums, key=sums.get), max(theirs, key=theirs.get)
-    nodes, put_in = graph.supernodes[label], other.supernodes[their]
-    return make_story(question, f"label {label}", graph, nodes, other, put_in)
 
 
 # ------------------------------------------------------------------------------ steps of two hops
@@ -276,6 +259,12 @@ def gap_change(model: LanguageModel, question: Question, result: Intervention) -
     return float((after[a] - after[b]) - (before[a] - before[b]))
 
 
+def swapped(model: LanguageModel, coders: Coders, story: Story) -> Intervention:
+    """The story's swap in the model, with attention patterns as they were."""
+    factors, values = changes(story, "swap")
+    return intervene(model, coders, story.question.prompt, factors, values=values)
+
+
 def observe(
     model: LanguageModel, coders: Coders, story: Story, what: str, attention: str = "frozen"
 ) -> float:
@@ -396,105 +385,12 @@ def hit_table(sorts: Mapping[str, Sequence[Outcome]]) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------- controls and limits
+# ------------------------------------------------------------------------------ the shipped model
 
 
-def random_share(model: LanguageModel, coders: Coders, told: Sequence[Story]) -> float:
-    """A control: `share_of_gap` with `matched_features` removed instead of the stories' own."""
-    total = 0.0
-    for story in told:
-        graph = question_graph(model, coders, story.question)
-        factors = dict.fromkeys(matched_features(graph, story.nodes), 0.0)
-        result = intervene(model, coders, story.question.prompt, factors)
-        total += gap_change(model, story.question, result)
-    return total / sum(story.gap for story in told)
-
-
-def switched(result: Intervention) -> tuple[int, int]:
-    """The numbers of features that an intervention turned on, and off; the changed ones count."""
-    on = off = 0
-    for layer, before in result.features_before.items():
-        after = result.features_after[layer]
-        on += int(((before == 0) & (after != 0)).sum())
-        off += int(((before != 0) & (after == 0)).sum())
-    return on, off
-
-
-@dataclass(frozen=True)
-class Singles:
-    """Features removed one at a time: the change of the gap, in logits, (features,) each.
-
-    direct, paths       predicted: by the feature's own edges to the logits; over all paths
-    held                observed with direct effects: every MLP and norm as it was
-    frozen, recomputed  observed with iterative effects, and attention frozen or recomputed
-    """
-
-    direct: np.ndarray
-    paths: np.ndarray
-    held: np.ndarray
-    frozen: np.ndarray
-    recomputed: np.ndarray
-
-    def correlation(self) -> float:
-        """Of the prediction over all paths and the observation with attention frozen."""
-        return float(np.corrcoef(self.paths, self.frozen)[0, 1])
-
-    def right_sign(self, least: float = 0.5) -> float:
-        """The share of predictions of `least` logits or more whose sign is right."""
-        large = np.abs(self.paths) >= least
-        return float((np.sign(self.paths) == np.sign(self.frozen))[large].mean())
-
-    def ratio(self, least: float = 0.5) -> float:
-        """The median of observed over predicted, of predictions of `least` logits or more."""
-        large = np.abs(self.paths) >= least
-        return float(np.median(self.frozen[large] / self.paths[large]))
-
-
-def singles(
-    model: LanguageModel,
-    coders: Coders,
-    asked: Sequence[Question],
-    most: int = 8,
-    others: int = 8,
-    seed: int = 0,
-) -> Singles:
-    """Remove, one at a time, the `most` features of each question's graph with the largest
-    contributions, and `others` random ones."""
-    rng, rows = random.Random(seed), []
-    for question in asked:
-        graph = question_graph(model, coders, question)
-        own = contributions(graph)
-        edges = graph.adjacency[-2] - graph.adjacency[-1]  # to the answer, less those to the rival
-        free = [n for n in graph.nodes if n.kind == FEATURE]
-        free.sort(key=lambda n: -abs(float(own[graph.index(n)])))
-        for node in free[:most] + rng.sample(free[most:], min(others, len(free) - most)):
-            out, i = {node.id: 0.0}, graph.index(node)
-            row = [-float(edges[i]), -float(own[i])]
-            for how in ({"effects": "direct"}, {}, {"attention": "recomputed"}):
-                result = intervene(model, coders, question.prompt, out, **how)
-                row.append(gap_change(model, question, result))
-            rows.append(row)
-    return Singles(*np.array(rows).T)
-
-
-@torch.no_grad()
-def attention_alone(model: LanguageModel, question: Question) -> float:
-    """The change of the gap, as a share of it, when all attention patterns are the partner's.
-
-    No edge of a graph shows it: a graph takes its prompt's patterns as given.
-    """
-    _, theirs = model.run_with_cache(question.other.prompt, "pattern")
-    ids = model.tokens(question.prompt)
-    a, b = (model.to_single_token(word) for word in (question.answer, question.rival))
-    hooks = {
-        ("pattern", layer): lambda x, layer=layer: theirs["pattern", layer].to(x)
-        for layer in range(model.n_layers)
-    }
-
-    def gap() -> float:
-        logits: Tensor = model.forward(ids)[0, -1]
-        return float(logits[a] - logits[b])
-
-    before = gap()
-    with model.hooks(hooks):
-        return (gap() - before) / before
+@lru_cache(maxsize=1)
+def shipped_steps() -> tuple[LanguageModel, dict, Steps]:
+    """The course's model, its transcoders, and the steps: what the ledger and predictions use."""
+    model = shipped_model()
+    coders = coders_for(model, range(model.n_layers))
+    return model, coders, Steps(model, coders, read_sentences(model))
