@@ -653,6 +653,7 @@ MISTAKES_58 = edits(
     |= places[role] → |= True
         A head of the circuit stays at every position: keep it at its roles.
     |= places[role] → = places[role]
+    & role in circuit: → role in sorted(circuit):
         A head that stands in the circuit at two roles keeps the last one alone: use `|=`.
     keep[layer, :, :, head] |= places[role] → keep[layer] |= places[role][..., None]
         All heads of the layer stay at these positions: keep the circuit's.
