@@ -450,11 +450,6 @@ def by_coder(coder: nn.Module) -> Replacement:
     return lambda x, y: predict(coder, x)
 
 
-def by_sae(coder: nn.Module) -> Replacement:
-    """An SAE's reconstruction of the MLP's output."""
-    return lambda x, y: predict(coder, y)
-
-
 def without_latents(coder: nn.Module) -> Replacement:
     """A transcoder none of whose latents fires: its bias, and its skip path."""
     return lambda x, y: coder.decode(x.new_zeros(*x.shape[:-1], coder.d_latent), x)

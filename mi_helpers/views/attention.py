@@ -73,7 +73,10 @@ def attention_json(
     places = [(each["layer"], each["head"]) for each in heads]
     head = places[0] if head is None else tuple(head)
     if head not in places:
-        raise ValueError(f"There is no head {head}: the view shows layers {chosen}.")
+        last = len(heads) // len(chosen) - 1
+        raise ValueError(
+            f"There is no head {head}: the view shows layers {chosen}, heads 0 to {last} of each."
+        )
     return {
         "label": f"Attention in {model.name}",
         "tokens": [{"shown": shown(text), "spoken": spoken(text)} for text in texts],

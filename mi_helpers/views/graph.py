@@ -98,7 +98,8 @@ def graph_view_json(data: Mapping, start: Mapping = START) -> dict:
             for link in data["links"]
         ]
         groups = {
-            str(name): list(ids) for name, *ids in data.get("qParams", {}).get("supernodes", [])
+            str(name): [each for each in ids if each in place]  # a pruned file may have lost some
+            for name, *ids in data.get("qParams", {}).get("supernodes", [])
         }
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
@@ -124,13 +125,6 @@ def graph_view_json(data: Mapping, start: Mapping = START) -> dict:
         "cards": dict(data.get("cards", {})),
         "start": dict(start),
     }
-
-
-def _groups(data: Mapping, place: Mapping) -> dict[str, list[str]]:
-    """{supernode: its nodes}, of those whose nodes are all in the graph."""
-    state = data.get("qParams", {}).get("supernodes", [])
-    found = {str(name): list(ids) for name, *ids in state}
-    return {name: ids for name, ids in found.items() if all(each in place for each in ids)}
 
 
 def _node(entry: Mapping, tokens: list[str], depth: int) -> dict:

@@ -86,6 +86,8 @@ def lens_json(
     stream = read_stream(model, ids, at)
     p, best = top_tokens(model, stream, min(LIKELIEST, model.d_vocab), lenses[name])
     target = model.unembed(stream[-1]).argmax(-1)
+    if not isinstance(follow, str):
+        raise ValueError(f"follow is {follow!r}: expected a word, such as 'Paris'.")
     if follow.strip():
         target[:] = model.to_single_token(" " + follow.strip())
     place = place_of(model, stream, target, lenses[name])

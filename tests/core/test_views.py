@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_what_attention_does_not_have_is_said():
     for wrong, said in (
         ({"layers": [3]}, "Layers"),
         ({"layers": []}, "Layers"),
-        ({"head": (0, 2)}, "no head"),
+        ({"head": (0, 2)}, "no head .*heads 0 to 1 of each"),
         ({"token": 9}, "no token 9"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -178,13 +179,17 @@ def test_what_the_lens_does_not_have_is_said():
         views.lens_json(model, "the cat", lens="other")
     with pytest.raises(ValueError, match="one token|vocabulary"):
         views.lens_json(model, "the cat", follow="xylophone quartet")
+    with pytest.raises(ValueError, match="follow is 17: expected a word"):
+        views.lens_json(model, "the cat", follow=17)
     with pytest.raises(ValueError, match="empty"):
         views.lens_json(model, "")
 
 
 def test_modules_ask_nothing_of_other_machines_and_make_no_markup():
-    for name in ("tokens", "attention", "lens", "figure"):
-        code = module(name)
+    names = {path.stem for path in Path(views.__file__).parent.glob("*.js")} - {"common"}
+    assert names >= {"tokens", "attention", "lens", "figure", "graph", "latents"}
+    for name in names:
+        code = module(name).replace("http://www.w3.org/2000/svg", "")  # a name, not an address
         assert "import " not in re.sub(r"//.*", "", code)
         assert code.count("export ") == code.count("export default") + code.count("export function")
         assert not re.search(r"https?://|fetch\(|innerHTML|insertAdjacentHTML|eval\(", code)
@@ -223,6 +228,13 @@ def test_a_logit_has_its_token_and_probability_for_a_name():
     for node in views.graph_view_json(source)["nodes"]:
         if node["kind"] == "logit":
             assert re.fullmatch(r".+ [01]\.\d\d", node["name"])
+
+
+def test_a_group_keeps_the_nodes_that_the_file_still_has():
+    source = small_graph(tiny_model())
+    there = source["nodes"][0]["node_id"]
+    source["qParams"] = {"supernodes": [["mine", there, "9_99_9"]]}
+    assert views.graph_view_json(source)["groups"] == {"mine": [there]}
 
 
 def test_what_is_no_graph_is_said():

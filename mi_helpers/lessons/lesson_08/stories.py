@@ -350,41 +350,6 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def hits(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
-    """{intervention: (hits, trials)}."""
-    kinds = {what: [o.hit for o in outcomes if o.what == what] for what in INTERVENTIONS}
-    return {what: (sum(each), len(each)) for what, each in kinds.items()}
-
-
-def agreement(outcomes: Sequence[Outcome]) -> tuple[float, float, float]:
-    """(correlation, correlation with attention recomputed, median of observed over predicted) of
-    predicted and observed changes by suppress and swap."""
-    rows = [(o.predicted, o.observed, o.recomputed) for o in outcomes if o.what != "null"]
-    predicted, observed, recomputed = np.array(rows).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = float(np.nanmedian(observed / predicted))
-    first, second = (float(np.corrcoef(predicted, y)[0, 1]) for y in (observed, recomputed))
-    return first, second, ratio
-
-
-def hit_table(sorts: Mapping[str, Sequence[Outcome]]) -> str:
-    """Hits and flips of several sorts of stories as a Markdown table."""
-    lines = [
-        f"| stories of | {' | '.join(INTERVENTIONS)} | flips predicted | flips seen | "
-        "correlation | observed / predicted |",
-        "|---|" + "---|" * len(INTERVENTIONS) + "--:|--:|--:|--:|",
-    ]
-    for name, some in sorts.items():
-        cells = [f"{right} of {trials}" for right, trials in hits(some).values()]
-        swaps = [o for o in some if o.what == "swap"]
-        cells.append(str(sum(o.story.flips for o in swaps)))
-        cells.append(str(sum(o.story.gap + o.observed < 0 for o in swaps)))
-        correlation, _, ratio = agreement(some)
-        cells += [f"{correlation:.2f}", f"{ratio:.2f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------ the shipped model
 
 
