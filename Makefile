@@ -5,7 +5,7 @@ WORKERS ?= 2
 LAB_ARGS ?=
 PIP_ARGS ?=
 NAMES ?=
-LESSONS ?= 0 1 2 3 4 5 6 7 8
+LESSONS ?= $(sort $(foreach path,$(wildcard notebooks/??_*.ipynb),$(firstword $(subst _, ,$(notdir $(path))))))
 BENCH_ARGS ?=
 # Where the learner's own copies of the lessons are.
 WORK ?= work

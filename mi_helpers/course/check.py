@@ -35,12 +35,11 @@ from mi_helpers.course.exercise import (
     RIGHT,
     WRONG,
     Exercise,
-    TimeUp,
     Verdict,
     evaluate,
     exercise,
-    within,
 )
+from mi_helpers.course.limits import TimeUp, within
 from mi_helpers.course.mutants import edited, edits
 from mi_helpers.course.session import Note, display
 

@@ -7,7 +7,6 @@ answer, `@prediction("5.3")` above a function that measures what was to be predi
 
 import ast
 import contextlib
-import ctypes
 import difflib
 import functools
 import importlib
@@ -16,9 +15,7 @@ import linecache
 import pkgutil
 import random
 import re
-import sys
 import textwrap
-import threading
 import time
 import traceback
 import types
@@ -35,10 +32,10 @@ from mi_helpers.course.answers import (
     seeded,
     unchanged,
 )
+from mi_helpers.course.limits import TimeUp, within
 
 SECONDS = 10.0  # that an answer may take, all its calls in one check together
 SLACK = 10.0  # seconds that the rest of a check may take
-AGAIN = 0.05  # seconds between interrupts, as a bare `except:` may swallow the first
 RIGHT, WRONG, NOT_ATTEMPTED, NOT_JUDGED = "right", "wrong", "not attempted yet", "not judged"
 
 
@@ -347,55 +344,3 @@ def say_unimported(error: BaseException) -> str:
         f" If {code(name)} is one of the lesson's names, run the notebook's first code cell, which "
         "imports them, then the cell of your function, then this one."
     )
-
-
-# -- a limit of time -------------------------------------------------------------------------
-
-
-class TimeUp(BaseException):
-    """Raised inside a call that has run too long; no `except Exception` stops it."""
-
-
-def within(seconds: float, function: Callable, *args, **kwargs):
-    """`function(*args, **kwargs)`; TimeUp when it has not returned after so many seconds.
-
-    A second thread raises it between two steps of Python code, on every system and in every thread:
-    a single call into C, such as `time.sleep`, returns first. Time in a debugger does not count.
-    Calls may stand inside each other.
-    """
-    raise_in, me = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.get_ident()
-    done, lock, own = threading.Event(), threading.Lock(), sys._getframe()  # noqa: SLF001
-
-    def watch() -> None:
-        wait = max(seconds, 0.001)
-        while not done.wait(min(wait, threading.TIMEOUT_MAX)):
-            with lock:
-                top = sys._current_frames().get(me)  # noqa: SLF001
-                frames = [frame for frame, _ in traceback.walk_stack(top)] if top else []
-                if own not in frames:
-                    return
-                if not done.is_set() and not any(frame.f_trace for frame in frames):
-                    raise_in(ctypes.c_ulong(me), ctypes.py_object(TimeUp))
-            wait = AGAIN
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        return function(*args, **kwargs)
-    finally:
-        finish(done, lock)
-        try:  # one that is on its way comes now: merely called back, 3.11 would loop in tracing
-            raise_in(ctypes.c_ulong(me), ctypes.py_object(TimeUp))
-            while True:
-                pass
-        except TimeUp:
-            pass
-
-
-def finish(done: threading.Event, lock: threading.Lock) -> None:
-    """Tell a watcher to stop, whatever interrupts arrive meanwhile."""
-    while not done.is_set():
-        try:
-            with lock:
-                done.set()
-        except TimeUp:
-            continue

@@ -19,10 +19,9 @@ from mi_helpers.course.exercise import (
     RIGHT,
     WRONG,
     Exercise,
-    TimeUp,
     evaluate,
-    within,
 )
+from mi_helpers.course.limits import TimeUp, within
 from mi_helpers.course.mutants import mutants
 
 mechanism = importlib.import_module("mi_helpers.course.check")
@@ -337,8 +336,37 @@ def test_a_call_that_a_debugger_holds_goes_on():
 def test_tracing_goes_on_after_a_call_that_was_watched():
     """Python 3.11 loops for ever where an exception from another thread was called back."""
     code = (
-        "import sys; from mi_helpers.course.exercise import within; within(5, int);"
+        "import sys; from mi_helpers.course.limits import within; within(5, int);"
         "sys.settrace(lambda *_: None); (lambda: print(7))()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "7\n"
+
+
+def test_limits_that_run_out_together_end_together():
+    """Python 3.11 may raise in a thread that is being started, for which its starter then waits."""
+    code = (
+        "from mi_helpers.course.limits import TimeUp, within\n"
+        "for _ in range(2000):\n"
+        "    try: within(0.0011, within, 0.0012, lambda: sum(i for i in range(6000)))\n"
+        "    except TimeUp: pass\n"
+        "print('ended')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ended\n"
+
+
+def test_a_process_that_was_forked_has_the_limit_too():
+    code = (
+        "import os, time\n"
+        "from mi_helpers.course.limits import TimeUp, within\n"
+        "def loops():\n"
+        "    while True: pass\n"
+        "within(5, int)\n"
+        "if os.fork() == 0:\n"
+        "    try: within(0.1, loops)\n"
+        "    except TimeUp: os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.wait()[1]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "7\n"
