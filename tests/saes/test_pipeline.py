@@ -111,6 +111,25 @@ def test_a_second_run_changes_nothing_and_stages_agree_with_it(run, place, tmp_p
     assert "1,000 tokens" in capsys.readouterr().out
 
 
+def test_several_layers_are_each_the_run_that_it_is_alone(run, place, tmp_path, capsys):
+    given = options(place, tmp_path, layer=-1, layers="1,0")
+    assert main(["harvest", *given]) == 0
+    assert main(["run", *given]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"layer-0", "layer-1"}
+    apart = {"seconds.json", "report.md"}  # the time is theirs
+    made, alone = files(tmp_path / "layer-1"), files(run)
+    assert made.keys() == alone.keys()
+    assert all(made[name] == alone[name] for name in alone.keys() - apart)
+    assert "resid_post 0" in capsys.readouterr().out
+    assert main(["run", *options(place, tmp_path / "layer-0", layer=0)]) == 0  # it goes on as one
+    assert (
+        main(["run", *options(place, tmp_path / "all", layer=-1, layers="all"), "--dry-run"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert all(f"resid_post {i}, measured" in said for i in range(3))
+    assert "share one pass" in said and not (tmp_path / "all").exists()
+
+
 def test_the_order_of_stages_is_said(place, tmp_path, capsys):
     assert main(["train", *options(place, tmp_path)]) == 2
     assert "run the harvest first" in capsys.readouterr().err
