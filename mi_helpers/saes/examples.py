@@ -77,16 +77,20 @@ class Texts:
             raise Refused("There is no text, or one without tokens: give each text's tokens.")
         number: dict[str, int] = {}
         ids = [number.setdefault(word, len(number)) for row in rows for word in row]
-        keys = list(rows if same is None else same)
-        order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        drawn = np.random.default_rng(seed).permutation(len(order)) < len(order) // 2
         return cls(
             tuple(number),
             np.array(ids, dtype=np.int32),
             np.concatenate([[0], np.cumsum([len(row) for row in rows])]),
-            np.array([drawn[order[key]] for key in keys]),
+            cls.draw(rows if same is None else same, seed),
             np.zeros(len(rows), np.int64) if begin is None else np.asarray(begin),
         )
+
+    @staticmethod
+    def draw(same: Sequence[Hashable], seed: int = 0) -> np.ndarray:
+        """(texts,), whether each is held out: half of the distinct keys, drawn at random."""
+        order = {key: i for i, key in enumerate(dict.fromkeys(same))}
+        drawn = np.random.default_rng(seed).permutation(len(order)) < len(order) // 2
+        return np.array([drawn[order[key]] for key in same])
 
     @property
     def n(self) -> int:
