@@ -536,7 +536,7 @@ def top_contexts(model, coder, site, latent, texts, n, around):
         at = int(values.argmax()) + 1
         if values.max() > 0:
             bare = tokens[at].lstrip(" ")
-            blank = tokens[at][: len(tokens[at]) - len(bare)]
+            blank = " " * (len(tokens[at]) - len(bare))
             before, after = tokens[max(1, at - around) : at], tokens[at + 1 : at + around + 1]
             context = "".join([*before, f"{blank}[[{bare}]]", *after])
             found.append((float(values.max()), context))
