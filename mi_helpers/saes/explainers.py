@@ -20,8 +20,9 @@ import numpy as np
 
 from mi_helpers.errors import Refused
 from mi_helpers.saes.examples import Context, Examples, Texts
-from mi_helpers.saes.rules import LOOKS, PIECES, WINDOW, Facts, f1, looks_like, name_of, parse
+from mi_helpers.saes.rules import LOOKS, PIECES, WINDOW, Facts, looks_like, name_of, parse
 from mi_helpers.saes.rules import place_names as places
+from mi_helpers.saes.scores import f1
 
 SEEN = 3  # strong firings at a value before a name may have it
 MOST = 8  # values in a clause

@@ -47,15 +47,16 @@ class Local:
         """
         for n in FEWER:
             prompt = self.chat(explain_prompt(examples, n))
-            read = self.model.tokens(prompt)[0]
-            if len(read) + WRITTEN <= self.model.n_ctx:
+            length = len(self.model.encode(prompt)) + 1
+            if length + WRITTEN <= self.model.n_ctx:
                 break
         else:
             raise Refused(
                 f"{self.model.name} reads {self.model.n_ctx} tokens at once, and a question has "
-                f"{len(read)}: choose a model with a longer context."
+                f"{length}: choose a model with a longer context."
             )
         written = self.model.generate(prompt, WRITTEN)
+        read = self.model.tokens(prompt)[0]
         before = self.model.tokenizer.decode(read, skip_special_tokens=True)
         return Explanation(examples.unit, read_name(written[len(before) :]))
 

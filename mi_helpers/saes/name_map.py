@@ -21,7 +21,7 @@ from sklearn.preprocessing import normalize
 from mi_helpers.errors import Refused
 from mi_helpers.saes.explainers import Explanation
 
-WORD = r'[^\s,&"()]+'  # of a name; "at:" and the like are words too
+WORD = r'(?<![^\s,&"()])[^\s,&"():]+(?=[\s,&"()]|$)'  # of a name; "at:" and the like are none
 WIDTH = 50  # numbers that a name is made into, before it is put into a cluster
 PIECES = 0.3  # how much beginnings, middles and ends of words weigh beside words
 MOST = 60  # clusters
@@ -53,7 +53,7 @@ def name_map(
     """Clusters of names (k-means on tf-idf), and a place for each.
 
     Args:
-        clusters: None means √(n / 2), at most 60.
+        clusters: None means √n, at most 60.
 
     Raises:
         Refused: there are no names.
@@ -61,8 +61,9 @@ def name_map(
     if not explanations:
         raise Refused("There are no names to put on a map.")
     n = len(explanations)
-    k = min(n, clusters or max(1, min(MOST, round(np.sqrt(n / 2)))))
+    k = min(n, clusters or min(MOST, round(np.sqrt(n))))
     words, vectors = _vectors([each.text for each in explanations], seed)
+    k = min(k, len(np.unique(vectors.round(6), axis=0)))
     means = KMeans(k, n_init=4, random_state=seed).fit(vectors)
     order = np.argsort(-np.bincount(means.labels_, minlength=k), kind="stable")  # largest first
     cluster = np.argsort(order)[means.labels_]
@@ -107,7 +108,8 @@ def _titles(words, cluster: np.ndarray, k: int) -> tuple[str, ...]:
         own = np.asarray(table[np.flatnonzero(cluster == c)].mean(0)).ravel() - everywhere
         best = [i for i in np.argsort(-own, kind="stable")[:TITLE] if own[i] > 0]
         best = best or [int(np.asarray(table.mean(0)).ravel().argmax())]
-        titles.append(", ".join(terms[i] for i in best))
+        title = ", ".join(terms[i] for i in best)
+        titles.append(title + f" ({titles.count(title) + 1})" * (title in titles))
     return tuple(titles)
 
 
@@ -124,8 +126,8 @@ def _plane(centres: np.ndarray, seed: int) -> np.ndarray:
 def _apart(middle: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """The middles of discs, moved until none overlap: each pair that does is pushed apart."""
     spread = np.linalg.norm(middle - middle.mean(0), axis=1).mean()
-    middle = (middle - middle.mean(0)) * (2 * np.sqrt((radius**2).sum()) / max(spread, 1e-9))
-    wanted = 1.1 * (radius[:, None] + radius[None, :]) + 1
+    middle = (middle - middle.mean(0)) * (np.sqrt((radius**2).sum()) / max(spread, 1e-9))
+    wanted = radius[:, None] + radius[None, :] + 2
     np.fill_diagonal(wanted, 0)
     for _ in range(500):
         step = middle[:, None] - middle[None, :]

@@ -40,7 +40,7 @@ from mi_helpers.loading import load_model, load_tokenizer
 from mi_helpers.models import token_text
 from mi_helpers.saes.activations import Activations
 from mi_helpers.saes.endpoint import Endpoint, EndpointError
-from mi_helpers.saes.examples import Examples, Fired, Texts, examples_of
+from mi_helpers.saes.examples import Examples, Texts, examples_of
 from mi_helpers.saes.explainers import Explainer, Explanation, Offline
 from mi_helpers.saes.features import check_coder, chunks, fires, words
 from mi_helpers.saes.local import Local
@@ -49,7 +49,7 @@ from mi_helpers.saes.naming import RELIABLE, NameScores, Score, score
 from mi_helpers.saes.progress import progress_bar
 from mi_helpers.saes.prompts import NoAnswer
 from mi_helpers.saes.run_files import CODER, RECIPE, SUMS, check_recipe, identity, trained_coder
-from mi_helpers.saes.scores import Firings
+from mi_helpers.saes.scores import Fired, Firings
 from mi_helpers.views.name_map import name_map_page
 
 HARVEST = "harvest"
@@ -146,12 +146,13 @@ class Named:
         """From what `line` gave."""
         if "why" in said:
             return cls(said["latent"], why=said["why"])
-        scores = []
+        scores = {}
         for kind in SCORES:
             *values, n = said[kind]
-            scores.append(Score(*(float("nan") if v is None else float(v) for v in values), n))
+            value, low, high = (float("nan") if v is None else float(v) for v in values)
+            scores[kind] = Score(value, low, high, n)
         explanation = Explanation(said["latent"], said["name"], said["table"])
-        return cls(said["latent"], explanation, NameScores(*scores))
+        return cls(said["latent"], explanation, NameScores(**scores))
 
 
 def read_names(folder: Path | str) -> dict[int, Named]:

@@ -173,9 +173,3 @@ PROPERTIES: dict[str, Callable[[str, set[str]], bool]] = {
     "looks": lambda word, wanted: looks_like(word) in wanted,
 }
 KINDS = (*WORDS, *PROPERTIES, "place")
-
-
-def f1(said: np.ndarray, true: np.ndarray) -> float:
-    """2 TP / (said + true) of two masks, whichever is which; 0 where both are empty."""
-    total = np.count_nonzero(said) + np.count_nonzero(true)
-    return 2 * np.count_nonzero(said & true) / total if total else 0.0

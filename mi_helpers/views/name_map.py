@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mi_helpers.views.base import escape, shown
 
-SIZE = 720  # pixels of the longer side
+SIZE, EDGE = 720, 4  # pixels of the longer side; room around, in the map's units
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width">
@@ -53,13 +53,13 @@ def name_map_page(rows: Sequence[Mapping], title: str, least: float) -> str:
         groups.setdefault(row["cluster"], []).append(row)
     groups = dict(sorted(groups.items(), key=lambda pair: -len(pair[1])))
     x, y = zip(*(row["xy"] for row in rows), strict=True)
-    low_x, low_y = min(x) - 2, min(y) - 2
-    wide, high = max(x) + 2 - low_x, max(y) + 2 - low_y
+    low_x, low_y = min(x) - EDGE, min(y) - EDGE
+    wide, high = max(x) + EDGE - low_x, max(y) + EDGE - low_y
     scale = SIZE / max(wide, high)
     drawing = [_disc(row, scale) for row in rows]
     drawing += [_title(name, group, scale) for name, group in groups.items()]
     return PAGE.format(
-        title=escape(title),
+        title=_said(title),
         n=f"{len(rows):,}",
         k=len(groups),
         least=least,
@@ -83,9 +83,9 @@ def _disc(row: Mapping, scale: float) -> str:
 
 
 def _title(name: str, group: Sequence[Mapping], scale: float) -> str:
-    """A group's title, in its middle."""
+    """A group's title, above it."""
     x = scale * sum(row["xy"][0] for row in group) / len(group)
-    y = scale * sum(row["xy"][1] for row in group) / len(group)
+    y = scale * (min(row["xy"][1] for row in group) - 0.8)
     return f'<text x="{x:.1f}" y="{y:.1f}">{_said(name)}</text>'
 
 

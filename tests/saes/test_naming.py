@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from mi_helpers.errors import Refused
-from mi_helpers.saes.examples import AFTER, BEFORE, Context, Fired, Texts, collect
+from mi_helpers.saes.examples import AFTER, BEFORE, Context, Texts, collect
 from mi_helpers.saes.explainers import Explanation, Offline, best_values
 from mi_helpers.saes.naming import correlation, moments, score
-from mi_helpers.saes.rules import Facts, f1, name_of, parse
-from mi_helpers.saes.scores import Firings
+from mi_helpers.saes.rules import Facts, name_of, parse
+from mi_helpers.saes.scores import Fired, Firings, f1
 
 WORDS = "the a cat dog sat on mat in hat and saw red big old ran far to it was not".split()
 
