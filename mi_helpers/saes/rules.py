@@ -25,6 +25,7 @@ import numpy as np
 
 from mi_helpers.errors import Refused
 from mi_helpers.saes.examples import Texts
+from mi_helpers.saes.scores import f1 as f1
 
 WINDOW = 12  # tokens before, in which `near` looks
 PIECES = (1, 2, 3)  # letters of a beginning or an ending
