@@ -404,7 +404,7 @@ def commands_of(page):
         cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
         (text,) = [cell for cell in cells if cell.startswith("## On Gemma 2 2B")]
     lines = re.findall(r"^ *`?python -m mi_helpers ([^`\n]+)", text, re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines]
+    return [shlex.split(line, comments=True) for line in lines if "gemma" in line]
 
 
 def tiny_config(place, folder):
