@@ -83,12 +83,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def reply(self, prompt, text):
+    def reply(self, prompt, text, reason="stop"):
         with self.server.lock:
             self.server.paid.append(prompt)
         usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": 9, "total_tokens": 0}
         message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
         about = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
         self.send(200, json.dumps(about | {"choices": [choice], "usage": usage}))
 
@@ -147,6 +147,19 @@ def half(handler, prompt):
 def chatty(handler, prompt):
     """An answer that is paid for, and in no form that was asked for."""
     handler.reply(prompt, "I would rather talk about the weather.")
+
+
+def thinks(tokens):
+    """Whoever gives less room than that is paid for nothing but thinking."""
+
+    def fault(handler, prompt):
+        room = handler.server.bodies[-1]["max_completion_tokens"] - tokens
+        if room > 0:
+            handler.reply(prompt, f"<think>so [1, 0]</think>{answer(prompt)}")
+        else:
+            handler.reply(prompt, None, "length")
+
+    return fault
 
 
 def tells(status):

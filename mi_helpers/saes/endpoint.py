@@ -40,6 +40,7 @@ URL, MODEL, KEY = "OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"
 AGAIN = "What was answered is kept: run the same command again to go on."
 FIRST, LONGEST = 1.0, 600.0  # seconds of the first wait, and of the longest that is obeyed
 SAID = 200  # characters of what a server says
+TRIES = 6  # of a request that fails
 FORMS = 3  # answers in another form than was asked for, of which the last is given up on
 CHARACTERS = 3.5  # of a token, for the estimate
 RETRIED = (408, 409, 425, 429)  # and whatever is 500 or more
@@ -61,9 +62,9 @@ class Endpoint(Prompted):
             a server of one's own may need none.
         per_minute: requests at most.
         timeout: seconds without a word from the server.
-        tries: of a request that fails.
         temperature: None for models that allow none.
         budget: tokens, in and out, after which nothing more is asked; None: no end.
+        room: tokens that an answer may have beyond its own, for a model that thinks aloud first.
 
     Raises:
         Refused: the package `openai` is not here, or a setting is missing.
@@ -75,10 +76,10 @@ class Endpoint(Prompted):
         model: str | None = None,
         base_url: str | None = None,
         per_minute: float = 60.0,
-        timeout: float = 60.0,
-        tries: int = 6,
+        timeout: float = 120.0,
         temperature: float | None = 0.0,
         budget: int | None = None,
+        room: int = 0,
     ):
         self.model = model or os.environ.get(MODEL, "")
         url = base_url or os.environ.get(URL, "")
@@ -88,7 +89,7 @@ class Endpoint(Prompted):
                 f"and {KEY} where it needs a key."
             )
         self.url = checked_url(url)
-        self.tries, self.temperature = whole("tries", tries, 1), temperature
+        self.temperature, self.room = temperature, whole("room", room, 0)
         self.budget = budget if budget is None else whole("budget", budget, 1)
         self.spent = Spent()
         self.stopped = threading.Event()
@@ -124,7 +125,7 @@ class Endpoint(Prompted):
             if (kept := self._answers.get(key)) is not None:
                 return question.read(kept)
             for _ in range(FORMS):
-                text, tokens = self.answer(prompt, question.most)
+                text, tokens = self.answer(prompt, question.most + self.room)
                 try:
                     found = question.read(text)
                 except NoAnswer as error:
@@ -142,13 +143,14 @@ class Endpoint(Prompted):
 
     def key(self, question: Question) -> str:
         """What an answer is kept under: a hash of all that it depends on."""
-        asked = [self.url, self.model, self.temperature, question.most, SYSTEM, question.prompt]
+        most = question.most + self.room
+        asked = [self.url, self.model, self.temperature, most, SYSTEM, question.prompt]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def answer(self, prompt: str, most: int) -> tuple[str, list[int]]:
         """(answer, [tokens in, tokens out]), asked now: again where it fails and may not fail."""
         why, wait = "", 0.0
-        for attempt in range(self.tries):
+        for attempt in range(TRIES):
             if wait and self.stopped.wait(wait):
                 break
             if self.budget is not None and self.spent.tokens >= self.budget:
@@ -168,6 +170,8 @@ class Endpoint(Prompted):
             except self._openai.APIConnectionError as error:
                 why = f"cannot be reached ({type(error.__cause__ or error).__name__})"
                 wait = backoff(attempt)
+            except NoAnswer:
+                raise
             except (self._openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError):
                 why, wait = "answers what is no answer of this protocol", backoff(attempt)
         stopped = "was stopped" if self.stopped.is_set() else why
@@ -180,13 +184,18 @@ class Endpoint(Prompted):
         found = self._client.chat.completions.create(
             model=self.model, messages=messages, max_completion_tokens=most, **more
         )
-        text, usage = found.choices[0].message.content, found.usage
+        choice, usage = found.choices[0], found.usage
+        text = choice.message.content
+        if choice.finish_reason == "length":
+            text = text or ""  # all of it was thinking
         if not isinstance(text, str):
             raise TypeError("no text")
         guess = [about(SYSTEM + prompt), about(text)]
         tokens = [usage.prompt_tokens, usage.completion_tokens] if usage else guess
         tokens = [n if isinstance(n, int) else g for n, g in zip(tokens, guess, strict=True)]
         self.spent.add(tokens)
+        if choice.finish_reason == "length":
+            raise NoAnswer(f"{self.model} was cut off after {most:,} tokens: give it more --room")
         return self.redacted(text), tokens
 
     def _status(self, error, attempt: int) -> tuple[str, float]:
@@ -273,7 +282,7 @@ class _Count(Prompted):
             return found
         self.requests += 1
         self.read += about(SYSTEM + question.prompt)
-        self.written += question.most
+        self.written += question.most + self.endpoint.room
         return question.blank
 
 

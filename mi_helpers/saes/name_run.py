@@ -46,16 +46,17 @@ from mi_helpers.saes.features import check_coder, chunks, fires, words
 from mi_helpers.saes.local import Local
 from mi_helpers.saes.name_map import name_map
 from mi_helpers.saes.naming import RELIABLE, NameScores, Score, score
+from mi_helpers.saes.pipeline import HARVEST
 from mi_helpers.saes.progress import progress_bar
 from mi_helpers.saes.prompts import NoAnswer
 from mi_helpers.saes.run_files import CODER, RECIPE, SUMS, check_recipe, identity, trained_coder
 from mi_helpers.saes.scores import Fired, Firings
 from mi_helpers.views.name_map import name_map_page
 
-HARVEST = "harvest"
 PLAN, NAMES, ANSWERS, MAP = "plan.json", "names.jsonl", "answers.jsonl", "map.html"
 SAMPLE = 50  # units whose prompts an estimate is made from
 SCORES = ("detection", "fuzzing", "simulation")
+HOPELESS = 5  # latents without an answer, if they are the first: then nothing more is asked
 AGAIN = "Move it away to name them anew."
 
 # ------------------------------------------------------------------------------ what a run holds
@@ -255,19 +256,17 @@ class Naming:
 
     Args:
         run: its folder; to: the folder in it that the names are put into.
-        spell: a token id as text; None reads the tokenizer of the model that was harvested.
+        model: whose tokenizer is read; "" means the one that was harvested.
         n: contexts of each kind; seed: of all draws.
     """
 
-    def __init__(self, run: Path, to: str, spell=None, n: int = 10, seed: int = 0):
+    def __init__(self, run: Path, to: str, model: str = "", n: int = 10, seed: int = 0):
         self.run, self.folder, self.n, self.seed = run, run / to, n, seed
         self.held = Activations.open(run / HARVEST)
         self.coder = trained_coder(run)
         check_recipe(run, {"harvest": identity(self.held)})
-        if spell is None:
-            tokenizer = load_tokenizer(self.held.manifest["model"]["name"])
-            spell = partial(token_text, tokenizer)
-        self.spell = cache(spell)
+        tokenizer = load_tokenizer(model or self.held.manifest["model"]["name"])
+        self.spell = cache(partial(token_text, tokenizer))
 
     def plan(self, explainer: str) -> dict:
         """What the names depend on."""
@@ -291,7 +290,11 @@ class Naming:
         return np.unique(np.linspace(0, count - 1, n).round().astype(int)).tolist()
 
     def name(self, explainer, units: Sequence[int], threads: int = 1) -> list[str]:
-        """Name these latents, but for those that have a name; who got no answer, in sentences."""
+        """Name these latents, but for those that have a name; who got no answer, in sentences.
+
+        Raises:
+            EndpointError: the first few all got none.
+        """
         cut_torn(self.folder / NAMES)
         done = read_names(self.folder)
         left = [unit for unit in units if unit not in done]
@@ -300,11 +303,13 @@ class Naming:
             return failed
         found = each_named(explainer, self.examples(left), self.seed, threads)
         path = self.folder / NAMES
-        count = dict(total=len(units), unit="latents", done=len(units) - len(left))
-        with progress_bar("names", **count) as bar, open(path, "a", encoding="utf-8") as file:
-            for each in found:
+        bar = progress_bar("names", len(units), "latents", len(units) - len(left))
+        with bar, open(path, "a", encoding="utf-8", newline="\n") as file:
+            for number, each in enumerate(found, start=1):
                 if isinstance(each, NoAnswer):
                     failed.append(str(each))
+                    if number == len(failed) == HOPELESS:
+                        raise EndpointError(f"None of {number} latents got a name: {failed[0]}.")
                 else:
                     file.write(json.dumps(each.line(), ensure_ascii=False) + "\n")
                     file.flush()
@@ -343,11 +348,14 @@ class Options:
         by: the model that is asked: the endpoint's, or one to load here
         latents: how many, evenly spread over all; default: all
         only: these latents alone
+        model: the one that was harvested, if it has moved: its tokenizer is read
         to: the folder for names within RUN
         contexts: of each kind that a latent is named from, and scored on
         seed: of all draws
         threads: questions that wait for the endpoint's answer at once
         per_minute: requests to the endpoint, at most
+        timeout: seconds without a word from the endpoint
+        room: tokens more of each answer, for a model that thinks before it answers
         budget: tokens that the endpoint may be asked for, in and out
         price_in: of a million tokens that it reads, for the estimate
         price_out: of a million that it writes
@@ -358,11 +366,14 @@ class Options:
     by: str = ""
     latents: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     only: tuple[int, ...] = ()
+    model: str = ""
     to: str = "names"
     contexts: int = 10
     seed: int = 0
     threads: int = 4
     per_minute: float = 60.0
+    timeout: float = 120.0
+    room: int = 0
     budget: int = 5_000_000
     price_in: float = 0.0
     price_out: float = 0.0
@@ -385,7 +396,7 @@ def main(
     threads = whole("threads", o.threads, 1) if o.explainer == "endpoint" else 1
     if not o.to or set(o.to) & set("/\\:\0") or o.to.startswith("."):
         raise RunError(f"--to is {o.to!r}: give a plain name for a folder in {run}.")
-    naming = Naming(run, o.to, n=o.contexts, seed=o.seed)
+    naming = Naming(run, o.to, o.model, o.contexts, o.seed)
     units = naming.chosen(o.latents, o.only)
     with alone_in(run):
         sweep(run, RECIPE)
@@ -405,11 +416,13 @@ def main(
 def made(naming: Naming, o: Options) -> tuple[str, Explainer]:
     """(what the explainer is called in a plan, the explainer)."""
     if o.explainer == "endpoint":
-        path, pace = naming.folder / ANSWERS, o.per_minute
-        who = Endpoint(path, o.by or None, per_minute=pace, budget=o.budget)
+        more = {"per_minute": o.per_minute, "timeout": o.timeout, "room": o.room}
+        who = Endpoint(naming.folder / ANSWERS, o.by or None, budget=o.budget, **more)
         return f"endpoint {who.model}", who
     if o.explainer == "local":
-        who = Local(load_model(o.by or None))
+        if not o.by:
+            raise RunError("Which model is to name them? Give --by a chat model's name or folder.")
+        who = Local(load_model(o.by))
         return f"local {who.model.name}", who
     return "offline", Offline()
 

@@ -1,6 +1,7 @@
 """`name RUN` and `browse RUN` on a run made by hand: names, kills, and what is refused."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from made_harvest import made_harvest
-from pipeline_worker import context
+from pipeline_worker import PRELOAD
 from tiny_models import WORDS, word_tokenizer
 
 from mi_helpers.__main__ import main
@@ -182,6 +183,14 @@ def test_who_gets_no_answer_is_told_and_asked_again_the_next_time(run, server, c
     assert [each["latent"] for each in lines(run / "twice")] == [2, 3]
 
 
+def test_where_nobody_gets_an_answer_it_stops_soon(run, server, capsys):
+    server.always = serve.thinks(10**6)
+    more = ["--explainer", "endpoint", "--to", "stops", "--per-minute", "60000", "--threads", "1"]
+    assert main(["name", str(run), *more]) == 1
+    assert "None of 5 latents got a name: latent 0: m was cut off" in capsys.readouterr().err
+    assert len(server.asked) == 5
+
+
 def refuse_cats(handler, prompt):
     naming_cat = "described" not in prompt and "[[cat]]" in prompt.split("look alike")[0]
     handler.reply(prompt, "{}" if naming_cat else serve.answer(prompt))
@@ -191,7 +200,9 @@ def start(run, to, server, *more):
     """The command in a process of its own, what it says in a file."""
     argv = ["name", str(run), "--to", to, "--explainer", "endpoint", "--per-minute", "60000", *more]
     said = run / f"{to}.txt"
-    process = context().Process(target=serve.command, args=(argv, environment(server), said))
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload([*PRELOAD, "naming_server", "mi_helpers.saes.name_run", "openai"])
+    process = made.Process(target=serve.command, args=(argv, environment(server), said))
     process.start()
     return process, said
 
@@ -255,6 +266,8 @@ def test_a_torn_line_of_names_is_named_again(run):
         (["--explainer", "oracle"], "oracle"),
         (["--explainer", "endpoint", "--threads", "0"], "threads is 0"),
         (["--explainer", "local", "--by", "no-such-folder/x"], "no-such-folder"),
+        (["--explainer", "local"], "Give --by a chat model's name"),
+        (["--model", "no-such-folder/y"], "no-such-folder/y"),
         (["--to", "../away"], "a plain name"),
     ],
 )

@@ -176,6 +176,14 @@ def test_who_never_answers_in_form_leaves_one_latent_without_a_name(server, unit
     )
 
 
+def test_a_model_that_thinks_first_gets_room(server, units):
+    server.always = serve.thinks(1_000)
+    with pytest.raises(NoAnswer, match="was cut off after 80 tokens: give it more --room"):
+        endpoint().explain(units[0])
+    assert len(server.asked) == 1  # it is of no use to ask again
+    assert endpoint(room=1_000).explain(units[0]).text == "the word the"
+
+
 def test_a_question_that_is_refused_does_not_stop_the_others(server, units):
     server.faults = {0: serve.tells(400)}
     wrong, *found = each_named(endpoint(), units)
@@ -236,12 +244,13 @@ def test_requests_keep_their_distance(server, units):
     assert all(at - begun >= 0.05 * i for i, at in enumerate(times)) and len(times) == 8
 
 
-def test_a_server_that_is_down_is_named_and_all_is_kept(server, units, tmp_path):
+def test_a_server_that_is_down_is_named_and_all_is_kept(server, units, tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     names(endpoint(path), units[:1])
     server.close()
+    monkeypatch.setattr(module, "TRIES", 2)
     with pytest.raises(module.EndpointError, match="cannot be reached .*, after 2 tries. What was"):
-        names(endpoint(path, tries=2), units, threads=2)
+        names(endpoint(path), units, threads=2)
     assert len(path.read_text().splitlines()) == 4
 
 
@@ -284,13 +293,16 @@ def test_a_disk_that_is_full_is_named(server, units, tmp_path, monkeypatch):
 # -- the key ------------------------------------------------------------------------------------
 
 
-def test_the_key_is_in_no_file_log_message_or_repr(server, units, tmp_path, caplog, capfd):
+def test_the_key_is_in_no_file_log_message_or_repr(
+    server, units, tmp_path, caplog, capfd, monkeypatch
+):
+    monkeypatch.setattr(module, "TRIES", 2)
     caplog.set_level(logging.DEBUG)
     path, said = tmp_path / "a.jsonl", []
     for fault in (*FAULTS.values(), *map(serve.tells, (400, 401, 404, 429, 500)), serve.echoes):
         server.asked.clear()
         server.faults, server.always = {}, fault
-        who = endpoint(path, tries=2, timeout=0.3)
+        who = endpoint(path, timeout=0.3)
         said += [repr(who), str(who), repr(vars(who)), repr(who.__dict__)]
         try:
             said.append(repr(who.explain(units[0])))
@@ -328,8 +340,9 @@ def test_what_is_not_set_is_said(server, monkeypatch):
     monkeypatch.delenv("OPENAI_MODEL")
     with pytest.raises(Refused, match="No endpoint is named: set OPENAI_BASE_URL"):
         endpoint()
-    with pytest.raises(ValueError, match="tries is 0"):
-        endpoint(model="m", tries=0)
+    for wrong in ({"budget": 0}, {"room": -1}, {"per_minute": 0}, {"timeout": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+            endpoint(model="m", **wrong)
 
 
 def test_the_clients_own_retries_are_off(server):
