@@ -10,7 +10,7 @@ import tyro
 from mi_helpers.errors import Refused
 from mi_helpers.files import RunError, alone_in
 from mi_helpers.saes.find import AGAIN, LATENTS
-from mi_helpers.saes.name_run import read_names
+from mi_helpers.saes.name_run import names_of
 from mi_helpers.views.latents import latents_page
 
 PAGE = "latents.html"
@@ -28,7 +28,8 @@ def browse(run: Path, names: str = "names", link: str = "") -> Path:
         the page's path.
 
     Raises:
-        RunError: the run has no latents.jsonl yet, or it is damaged.
+        RunError: the run has no latents.jsonl yet, or it is damaged; or the names are of another
+            coder.
     """
     if not (run / LATENTS).is_file():
         raise RunError(
@@ -37,7 +38,7 @@ def browse(run: Path, names: str = "names", link: str = "") -> Path:
         )
     named = {
         latent: (each.explanation.text, max(0.0, each.scores.simulation.value))
-        for latent, each in read_names(run / names).items()
+        for latent, each in names_of(run, names).items()
         if each.explanation is not None and each.scores is not None
     }
     with alone_in(run):

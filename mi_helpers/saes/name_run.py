@@ -175,6 +175,25 @@ def read_names(folder: Path | str) -> dict[int, Named]:
     return found
 
 
+def coder_of(run: Path) -> str | None:
+    """What tells a run's coder from others; None where it is not there."""
+    path = run / CODER / SUMS
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def names_of(run: Path, to: str = "names") -> dict[int, Named]:
+    """{latent: its name} of a run, as `read_names`, once they are found to be of its coder.
+
+    Raises:
+        RunError: they are of another coder, or damaged.
+    """
+    folder, coder = run / to, coder_of(run)
+    found = read_names(folder)
+    if found and coder and read_sealed(folder / PLAN, AGAIN).get("coder") != coder:
+        raise RunError(f"{folder} names the latents of another coder: name those of {run} anew.")
+    return found
+
+
 def cut_torn(path: Path) -> None:
     """Cut off the line that a kill has torn."""
     if path.exists():
@@ -271,9 +290,8 @@ class Naming:
     def plan(self, explainer: str) -> dict:
         """What the names depend on."""
         harvest = hashlib.sha256(json.dumps(identity(self.held)).encode()).hexdigest()
-        coder = hashlib.sha256((self.run / CODER / SUMS).read_bytes()).hexdigest()
         made = {"explainer": explainer, "contexts": self.n, "seed": self.seed}
-        return {"harvest": harvest, "coder": coder} | made
+        return {"harvest": harvest, "coder": coder_of(self.run)} | made
 
     def examples(self, units: Sequence[int], progress: bool = True) -> Iterator[Examples]:
         """The examples of these latents, one after another."""

@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
+from pathlib import Path
 
 import naming_server as serve
 import numpy as np
@@ -15,7 +17,7 @@ from pipeline_worker import PRELOAD
 from tiny_models import WORDS, word_tokenizer
 
 from mi_helpers.__main__ import main
-from mi_helpers.files import RunError, read_json, write_sealed
+from mi_helpers.files import RunError, read_json, read_sealed, write_sealed
 from mi_helpers.saes.activations import MANIFEST, Activations
 from mi_helpers.saes.browse import browse
 from mi_helpers.saes.coder import SparseCoder
@@ -24,6 +26,7 @@ from mi_helpers.saes.files import save_coder
 from mi_helpers.saes.name_run import Naming, read_names, run_texts
 from mi_helpers.saes.run_files import CODER, LOG, RECIPE, identity, write_sums
 
+ROOT = Path(__file__).resolve().parents[2]
 N = len(WORDS)
 KEY = "the-key-that-nobody-may-see-42"
 
@@ -120,7 +123,8 @@ def test_it_goes_on_with_what_has_no_name_and_does_not_name_again(run, monkeypat
     assert main(["name", str(run), *to]) == 0
     assert sorted(asked) == list(range(N)) and asked[:2] == [2, 5]
     assert main(["name", str(run), *to]) == 0 and len(asked) == N
-    every, some = ((run / folder / "names.jsonl").read_bytes() for folder in ("names", "some"))
+    assert main(["name", str(run), "--to", "every"]) == 0
+    every, some = ((run / folder / "names.jsonl").read_bytes() for folder in ("every", "some"))
     assert every == some  # whatever the order in which they were named
 
 
@@ -254,6 +258,20 @@ def test_a_torn_line_of_names_is_named_again(run):
             read_names(naming.folder)
 
 
+def test_every_command_of_the_page_runs(run, server, capsys):
+    text = (ROOT / "docs" / "pipeline.md").read_text("utf-8")
+    lines = re.findall(r"python -m mi_helpers ((?:name|browse) [^`#\n]+)", text)
+    assert len(lines) == 4
+    for line in lines:
+        name, place, *rest = line.split()
+        assert place == "runs/demo"
+        more = ["--to", f"page-{'endpoint' in rest}", "--per-minute", "60000"]
+        assert main([name, str(run), *rest, *(more if name == "name" else [])]) == 0, line
+        if "--dry-run" in rest:
+            assert not server.asked and not (run / "page-True").exists()
+    assert len(server.paid) == 4 * N
+
+
 # -- what is refused ----------------------------------------------------------------------------
 
 
@@ -296,6 +314,14 @@ def test_a_run_is_browsed_as_one_page_with_its_names(run, capsys):
     assert "at: cat" in page and "at: dog" not in page
     assert page.count("</script>") == 2  # those of the page: none out of a context
     assert "at: cat" not in browse(run, "nowhere").read_text()
+
+
+def test_names_of_another_coder_are_not_shown(run):
+    main(["name", str(run), "--only", "2", "--to", "other"])
+    plan = read_sealed(run / "other" / "plan.json")
+    write_sealed(run / "other" / "plan.json", plan | {"coder": "0" * 64})
+    with pytest.raises(RunError, match="names the latents of another coder"):
+        browse(run, "other")
 
 
 def test_a_run_that_cannot_be_browsed_is_said(tmp_path, capsys):
