@@ -386,13 +386,19 @@ def several(folder, **settings):
     return {folder / n: HarvestConfig(*pair, **own) for n, pair in pairs.items()}
 
 
+@pytest.fixture(scope="module")
+def apart(model, source, tmp_path_factory):
+    """A folder of those harvests, each made alone."""
+    folder = tmp_path_factory.mktemp("apart")
+    for own, config in several(folder).items():
+        harvest(model, source, own, config, progress=False)
+    return folder
+
+
 @pytest.fixture
-def alone(model, source, tmp_path):
+def alone(apart):
     """{name: the bytes of that harvest alone}."""
-    wanted = several(tmp_path / "alone")
-    for folder, config in wanted.items():
-        harvest(model, source, folder, config, progress=False)
-    return {folder.name: content(folder) for folder in wanted}
+    return {folder.name: content(folder) for folder in apart.iterdir()}
 
 
 def test_harvests_in_one_pass_are_what_each_is_alone(model, source, alone, tmp_path, monkeypatch):
@@ -445,9 +451,9 @@ def test_several_stopped_at_any_step_of_writing_end_with_the_same_bytes(
     assert {folder.name: content(folder) for folder in wanted} == alone
 
 
-def test_several_harvests_of_two_processes(model, source, alone, tmp_path, monkeypatch):
+def test_several_harvests_of_two_processes(model, source, apart, alone, tmp_path, monkeypatch):
     monkeypatch.setattr(Processes, "wait", lambda self: None)
-    plans = {n: durable.read_sealed(tmp_path / "alone" / n / "plan.json") for n in alone}
+    plans = {n: durable.read_sealed(apart / n / "plan.json") for n in alone}
     for rank in (0, 1):
         own = [module.Harvester(tmp_path / name, plan) for name, plan in plans.items()]
         module.Reader(model, source, own[0].plan).shards(own, Processes(rank, 2), False)
