@@ -103,7 +103,9 @@ class Add:
 class Clamp:
     """x + (value - c(x)) · v, with c(x) the latent's activation, or x · v / |v|² of a vector.
 
-    The coordinate c has that value afterwards; whatever else the coder left unexplained stays.
+    Whatever the coder left unexplained stays. Along a vector the coordinate c has that value
+    afterwards. A latent then *writes* that value, but a coder that reads the result may see
+    another: it reads along its encoder, and other latents write there, too.
 
     Args:
         along: v: a latent, or a vector (width,).
