@@ -234,7 +234,7 @@ def test_the_slider_draws_at_every_corner(lab, bridge):
     response = np.array([[0.0, 0.0], [0.9, 1.0]])
     curves = {"clamped": ((0, 16), response), "random": ((0, 16), np.stack([response] * 2))}
     for drawn in (None, curves):
-        slider = figures.Slider(lab, SITE, lab10.BRIDGE, ways, drawn, most=24.0)
+        slider = figures.Slider(lab, SITE, lab10.BRIDGE, ways, drawn, most=24.0, rows=2)
         for values in corners(dose=(0.0, 24.0), how=list(ways)):
             made = slider.figure(**values)
             assert render(made)[:4] == b"\x89PNG"
