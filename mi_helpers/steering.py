@@ -135,16 +135,18 @@ class Erase:
 Steering = Add | Clamp | Erase
 
 
-def random_directions(direction, n: int, seed: int = 0, like=None) -> Tensor:
+def random_directions(direction, n: int, seed: int = 0, like=None, free: bool = False) -> Tensor:
     """n random directions (n, width) of the length of `direction` (width,): steering's control.
 
     Args:
         like: rows of activations (rows, width): the directions then have their covariance, and so
             stay among those that the site itself uses, which is the harder control. None draws
             from all directions alike.
+        free: without their part along `direction`. Where the rows vary mostly along it, as before
+            a verdict, directions like them are no control otherwise: they are that direction.
 
     Raises:
-        ModelError: a direction of no length, or rows of another width.
+        ModelError: a direction of no length, or rows of another width, or none that vary.
     """
     v = _vector("direction", direction)
     rng = torch.Generator().manual_seed(whole("seed", seed))
@@ -154,9 +156,13 @@ def random_directions(direction, n: int, seed: int = 0, like=None) -> Tensor:
         rows = torch.from_numpy(array("like", like, "rows width", {"width": len(v)}))
         drawn = torch.randn(whole("n", n, 1), len(rows), generator=rng, dtype=torch.float64)
         drawn = drawn @ (rows - rows.mean(0))
-    lengths = drawn.norm(dim=1, keepdim=True)
-    if not (lengths > 0).all():
+    if not (before := drawn.norm(dim=1, keepdim=True)).all():
         raise ModelError("The rows of `like` are all the same: give activations at many tokens.")
+    if free:
+        drawn = drawn - (drawn @ v / (v @ v))[:, None] * v
+    lengths = drawn.norm(dim=1, keepdim=True)
+    if not (lengths > 1e-6 * before).all():  # what is left is rounding in float32
+        raise ModelError("The rows of `like` vary along the direction alone: no other is left.")
     return (drawn / lengths * v.norm()).float()
 
 

@@ -293,6 +293,21 @@ def test_random_directions_like_activations_stay_in_their_space():
         random_directions(torch.ones(6), 3, like=torch.ones(5, 6))
 
 
+def test_free_random_directions_have_no_part_along_the_direction():
+    """Rows that vary mostly along it: what is drawn like them is nearly that direction."""
+    v = 3 * draw(6)
+    rows = draw(50, 6, seed=1) + 9 * draw(50, 1, seed=2) * v / v.norm()
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(random_directions(v, 200, like=rows), v[None]).abs().mean() > 0.8
+    for like in (rows, None):
+        found = random_directions(v, 200, like=like, free=True)
+        torch.testing.assert_close(found.norm(dim=1), v.norm().expand(200))
+        assert cosine(found, v[None]).abs().max() < 1e-5
+        assert float(found.mean(0).norm() / v.norm()) < 0.3  # not all the same
+    with pytest.raises(ModelError, match="along the direction alone"):
+        random_directions(v, 3, like=draw(50, 1) * v, free=True)
+
+
 def test_bfloat16_is_steered_in_float32(gemma):
     half = LanguageModel(build("gemma2").bfloat16(), make_tokenizer(), "half")
     v = draw(half.d_model).bfloat16()
