@@ -273,6 +273,7 @@ def test_a_torn_line_is_cut_off_and_asked_again(server, units, tmp_path):
         path.write_bytes(data[:-lost])
         before = len(server.asked)
         assert names(endpoint(path), units[:2]) == whole
+        assert names(endpoint(path), units[:2]) == whole  # and that file is whole again
         assert len(server.asked) == before + 1
         assert len(path.read_bytes().splitlines()) == 8
     path.write_bytes(b'{"key": 1\n' + data)
