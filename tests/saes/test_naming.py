@@ -102,6 +102,18 @@ def test_contexts_are_what_they_are_called():
         assert any(max(c.values) < examples.level for c in kinds.random)
 
 
+def test_a_near_miss_does_not_fire_weakly_either():
+    texts, flat = made(600)
+    cats, rng = np.flatnonzero(flat == "cat"), np.random.default_rng(0)
+    values = np.zeros(texts.n)
+    strength = rng.choice([5.0, 0.6, 0.0], len(cats), p=[0.1, 0.45, 0.45])  # 0.6 is not strong
+    values[cats] = strength
+    (examples,) = collect(values[:, None], texts)
+    assert len(examples.held.near) == len(examples.seen.near) == 10
+    for near in examples.held.near + examples.seen.near:
+        assert near.values[near.at] == 0 and max(near.values) <= 0.6
+
+
 def test_what_is_drawn_for_a_unit_is_its_own():
     texts, flat = made(120)
     values = np.stack([unit(flat == w, i) for i, w in enumerate(("cat", "dog", "mat"))], 1)

@@ -254,6 +254,13 @@ def test_a_server_that_is_down_is_named_and_all_is_kept(server, units, tmp_path,
     assert len(path.read_text().splitlines()) == 4
 
 
+def test_a_server_that_is_silent_is_said_to_be(server, units, monkeypatch):
+    monkeypatch.setattr(module, "TRIES", 2)
+    server.always = serve.silent
+    with pytest.raises(module.EndpointError, match="does not answer in time, after 2 tries"):
+        endpoint(timeout=0.2).explain(units[0])
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_is_not_asked_again(server, units, status):
     server.always = serve.tells(status)
