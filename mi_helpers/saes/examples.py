@@ -70,7 +70,7 @@ class Texts:
             begin: the number of each text's first token in the whole that it is a part of.
 
         Raises:
-            Refused: there are fewer than two texts, or one has no tokens.
+            Refused: there is no text, or one without tokens.
         """
         rows = [tuple(row) for row in words]
         if not rows or not all(rows):

@@ -243,7 +243,13 @@ class _Search:
             for second in self.clauses(first.rows):
                 if second.kind.split()[0] != first.kind.split()[0]:
                     names.append([first, second])
-        return max(names, key=lambda n: n[-1].score - COST * (len(n) - 1), default=[])
+        return max(names, key=lambda n: n[-1].score - COST * (len(n) - 1), default=[self.looks()])
+
+    def looks(self) -> Clause:
+        """How the token looks at which most firings are: where no value has `SEEN` of them."""
+        values, index = self.counts.kinds["looks"]
+        most = int(np.bincount(index[self.fires]).argmax())
+        return Clause(0.0, "looks", (values[most],), index == most)
 
 
 class Offline:

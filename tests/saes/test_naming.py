@@ -1,6 +1,7 @@
 """Names of units: what is collected, how a name is found, and what its scores say, all by hand."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -277,6 +278,25 @@ def test_nothing_of_the_half_held_out_is_read_by_the_explainer():
     changed[texts.half[1] & (flat == "dog")] = 5.0
     one, two = (Offline().explain(collect(v[:, None], texts)[0]) for v in (values, changed))
     assert one == two and one.text == "at: cat"
+
+
+def test_a_unit_that_fires_at_nothing_twice_has_a_name_too():
+    """Five firings in each half, each at another token, of another look, at another place."""
+    odd = ["cat", "Cat", "CAT", "4", "."]
+    rows = [[f"{'x' * at}{i}q" for at in range(9)] for i in range(200)]
+    texts = Texts.of(rows)
+    values = np.zeros(texts.n)
+    for half in (0, 1):
+        mine = np.flatnonzero(texts.held == half)[:5]
+        for at, text in enumerate(mine):
+            rows[text][at * 2 % 9] = odd[at]
+            values[texts.start[text] + at * 2 % 9] = 1.0
+    texts = replace(Texts.of(rows), held=texts.held)
+    (examples,) = collect(values[:, None], texts)
+    assert examples.enough
+    explanation = Offline().explain(examples)
+    assert explanation.text.startswith("looks: ")
+    assert not score(Offline(), explanation, examples).reliable
 
 
 def test_a_unit_that_fires_in_few_texts_is_refused():
