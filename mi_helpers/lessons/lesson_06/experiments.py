@@ -6,8 +6,8 @@
     structure(x)                                          # real rows against their Gaussian twins
     read_grid()                                           # the table of runs in data/sae/grid.csv
 
-Rivals are in `rivals`, names and their scores in `naming`, two models' latents in `universality`;
-what is not of this lesson alone is in `saes`. The coder and the table that ship are made by `grid`.
+Rivals are in `rivals`, names and their scores in `naming`, the same latents elsewhere in
+`universality`; what is not of this lesson alone is in `saes`. What ships is made by `grid`.
 """
 
 from __future__ import annotations
@@ -278,17 +278,6 @@ def stream_rows(model: LanguageModel, tokens: int, seed: int) -> Tensor:
         config = HarvestConfig(middle(model), tokens=tokens)
         held = harvest(model, open_source("tinyworld", seed), folder, config, progress=False)
         return held.slice(0, held.rows)[0]
-
-
-def two_seeds(x: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
-    """The values of two small SAEs that differ in their seed alone, (tokens, latents) each.
-
-    Args:
-        x, fresh: rows to train on, and rows on which the values are (tokens, d).
-    """
-    width = 4 * x.shape[1]
-    configs = (TrainConfig(width, K, steps=250, batch=1_024, seed=seed) for seed in (0, 1))
-    return tuple(fit(x, config).encode(fresh).detach() for config in configs)
 
 
 def in_control(kind: str, model: LanguageModel, seed: int = 0) -> dict[str, float]:
