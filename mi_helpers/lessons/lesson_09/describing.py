@@ -199,6 +199,7 @@ MISTAKES_92 = edits(
     importance=5,
     minutes=10,
     reference=describe,
+    survivors={"True → False": "contexts and firings are of one length here"},
     right=[describe_by_sets],
     hints=[
         "Count with two `Counter`s: how often each token stands there, how often the unit fires.",
