@@ -195,6 +195,10 @@ def test_the_game_has_latents_of_different_sorts(latents):
     sorts = [frozenset(kind for kind, _ in unit.truth.parts) for unit in chosen.values()]
     assert 1 < len(chosen) <= 4 and len(set(sorts)) == len(sorts)
     assert list(chosen) == sorted(chosen)
+    best = max((unit for unit in latents if unit.truth), key=lambda unit: unit.truth.f1)
+    assert best.truth.f1 == max(unit.truth.f1 for unit in chosen.values())
+    nameless = [unit for unit in latents if not unit.truth]
+    assert len(lab.for_the_game(nameless)) == min(4, len(nameless))
 
 
 def test_topics_are_told_by_latents_that_fire_in_their_texts(ground):

@@ -264,15 +264,12 @@ def judge(ground: Ground, unit: Unit, name: str, score: Callable = correlation) 
 
 def for_the_game(units: Sequence[Unit], n: int = 4) -> dict[int, Unit]:
     """{number: unit} of n latents of different sorts, each the one of its sort that TinyWorld's
-    words tell best: the token, the token and the one before, …"""
-    found: dict[frozenset, Unit] = {}
-    for unit in units:
-        if unit.truth:
-            sort = frozenset(kind for kind, _ in unit.truth.parts)
-            best = found.setdefault(sort, unit)
-            found[sort] = max(best, unit, key=lambda each: each.truth.f1)
-    chosen = sorted(found.values(), key=lambda each: -each.truth.f1)[:n]
-    return {unit.number: unit for unit in sorted(chosen, key=lambda each: each.number)}
+    words tell best: the token, the token and the one before, …; any where there are too few."""
+    ranked = sorted((u for u in units if u.truth), key=lambda unit: -unit.truth.f1)
+    sorts = {frozenset(kind for kind, _ in u.truth.parts): u for u in reversed(ranked)}
+    first = sorted(sorts.values(), key=lambda unit: -unit.truth.f1)
+    chosen = list(dict.fromkeys([*first, *units]))[:n]
+    return {unit.number: unit for unit in sorted(chosen, key=lambda unit: unit.number)}
 
 
 # --------------------------------------------------------------------------------- topics, swaps
