@@ -9,7 +9,6 @@ import torch
 
 from mi_helpers.course.answers import Wrong
 from mi_helpers.course.exercise import declared
-from mi_helpers.layouts import ModelError
 from mi_helpers.lessons.lesson_10 import experiments as lab10
 from mi_helpers.lessons.lesson_10 import figures, predictions, tools
 from mi_helpers.lessons.shared import documents_for, family_losses, shipped_model
@@ -108,12 +107,6 @@ def test_the_bridges_latent_makes_the_model_write_about_it(model, lab, bridge):
     assert found["cost"] > 0.2 and plain["cost"] == pytest.approx(0, abs=1e-4)
     shown = lab10.with_values(model, bridge, lab10.texts_about(lab10.BRIDGE, 1, 3)[0])
     assert shown.count("[") > 5 and "[" not in lab10.with_values(model, bridge, "Rome is in Italy.")
-
-
-def test_a_model_without_an_autoencoder_is_told(model, monkeypatch):
-    monkeypatch.setattr(model, "name", "another")
-    with pytest.raises(ModelError, match="No autoencoder of another"):
-        lab10.coder_of(model)
 
 
 # -- forks ----------------------------------------------------------------------------------------

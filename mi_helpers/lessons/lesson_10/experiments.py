@@ -1,11 +1,11 @@
 """The experiments of lesson 10: a model is steered, what it writes is read by TinyWorld's labels.
 
-lab = Lab(model, seed=0)                  # starts of texts, and texts of every family
-with steered(model, SITE, Clamp(latent, 16.0)):
-    texts = lab.written()                 # what the model writes on, lists of words
-    lab.cost()                            # nats per token more than unsteered, on all families
-share_about(texts, topics_of_words(), "golden_gate")
-statements(model, 100, seed=1, held=("entities",)).turned(...)
+lab = Lab(model)                         # starts of texts, and texts of every family
+with steered(model, site, Clamp(latent, 16.0)):
+    texts = lab.texts(lab.write())       # what the model writes on
+    lab.by_family()                      # its loss in each family, nats per answer
+lab.share("golden_gate")                 # of the topical words, those of a topic
+statements(model, 100, seed=1, held=("entities",)).share()   # the verdicts' p(true)
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mi_helpers.files import DATA
-from mi_helpers.layouts import Key, ModelError
+from mi_helpers.layouts import Key
+from mi_helpers.lessons.coders import coder_of, middle  # noqa: F401
 from mi_helpers.lessons.lesson_10.tools import share_about, write_on
 from mi_helpers.lessons.shared import (
     Batch,
@@ -36,7 +36,6 @@ from mi_helpers.models import LanguageModel, read_sites
 from mi_helpers.patching import last_logits
 from mi_helpers.probes import mean_difference, midpoint
 from mi_helpers.saes.coder import SparseCoder
-from mi_helpers.saes.files import load_coder
 from mi_helpers.steering import Add, Latent, Steering, steered
 from mi_helpers.tinyworld.lexicon import evaluation, topics
 from mi_helpers.tinyworld.prose import BE, OWN_VOICE, VOICES
@@ -48,26 +47,6 @@ DOSES = (0.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0)  # in units of the latent
 KINDS = ("past / praise", "present / blame")  # of texts, by what they are in
 LENGTH = 8  # tokens of a start
 HIGH = 16.0  # near the highest value of a topic's latent in ordinary text
-
-
-def middle(model: LanguageModel) -> Key:
-    """The lesson's site: the stream after the middle block, where the coder reads."""
-    return "resid_post", min(model.n_layers // 2, 12)
-
-
-def coder_of(model: LanguageModel) -> SparseCoder:
-    """The autoencoder of the site, not to be trained: tiny-gemma's ships; Gemma 2 2B's is Gemma
-    Scope's.
-
-    Raises:
-        ModelError: the model is another.
-    """
-    if model.name == "tiny-gemma":
-        return load_coder(DATA / "sae" / "tiny_gemma").requires_grad_(False)
-    if model.name.endswith("gemma-2-2b"):
-        scope = "google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82"
-        return load_coder(*scope).requires_grad_(False)
-    raise ModelError(f"No autoencoder of {model.name} is at hand: load one with load_coder.")
 
 
 @torch.no_grad()
