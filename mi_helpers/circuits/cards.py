@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from mi_helpers.arguments import whole
 from mi_helpers.circuits.graphs import EMBEDDING, Graph
 from mi_helpers.circuits.interventions import Changes, intervene
 from mi_helpers.circuits.names import Namer
@@ -105,7 +106,8 @@ def interventions(
     """
     ids = [node.index for node in graph.nodes if node.kind == EMBEDDING]
     targets = [list(names) for names in graph.supernodes.values()]
-    targets += [[node.id] for node in graph.features()[:strongest] if [node.id] not in targets]
+    n = whole("strongest", strongest, 0)
+    targets += [[node.id] for node in graph.features()[:n] if [node.id] not in targets]
     return [
         {
             "nodes": names,

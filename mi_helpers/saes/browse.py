@@ -7,13 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from mi_helpers.errors import Refused
+from mi_helpers.errors import first_line, reading
 from mi_helpers.files import RunError, alone_in
 from mi_helpers.saes.find import AGAIN, LATENTS
+from mi_helpers.saes.name_run import NAMES as LINES
 from mi_helpers.saes.name_run import names_of
 from mi_helpers.views.latents import latents_page
 
-PAGE = "latents.html"
+PAGE, NAMES = "latents.html", "names"
 
 
 def browse(run: Path, names: str = "names", link: str = "") -> Path:
@@ -36,20 +37,22 @@ def browse(run: Path, names: str = "names", link: str = "") -> Path:
             f"There is no {LATENTS} in {run}: give the folder of a run, and let `python -m "
             "mi_helpers features` finish there first."
         )
+    if link and "{latent}" not in link:
+        raise RunError(f"--link is {link!r}: put {{latent}} where the latent's number stands.")
+    if names != NAMES and not (run / names / LINES).is_file():
+        raise RunError(f"There are no names in {run / names}: give a folder that `name` wrote.")
     named = {
         latent: (each.explanation.text, max(0.0, each.scores.simulation.value))
         for latent, each in names_of(run, names).items()
         if each.explanation is not None and each.scores is not None
     }
     with alone_in(run):
-        try:
-            return latents_page(
-                run / PAGE, run / LATENTS, label=f"{run.name}: latents", names=named, link=link
-            )
-        except Refused:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RunError(f"{run / LATENTS} is damaged: {error}. {AGAIN}") from None
+        label = f"{run.resolve().name}: latents"
+        said = "{} is damaged: {}. {}".format
+        with reading(
+            run / LATENTS, RunError, tell=lambda e: said(run / LATENTS, first_line(e), AGAIN)
+        ):
+            return latents_page(run / PAGE, run / LATENTS, label=label, names=named, link=link)
 
 
 def main(

@@ -37,6 +37,7 @@ from mi_helpers.saes.prompts import SYSTEM, NoAnswer, Prompted, Question
 
 EXTRA = "pip install -c requirements.txt -e '.[naming]'"
 URL, MODEL, KEY = "OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"
+NO_ADDRESS = f"{URL} is no address: expected such as http://127.0.0.1:11434/v1."
 AGAIN = "What was answered is kept: run the same command again to go on."
 FIRST, LONGEST = 1.0, 600.0  # seconds of the first wait, and of the longest that is obeyed
 SAID = 200  # characters of what a server says
@@ -93,17 +94,20 @@ class Endpoint(Prompted):
         self.budget = budget if budget is None else whole("budget", budget, 1)
         self.spent = Spent()
         self.stopped = threading.Event()
-        self._key = Key(os.environ.get(KEY, ""))
+        self._key = Key(os.environ.get(KEY, "").strip())  # a line break is no part of it
+        if not (self._key.value.isascii() and self._key.value.isprintable()):
+            raise Refused(f"{KEY} has characters that no key has: copy it again, alone.")
         self._answers = Answers(None if answers is None else Path(answers))
         self._pace = Pace(number("per_minute", per_minute, above=0), self.stopped)
         self._one: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._openai = optional("openai")
-        self._client = self._openai.OpenAI(
-            api_key=self._key.value or "none",
-            base_url=self.url,
-            timeout=number("timeout", timeout, above=0),
-            max_retries=0,
-        )
+        wait = number("timeout", timeout, above=0)
+        try:
+            self._client = self._openai.OpenAI(
+                api_key=self._key.value or "none", base_url=self.url, timeout=wait, max_retries=0
+            )
+        except Exception:  # the client's own check of an address; its words would repeat it
+            raise Refused(NO_ADDRESS) from None
 
     def __repr__(self) -> str:
         return f"Endpoint({self.model!r} at {self.url})"
@@ -409,13 +413,15 @@ def checked_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         fits = parts.scheme in ("http", "https") and bool(parts.hostname)
+        fits = fits and url.isprintable() and " " not in url
+        fits = fits and parts.port != 0 and bool(parts.hostname.encode("idna"))
         secret = "@" in parts.netloc or bool(parts.query) or bool(parts.fragment)
     except ValueError:
         fits, secret = False, False
     if secret:
         raise Refused(f"{URL} has more than an address in it: give a key in {KEY} alone.")
     if not fits:
-        raise Refused(f"{URL} is no address: expected such as http://127.0.0.1:11434/v1.")
+        raise Refused(NO_ADDRESS)
     return url.rstrip("/")
 
 

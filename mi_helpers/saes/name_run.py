@@ -26,16 +26,9 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from mi_helpers.arguments import indices, whole
+from mi_helpers.arguments import indices, number, whole
 from mi_helpers.errors import checked, reading
-from mi_helpers.files import (
-    RunError,
-    alone_in,
-    read_sealed,
-    sweep,
-    write_sealed,
-    write_text,
-)
+from mi_helpers.files import RunError, alone_in, read_sealed, sweep, write_sealed, write_text
 from mi_helpers.loading import load_model, load_tokenizer
 from mi_helpers.models import token_text
 from mi_helpers.saes.activations import Activations
@@ -57,7 +50,7 @@ PLAN, NAMES, ANSWERS, MAP = "plan.json", "names.jsonl", "answers.jsonl", "map.ht
 SAMPLE = 50  # units whose prompts an estimate is made from
 SCORES = ("detection", "fuzzing", "simulation")
 HOPELESS = 5  # latents without an answer, if they are the first: then nothing more is asked
-AGAIN = "Move it away to name them anew."
+AGAIN = "Move the folder away to name them anew."
 
 # ------------------------------------------------------------------------------ what a run holds
 
@@ -168,9 +161,9 @@ def read_names(folder: Path | str) -> dict[int, Named]:
     found = {}
     with reading(path, RunError, AGAIN):
         data = path.read_bytes()
-        for line in data[: data.rfind(b"\n") + 1].decode().splitlines():
+        for line in data[: data.rfind(b"\n") + 1].splitlines():  # in bytes: at ASCII ends alone
             kinds = {"latent": int, "name": str, "why": str, "table": dict}
-            said = checked(json.loads(line), path, RunError, **kinds)
+            said = checked(json.loads(line.decode()), path, RunError, **kinds)
             found[said["latent"]] = Named.of(said)
     return found
 
@@ -189,9 +182,16 @@ def names_of(run: Path, to: str = "names") -> dict[int, Named]:
     """
     folder, coder = run / to, coder_of(run)
     found = read_names(folder)
-    if found and coder and read_sealed(folder / PLAN, AGAIN).get("coder") != coder:
+    if found and coder and plan_of(folder).get("coder") != coder:
         raise RunError(f"{folder} names the latents of another coder: name those of {run} anew.")
     return found
+
+
+def plan_of(folder: Path) -> dict:
+    """What the names in a folder are of."""
+    if not (folder / PLAN).exists():
+        raise RunError(f"{folder} has names without {PLAN}, which says whose they are. {AGAIN}")
+    return read_sealed(folder / PLAN, AGAIN)
 
 
 def cut_torn(path: Path) -> None:
@@ -208,9 +208,8 @@ def check_plan(folder: Path, plan: dict) -> None:
     Raises:
         RunError: the folder has other names; what differs is said.
     """
-    path = folder / PLAN
-    if path.exists():
-        before = read_sealed(path, AGAIN)
+    if read_names(folder):
+        before = plan_of(folder)
         for key, value in plan.items():
             if before.get(key) != value:
                 was = "another one" if key in ("harvest", "coder") else repr(before.get(key))
@@ -219,7 +218,7 @@ def check_plan(folder: Path, plan: dict) -> None:
                     "Choose another folder with --to, or the same settings to go on."
                 )
         return
-    write_sealed(path, plan)
+    write_sealed(folder / PLAN, plan)
 
 
 # --------------------------------------------------------------------------------------- naming
@@ -299,10 +298,10 @@ class Naming:
         fired = run_firings(self.held, self.coder, place, texts.n, units, progress)
         return (examples_of(u, texts, *fired.at(u), self.n, self.seed) for u in units)
 
-    def chosen(self, latents: int | None, only: Sequence[int]) -> list[int]:
+    def chosen(self, latents: int | None, only: Sequence[int] | None) -> list[int]:
         """Which latents are named: those asked for, or so many, evenly spread over all."""
         count = self.coder.d_latent
-        if only:
+        if only is not None:
             return sorted(set(indices(list(only), count, "latent")))
         n = count if latents is None else min(whole("latents", latents, 1), count)
         return np.unique(np.linspace(0, count - 1, n).round().astype(int)).tolist()
@@ -347,7 +346,7 @@ class Naming:
                 line["cluster"] = found.titles[found.cluster[i]]
                 line["xy"] = found.xy[i].round(2).tolist()
                 rows.append(line)
-            label = f"{self.run.name}: names of latents"
+            label = f"{self.run.resolve().name}: names of latents"
             write_text(self.folder / MAP, name_map_page(rows, label, RELIABLE))
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
         write_text(self.folder / NAMES, text)
@@ -383,7 +382,7 @@ class Options:
     explainer: Literal["offline", "endpoint", "local"] = "offline"
     by: str = ""
     latents: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    only: tuple[int, ...] = ()
+    only: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT …")] = None
     model: str = ""
     to: str = "names"
     contexts: int = 10
@@ -410,10 +409,8 @@ def main(
         run: the run's folder
     """
     o = options
-    whole("contexts", o.contexts, 2)
+    check_options(run, o)
     threads = whole("threads", o.threads, 1) if o.explainer == "endpoint" else 1
-    if not o.to or set(o.to) & set("/\\:\0") or o.to.startswith("."):
-        raise RunError(f"--to is {o.to!r}: give a plain name for a folder in {run}.")
     naming = Naming(run, o.to, o.model, o.contexts, o.seed)
     units = naming.chosen(o.latents, o.only)
     with alone_in(run):
@@ -429,6 +426,23 @@ def main(
         done = naming.finish()
     print(summary(naming.folder, [done[unit] for unit in units if unit in done], failed))
     return 1 if failed else 0
+
+
+def check_options(run: Path, o: Options) -> None:
+    """Refuse what would be ignored, or would be written among a run's own files."""
+    whole("contexts", o.contexts, 2)
+    whole("seed", o.seed, 0, 2**32 - 1)
+    number("price_in", o.price_in, least=0)
+    number("price_out", o.price_out, least=0)
+    plain = o.to.isprintable() and not set(o.to) & set("/\\:")
+    if not (plain and o.to and o.to.strip().lstrip(".") == o.to):
+        raise RunError(f"--to is {o.to!r}: give a plain name for a folder in {run}.")
+    if o.to in (HARVEST, CODER) or o.to.startswith(f"{CODER}-") or (run / o.to).is_file():
+        raise RunError(f"{run / o.to} is a part of the run itself: give another name by --to.")
+    if o.only is not None and o.latents is not None:
+        raise RunError("--only and --latents both say which latents are named: give one of them.")
+    if o.by and o.explainer == "offline":
+        raise RunError(f"--by is {o.by!r}, and counting asks no model: choose it by --explainer.")
 
 
 def made(naming: Naming, o: Options) -> tuple[str, Explainer]:

@@ -23,7 +23,7 @@ from mi_helpers.saes.browse import browse
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.explainers import Offline
 from mi_helpers.saes.files import save_coder
-from mi_helpers.saes.name_run import Naming, read_names, run_texts
+from mi_helpers.saes.name_run import SCORES, Naming, read_names, run_texts
 from mi_helpers.saes.run_files import CODER, LOG, RECIPE, identity, write_sums
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,6 +287,16 @@ def test_every_command_of_the_page_runs(run, server, capsys):
         (["--explainer", "local"], "Give --by a chat model's name"),
         (["--model", "no-such-folder/y"], "no-such-folder/y"),
         (["--to", "../away"], "a plain name"),
+        (["--to", " "], "a plain name"),
+        (["--to", "a\nb"], "a plain name"),
+        (["--to", "coder"], "a part of the run itself"),
+        (["--to", "latents.jsonl"], "a part of the run itself"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--seed", str(2**70)], "seed is"),
+        (["--only"], "at least one"),
+        (["--only", "1", "--latents", "2"], "give one of them"),
+        (["--by", "m"], "choose it by --explainer"),
+        (["--price-in", "nan"], "price_in is nan"),
     ],
 )
 def test_what_cannot_be_done_is_said(run, server, more, said, capsys):
@@ -296,6 +306,31 @@ def test_what_cannot_be_done_is_said(run, server, more, said, capsys):
         code = stop.code
     out = capsys.readouterr()
     assert code == 2 and said in out.err and "Traceback" not in out.err and server.asked == []
+    assert not (run / CODER / "plan.json").exists() and not (run / "names" / "names.jsonl").is_dir()
+
+
+def test_a_refusal_leaves_no_plan_that_bars_the_next_try(run, server, capsys):
+    server.always = serve.tells(401)
+    more = ["name", str(run), "--only", "1", "--to", "again"]
+    assert main([*more, "--explainer", "endpoint"]) == 1
+    assert main(more) == 0  # nothing was named: another explainer may
+    assert main([*more, "--seed", "3"]) == 2  # now there are names
+    assert "its seed is 0, not 3" in capsys.readouterr().err
+
+
+def test_names_without_their_plan_are_nobodys(run, capsys):
+    assert main(["name", str(run), "--only", "1", "--to", "lone"]) == 0
+    (run / "lone" / "plan.json").unlink()
+    for command in (["name", "--only", "2", "--to"], ["browse", "--names"]):
+        assert main([command[0], str(run), *command[1:], "lone"]) == 2
+        assert "without plan.json" in capsys.readouterr().err
+
+
+def test_a_name_may_hold_any_character(tmp_path):
+    text = "at: \u2028 or \x85 or \u2029"
+    line = {"latent": 1, "name": text, "table": {}} | dict.fromkeys(SCORES, [0, 0, 0, 1])
+    (tmp_path / "names.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", "utf-8")
+    assert read_names(tmp_path)[1].explanation.text == text
 
 
 def test_a_run_that_is_not_finished_is_said(tmp_path, capsys):
@@ -313,7 +348,15 @@ def test_a_run_is_browsed_as_one_page_with_its_names(run, capsys):
     page = (run / "latents.html").read_text()
     assert "at: cat" in page and "at: dog" not in page
     assert page.count("</script>") == 2  # those of the page: none out of a context
-    assert "at: cat" not in browse(run, "nowhere").read_text()
+    with pytest.raises(RunError, match="no names in .*nowhere"):
+        browse(run, "nowhere")
+    with pytest.raises(RunError, match="--link is 'x': put {latent}"):
+        browse(run, "one", link="x")
+
+
+def test_a_page_is_called_by_its_folder_wherever_one_stands(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert f"<title>{run.name}: latents" in browse(Path()).read_text("utf-8")
 
 
 def test_names_of_another_coder_are_not_shown(run):
@@ -327,7 +370,7 @@ def test_names_of_another_coder_are_not_shown(run):
 def test_a_run_that_cannot_be_browsed_is_said(tmp_path, capsys):
     assert main(["browse", str(tmp_path)]) == 2
     assert "There is no latents.jsonl" in capsys.readouterr().err
-    for bad in ("{\n", '{"latent": 1}\n', "[]\n", ""):
+    for bad in ("{\n", '{"latent": 1}\n', "[]\n", "", "[" * 100_000):
         (tmp_path / "latents.jsonl").write_text(bad)
         assert main(["browse", str(tmp_path)]) == 2
         said = capsys.readouterr().err

@@ -340,7 +340,17 @@ def test_a_key_in_the_address_is_refused_and_not_repeated(server, url, monkeypat
 
 
 def test_what_is_not_set_is_said(server, monkeypatch):
-    for url in ("ftp://x", "nowhere", "http://"):
+    port, snow = "http://127.0.0.1", "http://\u2603.invalid/v1"
+    spaces = (" http://a/v1", "http://a/v1\n", "http://a b/v1", "http://a..b/v1")
+    for url in (
+        "ftp://x",
+        "nowhere",
+        "http://",
+        f"{port}:abc/v1",
+        f"{port}:99999/v1",
+        snow,
+        *spaces,
+    ):
         with pytest.raises(Refused, match="is no address"):
             endpoint(base_url=url)
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -351,6 +361,20 @@ def test_what_is_not_set_is_said(server, monkeypatch):
     for wrong in ({"budget": 0}, {"room": -1}, {"per_minute": 0}, {"timeout": float("nan")}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
             endpoint(model="m", **wrong)
+
+
+@pytest.mark.parametrize("key", ["schlüssel-42", "a-key\nX-Other: 1", "\udcff-key-42"])
+def test_a_key_that_no_header_holds_is_refused_and_not_repeated(server, key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(Refused, match="OPENAI_API_KEY has characters that no key has") as error:
+        endpoint()
+    assert "42" not in str(error.value) and "X-Other" not in str(error.value)
+
+
+def test_a_line_break_after_the_key_is_no_part_of_it(server, units, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    endpoint().explain(units[0])
+    assert server.keys == {f"Bearer {KEY}"}
 
 
 def test_the_clients_own_retries_are_off(server):
