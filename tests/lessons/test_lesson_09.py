@@ -201,6 +201,7 @@ def test_the_game_has_latents_of_different_sorts(latents):
     assert len(lab.for_the_game(nameless)) == min(4, len(nameless))
 
 
+@pytest.mark.filterwarnings("error")  # a topic that no text is about, 0 / 0
 def test_topics_are_told_by_latents_that_fire_in_their_texts(ground):
     for unit in lab.topic_latents(ground, 3):
         assert unit.kind == "latent" and unit.examples.enough
@@ -304,6 +305,20 @@ def test_the_game_is_drawn_for_every_latent_and_says_what_is_no_name(latents):
         assert len(render(figure)) > 10_000
     with pytest.raises(ValueError, match="no name"):
         figures.game(units, next(iter(units)), "the")
+
+
+def test_a_long_name_hides_neither_the_score_nor_the_rest_of_the_game(latents):
+    units = lab.for_the_game(latents)
+    for name in ("at: " + ", ".join(f"word{i}" for i in range(300)), "at: " + "x" * 999, "at:\n a"):
+        figure = figures.game(units, next(iter(units)), name)
+        box = figure._suptitle.get_window_extent()
+        assert box.x1 <= figure.bbox.x1 and "\n" not in figure.get_suptitle()
+        assert "score on text held out" in figure.get_suptitle()
+
+
+def test_a_name_that_is_too_long_for_its_place_says_so():
+    assert figures.fit("at: the,\n  each", 20) == "at: the, each"
+    assert figures.fit("at: the, each", 9) == "at: the,…" and len(figures.fit("ab " * 99, 40)) <= 40
 
 
 def test_a_context_is_cut_to_a_line_around_its_token():

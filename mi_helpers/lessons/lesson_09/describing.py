@@ -30,7 +30,7 @@ def some_units() -> list[lab.Unit]:
 
 
 def near_misses(words, values, text, top):
-    """Places that look like those where a unit is highest, and are none: a list of indices.
+    """Places that look like those where a unit is highest, and are none: their indices, rising.
 
     The token there is one of those at the top places. No place is in a text in which the unit fires
     anywhere (value above 0), and each other text has one at most, its first.
@@ -66,6 +66,12 @@ MISTAKES_91 = edits(
         One text gives several: take its first place alone.
     word in looks and text[i] not in fires → word not in looks and text[i] not in fires
         These are the places with any *other* token.
+    if values[i] > 0 → if values[i] != 0
+        A value below 0 is no firing: a neuron has many of these.
+    for i in range(len(words)) if values[i] > 0 → for i in top
+        You leave out the texts of the top places alone: the unit fires in others, too.
+    return list(found.values()) → return list(found.values())[::-1]
+        Give the indices in the order of the text.
     text[i] not in fires → text[i] in fires
         These texts have firings in them: take those that have none.
     return list(found.values()) → return [words[i] for i in found.values()]
@@ -100,11 +106,13 @@ def check_91(answer) -> None:
         words = [ground.words[i] for i in ground.facts.word[part]]
         values = ground.values[unit.kind][part, unit.number].copy()
         values[draw.rng.random(len(values)) < 0.5] *= -0.01
-        values[:3], words[0] = 0, words[-1]  # a token that comes twice in silent places
+        values[(values <= 0) & (draw.rng.random(len(values)) < 0.02)] = -0.01
+        values[:6], words[0] = 0, words[-1]  # a token that comes twice in silent places
         values[-1] = values.max() + 1
         text = ground.texts.text[part] - draw.integer(-5, 5)
         text[:3] = -99  # a text whose first token alone fires
         values[0], words[1] = 0.01, words[-1]
+        text[3:6], words[3], words[5] = -98, words[-1], words[-1]  # and a silent one after it
         return words, values, text, np.argsort(-values)[: draw.integer(3, 9)].tolist()
 
     agree(
@@ -157,6 +165,20 @@ def describe_by_sets(contexts, fires, most):
     return order[: at + 1], scores[at] if scores else 0.0
 
 
+def describe_until_it_falls(contexts, fires, most):
+    """Right, because shares fall along the ranking: once the F1 falls it never rises again."""
+    flat = [(w, bool(y)) for row, on in zip(contexts, fires) for w, y in zip(row, on)]  # noqa: B905
+    stand, hits = Counter(w for w, _ in flat), Counter(w for w, y in flat if y)
+    order = sorted(hits, key=lambda w: (-hits[w] / stand[w], -hits[w], w))
+    both = at = best = 0
+    for n, word in enumerate(order[:most]):
+        both, at = both + hits[word], at + stand[word]
+        if (score := 2 * both / (at + hits.total())) <= best:
+            return np.array(order[:n]), best
+        best = score
+    return order[:most], best
+
+
 MISTAKES_92 = edits(
     describe,
     """
@@ -179,6 +201,8 @@ MISTAKES_92 = edits(
         Of sets that score the same, take the one with fewer tokens.
     return best, score → return best, len(best)
         Return the tokens, and their F1.
+    return best, score → return score, best
+        Return the tokens first, then their F1.
     min(most, len(ranked)) → len(ranked)
         There are more tokens than `most`.
     """,
@@ -200,7 +224,7 @@ MISTAKES_92 = edits(
     minutes=10,
     reference=describe,
     survivors={"True → False": "contexts and firings are of one length here"},
-    right=[describe_by_sets],
+    right=[describe_by_sets, describe_until_it_falls],
     hints=[
         "Count with two `Counter`s: how often each token stands there, how often the unit fires.",
         "`sorted(hits, key=lambda word: (-hits[word] / places[word], -hits[word], word))`.",
@@ -334,6 +358,13 @@ def mismarked_by_order(fires, rng):
     return [i in chosen and not fires[i] for i in range(len(fires))]
 
 
+def mismarked_in_a_run(fires, rng):
+    """A mistake: neighbours among the silent tokens."""
+    silent = np.flatnonzero(~fires)
+    start = rng.integers(0, max(len(silent) - fires.sum(), 0) + 1)
+    return np.isin(np.arange(len(fires)), silent[start : start + fires.sum()])
+
+
 MISTAKES_94 = edits(
     mismarked,
     """
@@ -346,11 +377,11 @@ MISTAKES_94 = edits(
     n = min(fires.sum(), len(silent)) → n = min(1, len(silent))
         There are other numbers of marks than of firings: the number would give it away.
     marks[rng.choice(silent, n, replace=False)] → marks[silent[:n]]
-        The marks are always at the first silent tokens: draw them at random.
+        The marks are the same every time: draw them at random, with the `rng` that is given.
     return marks → return ~fires
         Every silent token is marked: mark as many as there are firings.
     """,
-)
+) + [(mismarked_in_a_run, "Every silent token should have the same chance: draw each by itself.")]
 
 
 @exercise(
@@ -387,7 +418,8 @@ def check_94(answer) -> None:
         expect(bool((one == same).all()), "Draw with the `rng` that is given, and no other.")
         rate = marks[:, ~fires].mean(0)
         fair = wanted / (~fires).sum()
-        expect(bool((abs(rate - fair) < 0.3).all()), MISTAKES_94[4][1])
+        expect(fair == 1 or not (marks == marks[0]).all(), MISTAKES_94[4][1])
+        expect(bool((abs(rate - fair) < 0.3).all()), MISTAKES_94[6][1])
 
 
 def mark_array(value, n: int) -> np.ndarray:

@@ -171,6 +171,8 @@ MISTAKES_96 = edits(
     """
     [0.025, 0.975] → [0.05, 0.95]
         This is the 90 % interval: 2.5 % are left out at each end.
+    np.quantile → np.percentile
+        `np.percentile` counts in per cent: yours are 0.025 and 0.975 of a hundred.
     [0.025, 0.975] → [0, 1]
         These are the lowest and the highest of all draws: take the quantiles.
     [actual[i] for i in row] → actual
@@ -269,6 +271,10 @@ MISTAKES_97 = edits(
         asked.
     any(agree → all(agree
         One description that tells the unit, and that the name agrees with, is enough.
+    >= 0.5 → > 0.5
+        Masks whose F1 is exactly 0.5 agree.
+    return "unreliable" → return "not reliable"
+        Give one of the three texts, letter by letter.
     if score < 0.7 → if score <= 0.7
         A score of exactly 0.7 is reliable.
     if score < 0.7 → if score < 0.5
@@ -323,7 +329,8 @@ def check_97(answer) -> None:
         verdict,
         inputs,
         mistakes=MISTAKES_97,
-        otherwise="Compare the three conditions one by one.",
+        otherwise="Ask two things of each description: does it agree with the unit, and the name "
+        "with it? One for which both are so is enough.",
         cases=30,
         numpy=True,
     )
@@ -469,6 +476,10 @@ MISTAKES_99 = edits(
         Common words count most: it should be rare ones.
     np.log(len(names) / has.sum(0)) → 1 / has.sum(0)
         The weight is the logarithm of n over the count.
+    np.log(len(names) / has.sum(0)) → np.log((1 + len(names)) / (1 + has.sum(0))) + 1
+        This is scikit-learn's smoothed weight. Here a word that is in all names weighs 0.
+    rows @ rows.T / → (rows @ rows.T + np.diag((length == 0) * 1e-12)) /
+        A name with no weight at all has a cosine of 0 with itself, too.
     np.sqrt((rows**2).sum(1)) → rows.sum(1)
         A vector's length is the root of its sum of squares.
     [[word in name for word in words] → [[list(name).count(word) for word in words]

@@ -285,7 +285,7 @@ def topic_latents(ground: Ground, n: int) -> list[Unit]:
     for number, topic in enumerate(values):
         if topic in TinyWorldText().world.topics:
             mask = index[early] == number
-            scores = 2 * strong[mask].sum(0) / (strong.sum(0) + mask.sum())
+            scores = 2 * strong[mask].sum(0) / np.maximum(strong.sum(0) + mask.sum(), 1)
             found.append((float(scores.max()), int(scores.argmax())))
     best = dict.fromkeys(unit for _, unit in sorted(found, reverse=True))
     return ground.of("latent", list(best), n)

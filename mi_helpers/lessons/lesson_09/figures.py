@@ -24,7 +24,14 @@ from mi_helpers.views.tokens import ink
 
 LINE = 88  # characters of a context
 LINES = 7  # contexts in the game
-NAMES, WIDTH = 18, 74  # beside the map: how many, and how many characters of each
+SAID = 46  # characters of a name above the game
+NAMES, WIDTH = 18, 66  # beside the map: how many, and how many characters of each
+
+
+def fit(text: str, length: int) -> str:
+    """A text in one line of so many characters at most; … says that there is more."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def cut(context: Context, length: int = LINE) -> tuple[list[str], range]:
@@ -84,7 +91,7 @@ def game(units: Mapping[int, Unit], latent: int, name: str) -> Figure:
     axes.axis("off")
     for y, (context, true) in enumerate(zip(seen, says, strict=True)):
         draw_line(axes, y, context, unit.examples.highest, true)
-    title = f"latent {latent}     “{name}”     score on text held out: {score:.2f}"
+    title = f"latent {latent}     score on text held out: {score:.2f}     “{fit(name, SAID)}”"
     picture.suptitle(title, x=0.01, ha="left")
     return picture
 
@@ -172,7 +179,7 @@ def name_map(chart: NameMap, names: Sequence[str], group: int) -> Figure:
     some = np.flatnonzero(mine)
     for line, i in enumerate(some[:NAMES]):
         text = f"{chart.unit[i]}   {names[i]}"
-        right.text(0, 1 - line / NAMES, text[:WIDTH], va="top", fontsize=11)
+        right.text(0, 1 - line / NAMES, fit(text, WIDTH), va="top", fontsize=11)
     more = f", {NAMES} of them" if len(some) > NAMES else ""
     title = f"“{chart.titles[group]}”: {len(some)} of {len(names)} names{more}"
     picture.suptitle(title, x=0.01, ha="left")
