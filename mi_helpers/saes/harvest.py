@@ -14,7 +14,6 @@ same bytes.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mi_helpers.arguments import shown
 from mi_helpers.files import (
     RunError,
     load_tensors,
@@ -338,6 +338,8 @@ def harvest_together(
     Raises:
         RunError: as `harvest`; or they differ in more, or name one folder twice.
     """
+    if not isinstance(configs, Mapping):
+        raise RunError(f"configs is {shown(configs)}: expected {{folder: HarvestConfig}}.")
     wanted = {Path(folder): checked_config(model, each) for folder, each in configs.items()}
     check_together(wanted, len(configs))
     encoder(model)  # says now that there is no tokenizer
@@ -402,15 +404,19 @@ def checked_config(model: LanguageModel, config: HarvestConfig) -> HarvestConfig
         RunError: a number below 1, an outlier below 1, or a context that the model cannot read.
         ModelError: there is no such site.
     """
+    if not isinstance(config, HarvestConfig):
+        raise RunError(f"A harvest is told by {shown(config)}: expected a HarvestConfig.")
     for site in config.sites:
+        if not isinstance(site, tuple) or len(site) != 2:
+            raise RunError(f"site is {shown(site)}: expected (name, layer).")
         site_width(model, site)
     check_counts(config, ("tokens", "shard_tokens", "batch_tokens"))
-    if not config.outlier >= 1 or math.isnan(config.outlier):
+    if not isinstance(config.outlier, int | float) or not config.outlier >= 1:
         raise RunError(
             f"outlier is {config.outlier}: it has to be 1 or more, as positions whose norm is "
             "above so many medians are left out."
         )
-    if not 2 <= config.context <= model.n_ctx:
+    if not isinstance(config.context, int) or not 2 <= config.context <= model.n_ctx:
         raise RunError(
             f"The context is {config.context}: {model.name} reads 2 to {model.n_ctx} tokens."
         )

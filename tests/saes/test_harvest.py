@@ -462,6 +462,18 @@ def test_several_harvests_of_two_processes(model, source, apart, alone, tmp_path
         assert content(tmp_path / name) == shards
 
 
+def test_what_is_no_harvest_is_said(model, source, tmp_path):
+    good = several(tmp_path)[tmp_path / "a"]
+    wrong = {"outlier": "x", "context": 12.5, "site": "resid_post"}
+    for changes in [{each: value} for each, value in wrong.items()]:
+        with pytest.raises(RunError, match=f"{next(iter(changes))} is"):
+            harvest(model, source, tmp_path / "x", replace(good, **changes), progress=False)
+    for configs in (None, [(tmp_path / "x", good)], {tmp_path / "x": {"tokens": 3}}):
+        with pytest.raises(RunError, match="expected .*HarvestConfig"):
+            harvest_together(model, source, configs, progress=False)
+    assert not (tmp_path / "x").exists()
+
+
 def test_what_cannot_be_one_pass_is_said(model, source, tmp_path):
     wanted = several(tmp_path)
     wanted[tmp_path / "b"] = replace(wanted[tmp_path / "b"], context=11)
