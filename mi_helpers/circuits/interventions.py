@@ -115,9 +115,14 @@ class Intervention:
         return list(zip(texts, before[ids].tolist(), after[ids].tolist(), strict=True))
 
     def feature(self, node: Node | str) -> tuple[float, float]:
-        """A feature's activation before and after."""
+        """A feature's activation before and after; ModelError for what is no feature here."""
         if isinstance(node, str):
             node = Node.parse(node, self.model.n_layers)
+        if not isinstance(node, Node) or node.kind != FEATURE:
+            raise ModelError(f"{shown(getattr(node, 'id', node))} is no feature: name one.")
+        shape = self.features_before[node.layer].shape if node.layer in self.features_before else ()
+        if not shape or not (node.position < shape[0] and 0 <= node.index < shape[1]):
+            raise ModelError(f"{node.id} is not among this prompt's features: {tuple(shape)}.")
         before, after = self.features_before[node.layer], self.features_after[node.layer]
         return float(before[node.position, node.index]), float(after[node.position, node.index])
 
@@ -183,11 +188,14 @@ def _read_changes(
 ) -> tuple[dict[int, _Change], Tensor]:
     """({layer: change}, vectors that are added to the embeddings, (pos, d_model))."""
     changes: dict[int, _Change] = defaultdict(lambda: _Change({}, {}))
-    embedding = torch.zeros_like(local.embed)
+    embedding, seen = torch.zeros_like(local.embed), set()
     for is_factor, given in ((True, factors), (False, values)):
         for name, change in given.items():
             node = _checked(local, name)
             by = _finite(node, change)
+            if node.kind != FEATURE and node.id in seen:
+                raise ModelError(f"{node.id} is given twice: give it one factor.")
+            seen.add(node.id)
             old = None
             if node.kind == FEATURE:
                 old = float(f[node.layer][node.position, node.index])

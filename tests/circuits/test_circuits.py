@@ -576,6 +576,13 @@ def test_mistakes_in_interventions_get_one_clear_sentence(gemma):
     ):
         with pytest.raises(ModelError, match=message):
             intervene(gemma, coders, IDS, factors)
+    found = intervene(gemma, coders, IDS, {node: 0})
+    for other in ("4_3_8", "1_-1_3", "1_3_99", "1_999_3", None):
+        with pytest.raises(ModelError, match="is no feature|is not among"):
+            found.feature(other)
+    token = Node.parse("E_9_1", gemma.n_layers)
+    with pytest.raises(ModelError, match="E_9_1 is given twice"):
+        intervene(gemma, coders, IDS, {"E_9_1": 0, token: 2})
     for k in (0, -1, 1.5, 10**9):
         with pytest.raises(ModelError, match="k is"):
             intervene(gemma, coders, IDS, {node: 0}).top(k)
