@@ -9,8 +9,8 @@ import torch
 
 from mi_helpers.course.answers import Wrong
 from mi_helpers.course.exercise import declared
+from mi_helpers.lessons.lesson_10 import exercises, figures, predictions, tools
 from mi_helpers.lessons.lesson_10 import experiments as lab10
-from mi_helpers.lessons.lesson_10 import figures, predictions, tools
 from mi_helpers.lessons.shared import documents_for, family_losses, shipped_model
 from mi_helpers.plots import render
 from mi_helpers.steering import Add, Clamp, Latent, steered
@@ -220,6 +220,12 @@ def test_the_cost_at_an_effect_lies_between_two_doses():
 
 
 # -- figures --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", [lambda x: [x], lambda x: np.array([x])])
+def test_a_cost_in_a_list_is_told_to_be_a_number(wrapped):
+    with pytest.raises(Wrong, match="give one number"):
+        exercises.check_106(lambda *given: wrapped(tools.cost_of(*given)))
 
 
 def test_the_slider_draws_at_every_corner(lab, bridge):

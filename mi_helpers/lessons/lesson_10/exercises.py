@@ -137,6 +137,10 @@ MISTAKES_102 = edits(
         New tokens stand in front: they belong at the end.
     choose(logits_of(ids)[:, -1]) → logits_of(ids)[:, -1].argmax(-1)
         You take the likeliest token: let `choose` choose.
+    choose(logits_of(ids)[:, -1]) → choose(logits_of(ids)[:, -1].softmax(-1))
+        `choose` gets probabilities: hand it the logits.
+    choose(logits_of(ids)[:, -1]) → choose(logits_of(ids)[:, -1] / 0.7)
+        The logits are divided by something: hand them to `choose` as they are.
     """,
 ) + [
     (
@@ -171,8 +175,9 @@ def check_102(answer) -> None:
             with steered(shipped_model(), ("resid_post", 3), Add(v)):
                 return shipped_model()(ids)
 
-        def choose(logits):  # neither the likeliest token nor one by chance
-            return logits.topk(rank + 1, dim=-1).indices[:, rank]
+        def choose(logits):  # neither the likeliest token nor one by chance; of logits alone
+            at = rank + (logits.amax(-1) - logits.mean(-1)).round().long() % 3
+            return logits.topk(rank + 3, dim=-1).indices.gather(1, at[:, None])[:, 0]
 
         return logits_of, ids, draw.integer(3, 5), choose
 
@@ -288,6 +293,10 @@ MISTAKES_104 = edits(
         These are two rows: give one row for each dose.
     steer(dose) → steer(doses[0])
         Every dose is the first one: steer anew for each.
+    cost(model) - clean → max(0.0, cost(model) - clean)
+        A cost below zero is cut off: steering may lower it, too.
+    cost(model) - clean → abs(cost(model) - clean)
+        The sign of the cost is lost: steering may lower it, too.
     cost(model) - clean → cost(model) - cost(model)
         Nothing costs anything here: measure it once without steering, before the loop.
     with steered(model, site, steer(dose)): → if True:
@@ -315,14 +324,15 @@ def check_104(answer) -> None:
     def make(draw) -> tuple:
         model, ids = shipped_model(), token_ids(draw)
         token, v = draw.integer(20, 3000), draw.normal(model.d_model, scale=1)
+        other = draw.integer(20, 3000)
         n = draw.size("doses", 2, 4)
         doses = sorted(draw.number(-4, 4) for _ in range(n))
 
         def concept(model):
             return float(model(ids)[:, -1, token].mean())
 
-        def cost(model):
-            return float(model.loss(ids).mean())
+        def cost(model):  # a number that steering raises or lowers; a loss it only raises
+            return float(model(ids)[:, -2, other].mean())
 
         return model, a_site(draw), functools.partial(Add, v), doses, concept, cost
 
@@ -349,6 +359,8 @@ MISTAKES_105 = edits(
         What is missing is another amount at each row.
     coder.encode(x)[:, latent] → x @ coder.W_dec[latent]
         This is how far x goes along the latent's row: its value is what `coder.encode` gives.
+    coder.encode(x)[:, latent] → x @ coder.W_dec[latent] / coder.W_dec[latent].square().sum()
+        This is the projection of x on the latent's row: its value is what `coder.encode` gives.
     return x + → return coder(x) +
         You go on with the reconstruction: what the autoencoder leaves out of x is lost.
     (value - now) → (now - value)
@@ -359,6 +371,8 @@ MISTAKES_105 = edits(
         Rows in which the latent is higher stay as they are: they come down to the value, too.
     coder.W_dec[latent] → coder.W_enc[:, latent]
         This is what the latent reads with: it writes along its row of W_dec.
+    coder.W_dec[latent] → coder.W_dec[latent] / coder.W_dec[latent].norm()
+        The row's length has been changed: a latent writes its value times the row as it is.
     return x + → return
         x itself is missing.
     """,
@@ -385,6 +399,7 @@ def check_105(answer) -> None:
         coder = SparseCoder(d, latents, k=draw.integer(3, 5), seed=draw.integer(0, 99))
         with torch.no_grad():
             coder.b_dec += draw.normal(d, scale=0.3)
+            coder.W_dec *= draw.number(1.3, 1.8)  # a row need not be of length 1
             coder.W_enc += draw.normal(d, latents, scale=0.2)  # it begins as W_dec turned round
         coder.requires_grad_(False)
         x = 2 * draw.normal(draw.size("rows", 20, 30), d)
@@ -427,7 +442,19 @@ MISTAKES_106 = edits(
             np.interp(wanted, np.sort(concept), np.asarray(cost)[np.argsort(concept)], right=np.inf)
         ),
         "You sort by the concept: keep the order of the doses, as it may fall again.",
-    )
+    ),
+    (
+        lambda wanted, concept, cost: (
+            float(np.interp(wanted, concept, cost)) if max(concept) >= wanted else np.inf
+        ),
+        "np.interp wants the concept to rise all along, and it may fall: find the first dose.",
+    ),
+    (
+        lambda wanted, concept, cost: next(
+            (a for a, there in zip(cost, concept[1:], strict=False) if there >= wanted), np.inf
+        ),
+        "This is the cost at the dose before: go in a straight line between the two.",
+    ),
 ]
 
 
@@ -463,11 +490,13 @@ def check_106(answer) -> None:
             wanted = (concept[-2] + 3 * concept[-1]) / 4  # not before the last dose
         given = float(wanted), concept.tolist(), cost.tolist()
         got, want = answer(*given), cost_of(*given)
+        expect(np.ndim(got) == 0, "This is a list or an array: give one number.")
         if is_close(got, want):
             continue
         for mistake, message in MISTAKES_106:
             expect(not is_close(got, mistake(*given)), message)
-        raise Wrong(f"For the concept {wanted:.3f} this is {got!r}: it should be {want:.3f}.")
+        said = f"For the concept {wanted:.3f} this is {got!r}: it should be {want:.3f}"
+        raise Wrong(f"{said}, on the line between two doses, or infinite where it is not reached.")
 
 
 def is_close(got, want) -> bool:

@@ -60,7 +60,7 @@ def dearest_family() -> str:
 
 @prediction(
     "10.12",
-    question="At the same dose, which way writes the stranger text?",
+    question="At a dose of 16, which way writes the stranger text?",
     options=["clamped", "added", "no difference"],
 )
 def stranger_text() -> str:
@@ -134,13 +134,13 @@ def random_steering(rng) -> tuple:
 
 @functools.cache
 def best_steering(topic: str = "chess") -> tuple:
-    """The best of some doses of the difference of means late in the model, found in another lab."""
-    lab = Lab(shipped_model(), 5)
+    """The best of some doses of the difference of means late in the model, to the judge itself:
+    what is chosen in another lab is beaten too easily by luck."""
     found = [
         (topic, layer, Add(difference(topic, layer), dose))
         for layer, dose in ((4, 1.0), (5, 1.0), (5, 1.25), (5, 1.5))
     ]
-    return max(found, key=lambda answer: score_of(lab, *answer))
+    return max(found, key=lambda answer: score_of(judge(), *answer))
 
 
 @investigation(

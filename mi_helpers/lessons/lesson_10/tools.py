@@ -13,6 +13,7 @@ def push_from(model, ids, site, vector, start):
     nothing changes. Afterwards the model is intact.
     ids (batch, pos); site, such as ("resid_post", 3), holds x (batch, pos, d_model);
     vector (d_model,); start, an integer
+    `with model.hooks({site: hook}):` a run goes on with hook(x)
     """
 
     def push(x):
@@ -102,9 +103,8 @@ def contrast(model, site, texts, others):
 def fair_control(noise, x, v):
     """Random directions like the rows of x, without their part along v, as long as v: (n, d).
 
-    1. Each row of noise weights the rows of x, less their mean: (n, d).
-    2. Take away what points along v.
-    3. Bring each to the length of v.
+    Each is a sum of the rows of x, less their mean, weighted by a row of noise; nothing of it
+    points along v, and its length is that of v.
     noise (n, rows), x (rows, d), v (d,)
     """
     drawn = noise @ (x - x.mean(0))
@@ -118,7 +118,7 @@ def mirror(model, ids, site, v, centre):
     At the last position of the site, what points along v from the centre points the other way
     afterwards, equally far; across v nothing changes. Afterwards the model is intact.
     ids (batch, pos); site, such as ("resid_post", 3); v (d_model,), of any length; centre
-    (d_model,)
+    (d_model,). `with model.hooks({site: hook}):` a run goes on with hook(x)
     """
 
     def turn(x):
