@@ -70,7 +70,11 @@ def number(
         ModelError: it is none, NaN, infinite or out of range.
     """
     fits = isinstance(given, numbers.Real) and not isinstance(given, bool | np.bool_)
-    if not (fits and math.isfinite(given) and least <= given <= most and given > above):
+    try:
+        fits = fits and math.isfinite(given) and least <= given <= most and given > above
+    except OverflowError:  # a whole number that no float holds
+        fits = False
+    if not fits:
         said = "a finite number"
         said += f" above {above:g}" if above > -math.inf else ""
         said += f" of at least {least:g}" if least > -math.inf else ""
@@ -253,8 +257,9 @@ def array(what: str, given, axes: str, sizes: Mapping[str, int] | None = None) -
         if given is not None and given.dtype == torch.bfloat16:  # which NumPy does not have
             given = given.float()
     try:
-        found = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError):
+        found = np.asarray(given, dtype=None if hasattr(given, "dtype") else np.float64)
+        found = found.astype(np.float64, casting="unsafe" if found.dtype.kind != "c" else "safe")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ModelError(f"{what} is {_kind_of(given)}: expected numbers ({axes}).") from None
     if shown := _axes_missed(found.shape, axes, sizes or {}):
         raise ModelError(

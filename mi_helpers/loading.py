@@ -84,9 +84,7 @@ def load_model(
         hf_logging.disable_progress_bar()
     try:
         config = configuration(name)
-        with telling(name, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            tokenizer.decode(tokenizer.encode("a", add_special_tokens=False))
+        tokenizer = load_tokenizer(name)
         with telling(name, "weights"):
             check_names(name, source, config)
             if local:
@@ -111,6 +109,18 @@ def load_model(
         with torch.no_grad():
             model.forward([[0]])
     return model
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model, by the name that `load_model` takes; no weights are read.
+
+    Raises:
+        ModelError: what is missing, in one sentence.
+    """
+    with telling(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(place_of(name)[0], trust_remote_code=False)
+        tokenizer.decode(tokenizer.encode("a", add_special_tokens=False))
+    return tokenizer
 
 
 def place_of(name: str) -> tuple[str, bool]:

@@ -16,7 +16,7 @@ mean of one class to that of the other. `random_directions` of the same length a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,8 @@ class Latent:
         if not hasattr(self.coder, "encode_sparse"):
             raise ModelError(f"coder is {shown(self.coder)}: expected a sparse coder.")
         whole("The latent's number", self.number, 0, self.coder.d_latent - 1)
+        if self.reads is not None and (not isinstance(self.reads, tuple) or len(self.reads) != 2):
+            raise ModelError(f"reads is {shown(self.reads)}: expected (name, layer) of a site.")
 
     @property
     def direction(self) -> Tensor:
@@ -103,7 +105,9 @@ class Add:
 class Clamp:
     """x + (value - c(x)) · v, with c(x) the latent's activation, or x · v / |v|² of a vector.
 
-    The coordinate c has that value afterwards; whatever else the coder left unexplained stays.
+    Whatever the coder left unexplained stays. Along a vector the coordinate c has that value
+    afterwards. A latent then *writes* that value, but a coder that reads the result may see
+    another: it reads along its encoder, and other latents write there, too.
 
     Args:
         along: v: a latent, or a vector (width,).
@@ -133,28 +137,34 @@ class Erase:
 Steering = Add | Clamp | Erase
 
 
-def random_directions(direction, n: int, seed: int = 0, like=None) -> Tensor:
+def random_directions(direction, n: int, seed: int = 0, like=None, free: bool = False) -> Tensor:
     """n random directions (n, width) of the length of `direction` (width,): steering's control.
 
     Args:
         like: rows of activations (rows, width): the directions then have their covariance, and so
             stay among those that the site itself uses, which is the harder control. None draws
             from all directions alike.
+        free: without their part along `direction`. Where the rows vary mostly along it, as before
+            a verdict, directions like them are no control otherwise: they are that direction.
 
     Raises:
-        ModelError: a direction of no length, or rows of another width.
+        ModelError: a direction of no length, or rows of another width, or none that vary.
     """
     v = _vector("direction", direction)
-    rng = torch.Generator().manual_seed(whole("seed", seed))
+    rng = torch.Generator().manual_seed(whole("seed", seed, -(2**63), 2**63 - 1))
     if like is None:
         drawn = torch.randn(whole("n", n, 1), len(v), generator=rng, dtype=torch.float64)
     else:
         rows = torch.from_numpy(array("like", like, "rows width", {"width": len(v)}))
         drawn = torch.randn(whole("n", n, 1), len(rows), generator=rng, dtype=torch.float64)
         drawn = drawn @ (rows - rows.mean(0))
-    lengths = drawn.norm(dim=1, keepdim=True)
-    if not (lengths > 0).all():
+    if not (before := drawn.norm(dim=1, keepdim=True)).all():
         raise ModelError("The rows of `like` are all the same: give activations at many tokens.")
+    if free:
+        drawn = drawn - (drawn @ v / (v @ v))[:, None] * v
+    lengths = drawn.norm(dim=1, keepdim=True)
+    if not (lengths > 1e-6 * before).all():  # what is left is rounding in float32
+        raise ModelError("The rows of `like` vary along the direction alone: no other is left.")
     return (drawn / lengths * v.norm()).float()
 
 
@@ -188,6 +198,8 @@ def steered(
         raise ModelError(
             f"site is {shown(site)}: expected (name, layer) of a site that the model passes on."
         )
+    site = (site[0], site[1])
+    _check_slice(positions)
     change = _change(steering, site_width(model, site), model.device)
     reads = getattr(steering.along, "reads", None)
     into, _ = site_reader(model, site)
@@ -248,7 +260,23 @@ def _vector(what: str, given, width: int | None = None) -> Tensor:
     found = torch.from_numpy(array(what, given, "width", {"width": width} if width else None))
     if not found.norm() > 0:
         raise ModelError(f"{what} is zero: there is nothing to steer along.")
+    if not 1e-15 < found.norm() < 1e15:  # its square is divided by, in float32
+        raise ModelError(
+            f"{what} has a length of {found.norm():.1e}: expected 1e-15 to 1e15, so scale it."
+        )
     return found
+
+
+def _check_slice(positions: Positions) -> None:
+    """Refuse a slice that a tensor cannot be indexed with.
+
+    Raises:
+        ModelError: its ends are no whole numbers, or it goes backwards.
+    """
+    with suppress(TypeError, ValueError):
+        if not isinstance(positions, slice) or positions.indices(1)[2] > 0:
+            return
+    raise ModelError(f"positions is {positions}: expected whole numbers, and a step above 0.")
 
 
 def _mask(model: LanguageModel, ids: Tensor | None, shape, positions: Positions) -> Tensor:
@@ -342,6 +370,11 @@ def dose_response(
     for dose in listed:
         with steered(model, site, steer(dose), positions):
             parts.append(measure())
+        if (was := clean[0].shape) != (now := parts[-1][0].shape):
+            raise ModelError(
+                f"concept gave numbers of shape {tuple(now)} at dose {dose:g}, and {tuple(was)} "
+                "without steering: expected as many at every dose."
+            )
     concepts, losses = (torch.stack(each) for each in zip(*parts, strict=True))
     return Response(torch.tensor(listed), concepts, losses, *clean)
 

@@ -114,7 +114,7 @@ def test_pins_are_plain_versions():
 
 
 def test_the_extras_are_those_the_course_speaks_of():
-    assert set(EXTRAS) == {"test", "browser", "gemma", "install"}
+    assert set(EXTRAS) == {"test", "browser", "gemma", "install", "naming"}
 
 
 # -- what is imported, and what is declared ---------------------------------------------------
@@ -171,7 +171,8 @@ def outside(*folders: str) -> set[str]:
 
 def test_everything_imported_is_declared():
     base = names(PROJECT["dependencies"])
-    assert outside("mi_helpers", "notebooks") - base - names(EXTRAS["gemma"]) == set()
+    optional = names(EXTRAS["gemma"] + EXTRAS["naming"])
+    assert outside("mi_helpers", "notebooks") - base - optional == set()
     assert outside("tests") - base - names(EXTRAS["test"] + EXTRAS["browser"]) == set()
     peers = [pins(path.read_text("utf-8")) for path in ROOT.glob("benchmarks/requirements*.txt")]
     assert outside("benchmarks") - base - names([name for each in peers for name in each]) == set()
@@ -179,8 +180,8 @@ def test_everything_imported_is_declared():
 
 def test_everything_declared_is_imported_or_run():
     """A package of the course is imported by the course itself, not only by its tests."""
-    course = names(PROJECT["dependencies"] + EXTRAS["gemma"]) - set(RUN_NOT_IMPORTED)
-    assert course - outside("mi_helpers", "notebooks") == set()
+    course = names(PROJECT["dependencies"] + EXTRAS["gemma"] + EXTRAS["naming"])
+    assert course - set(RUN_NOT_IMPORTED) - outside("mi_helpers", "notebooks") == set()
     tests = names(EXTRAS["test"] + EXTRAS["browser"]) - set(RUN_NOT_IMPORTED)
     assert tests - outside("tests") == set()
     assert names(EXTRAS["install"]) <= set(RUN_NOT_IMPORTED)

@@ -15,7 +15,6 @@ from matplotlib.text import Text
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
 from mi_helpers import plots, views, widgets
-from mi_helpers.circuits.figures import graph_figure, supernode_figure
 from mi_helpers.circuits.files import load_graph, save_graph
 from mi_helpers.circuits.graphs import EMBEDDING, FEATURE, LOGIT, Graph, Node
 from mi_helpers.course import ledger
@@ -62,8 +61,6 @@ FIGURES = {
         {a: np.eye(2), b + "2": np.eye(2)}, [a, b], [b, a], b, unit=a
     ),
     "written": lambda a, b: two_written([a, b], [1, 2], [3, 5], (a, b), b),
-    "graph": lambda a, b: graph_figure(by_hand(a, b), a),
-    "supernodes": lambda a, b: supernode_figure(by_hand(a, b, supernodes={b: ("0_1_1",)}), a),
 }
 
 

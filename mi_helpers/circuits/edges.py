@@ -29,6 +29,7 @@ from mi_helpers.models import LanguageModel
 MASS, MOST_LOGITS = 0.95, 10  # logit nodes: the likeliest tokens up to this mass or this number
 MOST_NODES = 20_000  # of one graph: its edges are then 1.6 GB, for a moment thrice that
 MOST_NUMBERS = 2**24  # in the gradient of one chunk of targets: 64 MB, a few of which exist
+CHUNKS = 6  # of a layer's features, at least: early ones need no gradient at later positions
 
 # ----------------------------------------------------------------------------------------- edges
 
@@ -288,14 +289,16 @@ def _targets(
     local: LocalReplacement, columns: Columns, vectors: Tensor
 ) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
     """(rows of the adjacency, layer, positions, vectors) of all features and then the logits, in
-    chunks whose gradients stay within `MOST_NUMBERS`."""
+    chunks whose gradients stay within `MOST_NUMBERS`. A layer's features are in the order of their
+    positions, and a chunk's gradients end with its last."""
     model = local.model
     width = max(model.d_model, model.n_heads * model.d_head)
     size = max(1, MOST_NUMBERS // (local.length * width))
     for layer, active in local.features.items():
         start, coder = columns.features[layer].start, local.coders[layer]
-        for low in range(0, len(active), size):
-            high = min(low + size, len(active))
+        some = max(1, min(size, -(-len(active) // CHUNKS)))
+        for low in range(0, len(active), some):
+            high = min(low + some, len(active))
             rows = coder.W_enc[:, active.latents[low:high]].detach().float().T
             yield slice(start + low, start + high), layer, active.positions[low:high], rows
     last = torch.full((len(vectors),), local.length - 1, device=vectors.device)

@@ -1,4 +1,4 @@
-"""Attribution graphs: nodes, edges, influence, pruning, scores, supernodes.
+"""Attribution graphs: nodes, edges, influence, pruning, scores.
 
     graph = attribution_graph(model, coders, prompt)       # mi_helpers.circuits.edges makes it
     graph.incoming(" Paris")                               # the strongest edges into a logit
@@ -14,7 +14,6 @@ Source: Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -445,57 +444,3 @@ def _connected(graph: Graph, edges: Tensor) -> Tensor:
             return keep
         keep = keep & ~loose
         edges[~keep], edges[:, ~keep] = 0.0, 0.0
-
-
-# ------------------------------------------------------------------------------------ supernodes
-
-
-def group_by_label(graph: Graph) -> Graph:
-    """The graph with one supernode for each label that features carry (`Graph.label`)."""
-    groups = defaultdict(list)
-    for node in graph.nodes:
-        if node.kind == FEATURE and node.id in graph.labels:
-            groups[graph.labels[node.id]].append(node.id)
-    return replace(graph, supernodes={text: tuple(names) for text, names in groups.items()})
-
-
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """A graph between m supernodes, tokens and logits.
-
-    names      of the supernodes and single nodes
-    members    the places of their nodes in the graph
-    weights    (m, m): [target, source], Σ edges from the one's members to the other's; 0 on the
-               diagonal
-    influence  (m,): Σ over members
-    """
-
-    names: tuple[str, ...]
-    members: tuple[tuple[int, ...], ...]
-    weights: Tensor
-    influence: Tensor
-
-
-def merge(graph: Graph) -> Merged:
-    """The graph between its supernodes; features and errors that belong to none are left out.
-
-    Raises:
-        ValueError: a node is in two supernodes.
-    """
-    names, members, taken = [], [], set()
-    for text, ids in graph.supernodes.items():
-        places = tuple(graph.index(name) for name in ids)
-        if taken & set(places):
-            raise ValueError(f"A node of the supernode {text!r} is in another supernode, too.")
-        taken |= set(places)
-        names.append(text)
-        members.append(places)
-    for i, node in enumerate(graph.nodes):
-        if node.kind in (EMBEDDING, LOGIT) and i not in taken:
-            names.append(graph.describe(i))
-            members.append((i,))
-    belongs = torch.zeros(len(members), len(graph))
-    for m, places in enumerate(members):
-        belongs[m, list(places)] = 1.0
-    weights = (belongs @ graph.adjacency @ belongs.T).fill_diagonal_(0.0)
-    return Merged(tuple(names), tuple(members), weights, belongs @ graph.influence)

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mi_helpers.arguments import exact
+from mi_helpers.arguments import exact, number, shown, whole
 from mi_helpers.circuits.graphs import EMBEDDING, ERROR, FEATURE, LOGIT, Graph, Node
 from mi_helpers.circuits.replacement import Coders, LocalReplacement, Prompt
 from mi_helpers.layouts import ModelError
@@ -63,12 +63,12 @@ def predicted_effect(graph: Graph, factors: Changes, paths: bool = True) -> Tens
     """
     share = torch.zeros(len(graph), dtype=torch.float64)  # of each node's output, how much is added
     fixed = set()
-    for node, factor in factors.items():
+    for node, factor in _given("factors", factors).items():
         i = graph.index(node)
         if graph.nodes[i].kind == LOGIT:
             raise ValueError(f"{graph.nodes[i].id} is a logit: it writes to no other node.")
         fixed.add(i)
-        share[i] = factor - 1.0
+        share[i] = _finite(graph.nodes[i], factor) - 1.0
     edges = exact(graph.adjacency)
     if not paths:
         return (edges @ share).to(graph.values)
@@ -108,15 +108,21 @@ class Intervention:
         """(text, probability before, after) of the k likeliest tokens before and the k likeliest
         after, each once, the likeliest after first."""
         before, after = self.probabilities()
+        k = whole("k", k, 1, len(before))
         ids = torch.cat([after.topk(k).indices, before.topk(k).indices]).unique()
         ids = ids[after[ids].argsort(descending=True)]
         texts = self.model.str_tokens(ids) if self.model.tokenizer else map(str, ids.tolist())
         return list(zip(texts, before[ids].tolist(), after[ids].tolist(), strict=True))
 
     def feature(self, node: Node | str) -> tuple[float, float]:
-        """A feature's activation before and after."""
+        """A feature's activation before and after; ModelError for what is no feature here."""
         if isinstance(node, str):
             node = Node.parse(node, self.model.n_layers)
+        if not isinstance(node, Node) or node.kind != FEATURE:
+            raise ModelError(f"{shown(getattr(node, 'id', node))} is no feature: name one.")
+        shape = self.features_before[node.layer].shape if node.layer in self.features_before else ()
+        if not shape or not (node.position < shape[0] and 0 <= node.index < shape[1]):
+            raise ModelError(f"{node.id} is not among this prompt's features: {tuple(shape)}.")
         before, after = self.features_before[node.layer], self.features_after[node.layer]
         return float(before[node.position, node.index]), float(after[node.position, node.index])
 
@@ -168,7 +174,8 @@ def intervene(
         raise ModelError("Direct effects are those of frozen attention: pass attention='frozen'.")
     local = LocalReplacement(model, coders, prompt, bos_is_bias=False)
     before = {layer: coder.encode(local.inputs[layer]) for layer, coder in local.coders.items()}
-    changes, embedding = _read_changes(local, before, factors or {}, values or {})
+    given = _given("factors", factors or {}), _given("values", values or {})
+    changes, embedding = _read_changes(local, before, *given)
     run = _ChangedRun(local, before, changes, embedding, attention, effects)
     logits, uncapped = run.run()
     return Intervention(
@@ -181,10 +188,14 @@ def _read_changes(
 ) -> tuple[dict[int, _Change], Tensor]:
     """({layer: change}, vectors that are added to the embeddings, (pos, d_model))."""
     changes: dict[int, _Change] = defaultdict(lambda: _Change({}, {}))
-    embedding = torch.zeros_like(local.embed)
+    embedding, seen = torch.zeros_like(local.embed), set()
     for is_factor, given in ((True, factors), (False, values)):
-        for name, number in given.items():
+        for name, change in given.items():
             node = _checked(local, name)
+            by = _finite(node, change)
+            if node.kind != FEATURE and node.id in seen:
+                raise ModelError(f"{node.id} is given twice: give it one factor.")
+            seen.add(node.id)
             old = None
             if node.kind == FEATURE:
                 old = float(f[node.layer][node.position, node.index])
@@ -196,15 +207,15 @@ def _read_changes(
                     "put it in with values={...: activation}."
                 )
             if node.kind == EMBEDDING:
-                embedding[node.position] += (number - 1) * local.embed[node.position]
+                embedding[node.position] += (by - 1) * local.embed[node.position]
             elif node.kind == ERROR:
                 error = local.errors[node.layer, node.position]
-                changes[node.layer].errors[node.position] = (number - 1) * error
+                changes[node.layer].errors[node.position] = (by - 1) * error
             else:
                 place, held = (node.position, node.index), changes[node.layer].features
                 if place in held:
                     raise ModelError(f"The feature {node.id} has a factor and a value: give one.")
-                held[place] = number * old if is_factor else float(number)
+                held[place] = by * old if is_factor else by
     return dict(changes), embedding
 
 
@@ -215,6 +226,8 @@ def _checked(local: LocalReplacement, name: Node | str) -> Node:
         node = Node.parse(name, model.n_layers) if isinstance(name, str) else name
     except ValueError as error:
         raise ModelError(str(error)) from None
+    if not isinstance(node, Node):
+        raise ModelError(f"{shown(name)} is no node: give one, or its name such as '2_57_3'.")
     if node.kind not in (EMBEDDING, FEATURE, ERROR):
         raise ModelError(f"{node.id} is a logit: change what leads to it.")
     if node.position >= local.length:
@@ -233,6 +246,20 @@ def _checked(local: LocalReplacement, name: Node | str) -> Node:
         if not 0 <= node.index < count:
             raise ModelError(f"{node.id} is latent {node.index}, and the transcoder has {count}.")
     return node
+
+
+def _given(what: str, changes: Changes) -> Changes:
+    """Changes, once they are {node: number}."""
+    if not isinstance(changes, Mapping):
+        raise ModelError(f"{what} is {shown(changes)}: expected {{node or its name: number}}.")
+    return changes
+
+
+def _finite(node: Node, by: float | Tensor) -> float:
+    """What a node is multiplied by, or set to, once it is one number that float32 holds."""
+    by = by.item() if isinstance(by, Tensor) and by.numel() == 1 else by
+    most = torch.finfo(torch.float32).max
+    return number(f"The change of {node.id}", by, -most, most)
 
 
 class _ChangedRun:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mi_helpers.circuits.graphs import FEATURE, Graph
+from mi_helpers.saes.scores import Fired, f1
 
 GOOD = 0.5  # F1: below, a name carries a question mark
 MOST = 3  # labels in one name
@@ -58,42 +59,6 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Fired:
-    """Where a layer's latents fire, latent by latent.
-
-    start  (latents + 1,): latent j's firings are start[j] to start[j + 1] - 1 of the others
-    token, value  (firings,): at which token, and how strongly
-    n      how many tokens there are
-    """
-
-    start: np.ndarray
-    token: np.ndarray
-    value: np.ndarray
-    n: int
-
-    @classmethod
-    def of(cls, activations) -> Fired:
-        """From activations (tokens, latents), an array or a tensor on the CPU."""
-        f = np.asarray(activations)
-        token, latent = f.nonzero()
-        order = np.argsort(latent, kind="stable")
-        token, latent = token[order], latent[order]
-        start = np.searchsorted(latent, np.arange(f.shape[1] + 1))
-        return cls(start, token, f[token, latent], len(f))
-
-    def at(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, values) of a latent's firings."""
-        some = slice(self.start[latent], self.start[latent + 1])
-        return self.token[some], self.value[some]
-
-    def mask(self, latent: int) -> np.ndarray:
-        """(n,): where a latent fires."""
-        found = np.zeros(self.n, dtype=bool)
-        found[self.at(latent)[0]] = True
-        return found
-
-
-@dataclass(frozen=True)
 class Name:
     """A latent's name: labels of which one is true where it fires, scored on tokens held out.
 
@@ -121,16 +86,6 @@ class Name:
 
     def __str__(self) -> str:
         return f"{self.text} {self.f1:.2f}" if self.good else f"{self.text}? {self.f1:.2f}"
-
-
-def f1(fires: np.ndarray, truth: np.ndarray) -> float:
-    """2 · tp / (firings + tokens with the label), for two masks (tokens,); 0 where both are empty.
-
-    Returns:
-        The F1 of the one as a prediction of the other: which is which does not matter.
-    """
-    both, total = int((fires & truth).sum()), int(fires.sum()) + int(truth.sum())
-    return 2 * both / total if total else 0.0
 
 
 @dataclass

@@ -31,6 +31,8 @@ COMMANDS = {
         "report": ("mi_helpers.saes.pipeline:main_report", "a coder measured, in the model too"),
         "features": ("mi_helpers.saes.pipeline:main_features", "what each latent of a coder is"),
         "find": ("mi_helpers.saes.find:main", "a run's latents that fire at a text"),
+        "name": ("mi_helpers.saes.name_run:main", "names for a run's latents, scored; a map"),
+        "browse": ("mi_helpers.saes.browse:main", "a run's latents as one page, to search"),
         "lens": ("mi_helpers.saes.tuned:main", "a tuned lens of any model, from your own text"),
     },
     "The course": {

@@ -23,7 +23,7 @@ import numpy as np
 from mi_helpers.arguments import indices, whole
 from mi_helpers.errors import Refused
 from mi_helpers.saes.concepts import STRONG
-from mi_helpers.saes.scores import Firings
+from mi_helpers.saes.scores import Fired
 
 WEAK = 0.05  # of the highest value: below, a unit counts as not firing
 BEFORE, AFTER = 24, 7  # tokens of a context around the one that it is for
@@ -31,7 +31,7 @@ LEAST = 5  # texts with strong firings in each half: with fewer, there is nothin
 ALIKE = 5  # tokens, and tokens before, by which near-misses may look like strong firings
 TRIES = 400  # places that are looked at for contexts of a kind
 
-# ---------------------------------------------------------------------------- texts and firings
+# ---------------------------------------------------------------------------------------- texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,23 +70,27 @@ class Texts:
             begin: the number of each text's first token in the whole that it is a part of.
 
         Raises:
-            Refused: there are fewer than two texts, or one has no tokens.
+            Refused: there is no text, or one without tokens.
         """
         rows = [tuple(row) for row in words]
         if not rows or not all(rows):
             raise Refused("There is no text, or one without tokens: give each text's tokens.")
         number: dict[str, int] = {}
         ids = [number.setdefault(word, len(number)) for row in rows for word in row]
-        keys = list(rows if same is None else same)
-        order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        drawn = np.random.default_rng(seed).permutation(len(order)) < len(order) // 2
         return cls(
             tuple(number),
             np.array(ids, dtype=np.int32),
             np.concatenate([[0], np.cumsum([len(row) for row in rows])]),
-            np.array([drawn[order[key]] for key in keys]),
+            cls.draw(rows if same is None else same, seed),
             np.zeros(len(rows), np.int64) if begin is None else np.asarray(begin),
         )
+
+    @staticmethod
+    def draw(same: Sequence[Hashable], seed: int = 0) -> np.ndarray:
+        """(texts,), whether each is held out: half of the distinct keys, drawn at random."""
+        order = {key: i for i, key in enumerate(dict.fromkeys(same))}
+        drawn = np.random.default_rng(seed).permutation(len(order)) < len(order) // 2
+        return np.array([drawn[order[key]] for key in same])
 
     @property
     def n(self) -> int:
@@ -119,60 +123,6 @@ class Texts:
         """The places of a token of the vocabulary, in order."""
         order, start = self.places
         return order[start[token] : start[token + 1]]
-
-
-@dataclass(frozen=True)
-class Fired:
-    """Where units fire, unit by unit.
-
-    start  (units + 1,): unit j's firings are start[j] to start[j + 1] - 1 of the others
-    token, value  (firings,): at which token, and how strongly; in the order of the tokens
-    n      how many tokens there are
-    """
-
-    start: np.ndarray
-    token: np.ndarray
-    value: np.ndarray
-    n: int
-
-    @classmethod
-    def of(cls, activations) -> Fired:
-        """From activations (tokens, units), an array or a tensor on the CPU, or from firings.
-
-        Raises:
-            Refused: they are no table of finite numbers.
-        """
-        if isinstance(activations, Firings):
-            found, width = activations, activations.n_latents
-            token, unit, value, n = found.row, found.latent, found.value, found.n_rows
-        else:
-            table = np.asarray(activations)
-            if table.ndim != 2 or not np.isfinite(table).all():
-                raise Refused(
-                    f"The activations have the shape {table.shape}: expected finite numbers, a row "
-                    "for each token and a column for each unit."
-                )
-            token, unit = (table > 0).nonzero()
-            value, (n, width) = table[token, unit], table.shape
-        order = np.lexsort((token, unit))
-        start = np.searchsorted(unit[order], np.arange(width + 1))
-        return cls(start, token[order], value[order], n)
-
-    @property
-    def n_units(self) -> int:
-        """How many units there are."""
-        return len(self.start) - 1
-
-    def at(self, unit: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, values) of a unit's firings."""
-        some = slice(self.start[unit], self.start[unit + 1])
-        return self.token[some], self.value[some]
-
-    def mask(self, unit: int) -> np.ndarray:
-        """(n,): where a unit fires."""
-        found = np.zeros(self.n, dtype=bool)
-        found[self.at(unit)[0]] = True
-        return found
 
 
 # ------------------------------------------------------------------------------------- contexts
@@ -307,10 +257,10 @@ def examples_of(
     rng = np.random.default_rng([seed, unit])
     seen = texts.half[0][token]
     highest = float(value[seen].max(initial=0.0))
-    draws = [_Draw(texts, half, token, value, highest, rng, n) for half in texts.half]
-    kinds = [draw.kinds() for draw in draws]
-    strong = tuple(len(np.unique(texts.text[draw.strong])) for draw in draws)
-    return Examples(unit, highest, *kinds, strong, texts, token, value)
+    one, two = (_Draw(texts, half, token, value, highest, rng, n) for half in texts.half)
+    seen, held = one.kinds(), two.kinds()
+    strong = len(np.unique(texts.text[one.strong])), len(np.unique(texts.text[two.strong]))
+    return Examples(unit, highest, seen, held, strong, texts, token, value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,9 @@ import numpy as np
 
 from mi_helpers.errors import Refused
 from mi_helpers.saes.examples import Context, Examples, Texts
-from mi_helpers.saes.rules import LOOKS, PIECES, WINDOW, Facts, f1, looks_like, name_of, parse
+from mi_helpers.saes.rules import LOOKS, PIECES, WINDOW, Facts, looks_like, name_of, parse
 from mi_helpers.saes.rules import place_names as places
+from mi_helpers.saes.scores import f1
 
 SEEN = 3  # strong firings at a value before a name may have it
 MOST = 8  # values in a clause
@@ -242,7 +243,13 @@ class _Search:
             for second in self.clauses(first.rows):
                 if second.kind.split()[0] != first.kind.split()[0]:
                     names.append([first, second])
-        return max(names, key=lambda n: n[-1].score - COST * (len(n) - 1), default=[])
+        return max(names, key=lambda n: n[-1].score - COST * (len(n) - 1), default=[self.looks()])
+
+    def looks(self) -> Clause:
+        """How the token looks at which most firings are: where no value has `SEEN` of them."""
+        values, index = self.counts.kinds["looks"]
+        most = int(np.bincount(index[self.fires]).argmax())
+        return Clause(0.0, "looks", (values[most],), index == most)
 
 
 class Offline:

@@ -14,9 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 from mi_helpers import plots
-from mi_helpers.layouts import Key
-from mi_helpers.models import LanguageModel, read_sites
-from mi_helpers.saes.activations import Activations, site_name
+from mi_helpers.models import LanguageModel
+from mi_helpers.saes.activations import Activations
 from mi_helpers.saes.features import Context, Features, bin_edges, contexts, extremes, logit_effects
 
 LINE = 122  # characters of a context on a page
@@ -161,31 +160,3 @@ def centred(context: Context, room: int = LINE) -> str:
 def printable(token: str) -> str:
     """A token as a label: control characters would not be drawn."""
     return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in token) or "∅"
-
-
-def firing_map(model: LanguageModel, coder, site: Key, text: str, n: int = 12) -> Figure:
-    """The values at each token of a text of the n latents with the largest sums over it.
-
-    Raises:
-        ValueError: the text is empty or too long, or no latent fires in it.
-    """
-    ids = model.tokens(text)
-    first = int(model.tokenizer.bos_token_id == ids[0, 0])  # BOS is nothing a coder knows
-    with torch.no_grad():
-        (x,) = read_sites(model, ids, [site])
-        index, value = coder.encode_sparse(x[0, first:].float())
-    table = torch.zeros(len(index), coder.d_latent).scatter_(1, index.cpu(), value.cpu())
-    chosen = table.sum(0).topk(min(n, coder.d_latent)).indices
-    chosen = chosen[table[:, chosen].max(0).values > 0]
-    if not len(chosen):
-        raise ValueError("No latent fires anywhere in this text: try another one.")
-    tokens = [printable(token) for token in model.str_tokens(ids[0])[first:]]
-    return plots.heatmap(
-        table[:, chosen].T,
-        tokens,
-        [f"latent {int(latent)}" for latent in chosen],
-        f"latents that fire most at {site_name(site)}",
-        unit="value",
-        form=".1f" if len(tokens) <= 16 else "",
-        width=max(6.0, min(14.0, 3 + 0.55 * len(tokens))),
-    )

@@ -89,6 +89,8 @@ def _lines(run: Path) -> Iterator[dict]:
             "mi_helpers features` finish there first."
         )
     kinds = {"latent": int, "frequency": float, "top": list, "raises": list}
+    if not path.stat().st_size:
+        raise RunError(f"{path} is empty. {AGAIN}")
     with open(path, encoding="utf-8") as file:
         for line in file:
             yield checked(json.loads(line), path, RunError, **kinds)

@@ -2,6 +2,8 @@
 
     config = HarvestConfig(("resid_post", 3), tokens=200_000)
     held = harvest(load_model(), open_source("tinyworld"), "runs/demo/harvest", config)
+    both = {"runs/2/harvest": replace(config, site=("resid_post", 2)), "runs/3/harvest": config}
+    harvest_together(load_model(), open_source("tinyworld"), both)      # one pass of the model
 
 The model is run only up to the last layer that is read. A text longer than the context is cut into
 pieces; each piece starts with BOS, whose activation is left out, as are positions whose norm is an
@@ -12,14 +14,15 @@ same bytes.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mi_helpers.arguments import shown
 from mi_helpers.files import (
     RunError,
     load_tensors,
@@ -29,10 +32,10 @@ from mi_helpers.files import (
     seal,
     write_sealed,
 )
-from mi_helpers.layouts import ModelError
+from mi_helpers.layouts import Key, ModelError
 from mi_helpers.models import LanguageModel, checked_site, read_sites, site_width
 from mi_helpers.saes.activations import FORMAT, MANIFEST, Activations, check_counts, site_name
-from mi_helpers.saes.plan import HarvestConfig, compared, keep_plan, plan_of
+from mi_helpers.saes.plan import HarvestConfig, compared, keep_plan, origin_of, settings_of
 from mi_helpers.saes.processes import ALONE, Processes
 from mi_helpers.saes.progress import progress_bar
 from mi_helpers.saes.sources import Source
@@ -133,17 +136,12 @@ def batches(lengths: list[int], most: int) -> Iterator[list[int]]:
 
 
 class Harvester:
-    """One harvest: which text goes into which shard, and how a shard is made."""
+    """One harvest's folder: which of its shards are there, and how one is written."""
 
-    def __init__(self, model: LanguageModel, source: Source, folder: Path, plan: dict):
-        self.model, self.source, self.folder, self.plan = model, source, folder, plan
+    def __init__(self, folder: Path, plan: dict):
+        self.folder, self.plan = folder, plan
         self.sites = [tuple(plan["source"])] + ([tuple(plan["target"])] if plan["target"] else [])
-        bos = model.tokenizer.bos_token_id if model.tokenizer else None
-        self.bos = [] if bos is None else [bos]
         self.digest = seal(compared(plan))
-        self.encode = encoder(model)
-        self._stream: Iterator[Piece] = iter(())
-        self._at: tuple[int, int] | None = None
 
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05}.safetensors"
@@ -165,40 +163,14 @@ class Harvester:
             )
         return about
 
-    def take(self, cursor: tuple[int, int], left: int) -> list[Piece]:
-        """The pieces of the shard that begins at a (document, token): at most `left` tokens."""
-        if self._at != cursor:
-            room = self.plan["context"] - len(self.bos)
-            self._stream = pieces(self.source, self.encode, room, *cursor)
-        taken, total, goal = [], 0, min(left, self.plan["shard_tokens"])
-        while total < goal and (piece := next(self._stream, None)) is not None:
-            if total + len(piece.ids) > left:
-                piece = Piece(piece.document, piece.offset, piece.ids[: left - total])
-            taken.append(piece)
-            total += len(piece.ids)
-        if taken:
-            self._at = taken[-1].document, taken[-1].offset + len(taken[-1].ids)
-        return taken
+    def write(self, shard: int, taken: list[Piece], found: dict[Key, Tensor], lead: int) -> None:
+        """Write the shard of these pieces.
 
-    def run(self, taken: list[Piece]) -> list[Tensor]:
-        """Each site's activations at all tokens of the pieces in order, (tokens, width), bf16."""
-        lengths = [len(piece.ids) for piece in taken]
-        first = [0, *itertools.accumulate(lengths)]
-        widths = [site_width(self.model, site) for site in self.sites]
-        out = [torch.empty(first[-1], w, dtype=torch.bfloat16) for w in widths]
-        lead = len(self.bos)
-        for batch in batches([n + lead for n in lengths], self.plan["batch_tokens"]):
-            ids = self.model.pad([self.bos + taken[i].ids for i in batch])
-            found = read_sites(self.model, ids, self.sites)
-            for held, values in zip(out, found, strict=True):
-                values = values.to(torch.bfloat16).cpu()
-                for row, i in enumerate(batch):
-                    held[first[i] : first[i + 1]] = values[row, lead : lead + lengths[i]]
-        return out
-
-    def make(self, shard: int, taken: list[Piece]) -> None:
-        """Run the model on one shard's pieces and write it."""
-        values = self.run(taken)
+        Args:
+            found: {site: activations at all tokens of the pieces, (tokens, width)}.
+            lead: how many special tokens stand before each piece.
+        """
+        values = [found[site] for site in self.sites]
         lengths = torch.tensor([len(piece.ids) for piece in taken])
         piece = torch.repeat_interleave(torch.arange(len(taken)), lengths)
         start = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -229,34 +201,94 @@ class Harvester:
             "plan": self.digest,
             "rows": int(keep.sum()),
             "tokens": len(piece),
-            "bos": len(taken) * len(self.bos),
+            "bos": len(taken) * lead,
             "outliers": int((~keep).sum()),
             "median_norm": round(float(norms.median()), 6),
-            "next": list(self._at),
+            "next": list(after(taken)),
         }
         save_tensors(self.path(shard), tensors, about)
 
-    def shards(self, processes: Processes, progress: bool) -> int:
-        """Make this process's shards where they are missing; the number of all shards.
+
+def after(taken: list[Piece]) -> tuple[int, int]:
+    """The (document, token) that follows these pieces."""
+    return taken[-1].document, taken[-1].offset + len(taken[-1].ids)
+
+
+class Reader:
+    """One pass over a text: which of it goes into which shard, and what the model makes of it.
+
+    Args:
+        plan: of any of the harvests that are made in this pass.
+    """
+
+    def __init__(self, model: LanguageModel, source: Source, plan: dict):
+        self.model, self.source, self.plan = model, source, plan
+        bos = model.tokenizer.bos_token_id if model.tokenizer else None
+        self.bos = [] if bos is None else [bos]
+        self.encode = encoder(model)
+        self._stream: Iterator[Piece] = iter(())
+        self.at: tuple[int, int] | None = None
+
+    def take(self, cursor: tuple[int, int], left: int) -> list[Piece]:
+        """The pieces of the shard that begins at a (document, token): at most `left` tokens."""
+        if self.at != cursor:
+            room = self.plan["context"] - len(self.bos)
+            self._stream = pieces(self.source, self.encode, room, *cursor)
+        taken, total, goal = [], 0, min(left, self.plan["shard_tokens"])
+        while total < goal and (piece := next(self._stream, None)) is not None:
+            if total + len(piece.ids) > left:
+                piece = Piece(piece.document, piece.offset, piece.ids[: left - total])
+            taken.append(piece)
+            total += len(piece.ids)
+        if taken:
+            self.at = after(taken)
+        return taken
+
+    def run(self, taken: list[Piece], sites: list[Key]) -> dict[Key, Tensor]:
+        """{site: activations at all tokens of the pieces in order, (tokens, width), bf16}."""
+        lengths = [len(piece.ids) for piece in taken]
+        first = [0, *itertools.accumulate(lengths)]
+        widths = [site_width(self.model, site) for site in sites]
+        out = [torch.empty(first[-1], w, dtype=torch.bfloat16) for w in widths]
+        lead = len(self.bos)
+        for batch in batches([n + lead for n in lengths], self.plan["batch_tokens"]):
+            ids = self.model.pad([self.bos + taken[i].ids for i in batch])
+            found = read_sites(self.model, ids, sites)
+            for held, values in zip(out, found, strict=True):
+                values = values.to(torch.bfloat16).cpu()
+                for row, i in enumerate(batch):
+                    held[first[i] : first[i + 1]] = values[row, lead : lead + lengths[i]]
+        return dict(zip(sites, out, strict=True))
+
+    def shards(self, harvests: list[Harvester], processes: Processes, progress: bool) -> int:
+        """Make this process's shards where a harvest lacks them; the number of all shards.
 
         Every process reads the whole text, which costs little, so that all agree on what is in each
-        shard.
+        shard. The model is run once for all harvests that lack a shard.
         """
-        cursor, done, shard = (0, 0), 0, 0
+        cursor, done, shard, wanted = (0, 0), 0, 0, self.plan["tokens"]
         shown = progress and processes.first
-        with progress_bar("harvest", self.plan["tokens"], "tokens", shown=shown) as bar:
-            while done < self.plan["tokens"]:
-                own = shard % processes.size == processes.rank
-                about = self.about(shard, check=own) if own or self._at != cursor else None
-                if about is None:
-                    taken = self.take(cursor, self.plan["tokens"] - done)
+        with progress_bar("harvest", wanted, "tokens", shown=shown) as bar:
+            while done < wanted:
+                own, known = shard % processes.size == processes.rank, None
+                lacking = harvests
+                if own or self.at != cursor:
+                    there = [each.about(shard, check=own) for each in harvests]
+                    pairs = zip(harvests, there, strict=True)
+                    lacking = [each for each, about in pairs if about is None]
+                    known = next((about for about in there if about is not None), None)
+                if lacking and (own or known is None):
+                    taken = self.take(cursor, wanted - done)
                     if not taken:
                         break
-                    count, cursor = sum(len(piece.ids) for piece in taken), self._at
+                    count, cursor = sum(len(piece.ids) for piece in taken), self.at
                     if own:
-                        self.make(shard, taken)
+                        sites = list(dict.fromkeys(key for each in lacking for key in each.sites))
+                        found = self.run(taken, sites)
+                        for each in lacking:
+                            each.write(shard, taken, found, len(self.bos))
                 else:
-                    count, cursor = about["tokens"], tuple(about["next"])
+                    count, cursor = known["tokens"], tuple(known["next"])
                 done, shard = done + count, shard + 1
                 bar.update(count)
         return shard
@@ -283,24 +315,81 @@ def harvest(
         RunError: the folder holds another harvest, the disk is full, or activations are not finite.
         ModelError, SourceError: the model or the text cannot be read.
     """
-    folder = Path(folder)
-    config = checked_config(model, config)
+    together = harvest_together(
+        model, source, {folder: config}, processes=processes, progress=progress
+    )
+    return together[0]
+
+
+def harvest_together(
+    model: LanguageModel,
+    source: Source,
+    configs: Mapping[Path | str, HarvestConfig],
+    *,
+    processes: Processes = ALONE,
+    progress: bool = True,
+) -> list[Activations]:
+    """Several harvests of one text in one pass of the model, each as `harvest` alone leaves it, to
+    the last byte.
+
+    Args:
+        configs: {folder: what is harvested into it}; they may differ in their sites and outliers.
+
+    Raises:
+        RunError: as `harvest`; or they differ in more, or name one folder twice.
+    """
+    if not isinstance(configs, Mapping):
+        raise RunError(f"configs is {shown(configs)}: expected {{folder: HarvestConfig}}.")
+    wanted = {Path(folder): checked_config(model, each) for folder, each in configs.items()}
+    check_together(wanted, len(configs))
     encoder(model)  # says now that there is no tokenizer
-    widths = [site_width(model, site) for site in config.sites]
-    with processes.alone_in(folder):
-        plan = plan_of(model, source, config)
-        begun = (folder / MANIFEST).exists()
+    with ExitStack() as held:
+        for folder in wanted:
+            held.enter_context(processes.alone_in(folder))
+        begun = all((folder / MANIFEST).exists() for folder in wanted)
         if not begun and not any(t.strip() for t in itertools.islice(source.texts(), 1_000)):
             raise RunError(f"{source.name} has no text: its first texts are empty.")
-        there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
-        need_space(folder, disk_needed(config, widths) - there, "The harvest", FEWER)
-        harvester = Harvester(model, source, folder, keep_plan(folder, plan, processes))
-        count = harvester.shards(processes, progress)
+        needed = 0.0
+        for folder, config in wanted.items():
+            there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+            needed += max(0.0, disk_needed(config, widths_of(model, config)) - there)
+            need_space(folder, needed, "The harvest", FEWER)
+        of = origin_of(model, source)
+        harvests = [
+            Harvester(folder, keep_plan(folder, of | settings_of(config), processes))
+            for folder, config in wanted.items()
+        ]
+        reader = Reader(model, source, harvests[0].plan)
+        count = reader.shards(harvests, processes, progress)
         processes.wait()
         if processes.first:
-            write_manifest(harvester, count, widths)
+            for each, config in zip(harvests, wanted.values(), strict=True):
+                write_manifest(each, count, widths_of(model, config), source.name)
         processes.wait()
-        return Activations.open(folder)
+        return [Activations.open(folder) for folder in wanted]
+
+
+def check_together(wanted: Mapping[Path, HarvestConfig], given: int) -> None:
+    """Refuse harvests that cannot be made in one pass: they read the same text in the same pieces.
+
+    Raises:
+        RunError: in which setting two differ, or that a folder is named twice, or none.
+    """
+    if len({folder.resolve() for folder in wanted}) != given or not given:
+        raise RunError("Each harvest needs a folder of its own: name at least one, each once.")
+    first, *others = wanted.values()
+    for other in others:
+        for name in ("tokens", "context", "shard_tokens", "batch_tokens"):
+            if getattr(first, name) != getattr(other, name):
+                raise RunError(
+                    f"Harvests in one pass read the same pieces of text, and {name} is "
+                    f"{getattr(first, name)} and {getattr(other, name)}: give them one value."
+                )
+
+
+def widths_of(model: LanguageModel, config: HarvestConfig) -> list[int]:
+    """The width of each site of a harvest."""
+    return [site_width(model, site) for site in config.sites]
 
 
 def disk_needed(config: HarvestConfig, widths: list[int]) -> float:
@@ -315,15 +404,19 @@ def checked_config(model: LanguageModel, config: HarvestConfig) -> HarvestConfig
         RunError: a number below 1, an outlier below 1, or a context that the model cannot read.
         ModelError: there is no such site.
     """
+    if not isinstance(config, HarvestConfig):
+        raise RunError(f"A harvest is told by {shown(config)}: expected a HarvestConfig.")
     for site in config.sites:
+        if not isinstance(site, tuple) or len(site) != 2:
+            raise RunError(f"site is {shown(site)}: expected (name, layer).")
         site_width(model, site)
     check_counts(config, ("tokens", "shard_tokens", "batch_tokens"))
-    if not config.outlier >= 1 or math.isnan(config.outlier):
+    if not isinstance(config.outlier, int | float) or not config.outlier >= 1:
         raise RunError(
             f"outlier is {config.outlier}: it has to be 1 or more, as positions whose norm is "
             "above so many medians are left out."
         )
-    if not 2 <= config.context <= model.n_ctx:
+    if not isinstance(config.context, int) or not 2 <= config.context <= model.n_ctx:
         raise RunError(
             f"The context is {config.context}: {model.name} reads 2 to {model.n_ctx} tokens."
         )
@@ -331,7 +424,7 @@ def checked_config(model: LanguageModel, config: HarvestConfig) -> HarvestConfig
     return replace(config, site=checked_site(model, config.site), target=target)
 
 
-def write_manifest(harvester: Harvester, count: int, widths: list[int]) -> None:
+def write_manifest(harvester: Harvester, count: int, widths: list[int], text: str) -> None:
     """Write the manifest, with which the harvest is complete."""
     plan, shards, norms = harvester.plan, [], []
     left_out = {"bos": 0, "outliers": 0}
@@ -349,7 +442,7 @@ def write_manifest(harvester: Harvester, count: int, widths: list[int]) -> None:
         for name in left_out:
             left_out[name] += about[name]
     if not sum(shard["rows"] for shard in shards):
-        raise RunError(f"{harvester.source.name} has no text that could be harvested.")
+        raise RunError(f"{text} has no text that could be harvested.")
     write_sealed(
         harvester.folder / MANIFEST,
         plan

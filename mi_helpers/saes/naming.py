@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import bootstrap
 
-from mi_helpers.saes.examples import Context, Examples, Fired, Texts, collect
+from mi_helpers.saes.examples import Context, Examples, Texts, collect
 from mi_helpers.saes.explainers import Explainer, Explanation, Offline
+from mi_helpers.saes.scores import Fired
 
 __all__ = [
     "Context",
@@ -112,8 +113,8 @@ def detection(judge, explanation: Explanation, examples: Examples, rng) -> Score
     negative = [*silent[:some], *held.near[: len(held.spread) - len(silent[:some])]]
     groups = [list(held.spread), negative]
     blank = [[context.with_values() for context in group] for group in groups]
-    said = asked(judge.detect, explanation, blank, rng)
-    return balanced(*said, rng)
+    yes, no = asked(judge.detect, explanation, blank, rng)
+    return balanced(yes, no, rng)
 
 
 def fuzzing(judge, explanation: Explanation, examples: Examples, rng) -> Score:
@@ -122,8 +123,8 @@ def fuzzing(judge, explanation: Explanation, examples: Examples, rng) -> Score:
     every = list(dict.fromkeys([*held.spread, *held.top]))
     right = [marks(c, [v >= level for v in c.values]) for c in every[::2]]
     wrong = [mismarked(c, level, rng) for c in every[1::2]]
-    said = asked(judge.fuzz, explanation, [right, [c for c in wrong if c]], rng)
-    return balanced(*said, rng)
+    yes, no = asked(judge.fuzz, explanation, [right, [c for c in wrong if c]], rng)
+    return balanced(yes, no, rng)
 
 
 def marks(context: Context, on: Sequence[bool]) -> Context:
@@ -155,8 +156,8 @@ def simulation(judge, explanation: Explanation, examples: Examples, rng) -> Scor
 
 def moments(x: Sequence[float], y: Sequence[float]) -> list[float]:
     """[n, Σx, Σy, Σx², Σy², Σxy] of a context: those of several add up."""
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    return [len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    return [len(a), a.sum(), b.sum(), (a * a).sum(), (b * b).sum(), (a * b).sum()]
 
 
 def correlation(*sums: np.ndarray) -> np.ndarray:

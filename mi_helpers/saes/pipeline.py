@@ -2,10 +2,12 @@
 
 Each stage leaves files in --folder, which the next one reads. A stage that was killed continues
 from where it was when the same command is given again; a finished training goes on where it is
-given again with more --steps. Settings come from a TOML file (`key =
-value`; the keys are the options' names, with "_" for "-") and from options, which win.
+given again with more --steps. Of several --layers each gets a run of its own, in FOLDER/layer-N,
+as it would be alone; their harvests share one pass of the model. Settings come from a TOML file
+(`key = value`; the keys are the options' names, with "_" for "-") and from options, which win.
 
     python -m mi_helpers run                                    # tiny-gemma on TinyWorld
+    python -m mi_helpers run --site mlp_in --target mlp_out --layers all --folder runs/all
     python -m mi_helpers run --config config/gemma_2_2b.toml --dry-run      # hours, memory, disk
     torchrun --nproc-per-node 2 -m mi_helpers run --folder runs/two
 """
@@ -17,6 +19,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypedDict, Unpack
@@ -36,7 +39,7 @@ from mi_helpers.saes.features import FILE, collect, write_latents
 from mi_helpers.saes.harvest import (
     FEWER,
     checked_config,
-    harvest,
+    harvest_together,
 )
 from mi_helpers.saes.harvest import disk_needed as disk_of_harvest
 from mi_helpers.saes.plan import PLAN, HarvestConfig, check_model, check_plan, settings_of
@@ -77,6 +80,7 @@ class Settings:
         "resid_post", "what the coder reads; ln2_normalized is Gemma Scope's mlp_in"
     )
     layer: int = setting(-1, "of the site; default: the middle one")
+    layers: str = setting("", "several, as 0,2,4 or all: a run of each in FOLDER/layer-N")
     target: str = setting("", "what a transcoder predicts, such as mlp_out; default: what it reads")
     tokens: int = setting(200_000, "of text to harvest")
     context: int = setting(128, "tokens that the model reads at once, BOS included")
@@ -175,6 +179,28 @@ def read_settings(given: dict, config: Path | None) -> Settings:
     return settings
 
 
+def runs_of(settings: Settings) -> list[Settings]:
+    """The run of each of the layers that are named; where none is, the run alone.
+
+    Raises:
+        RunError: they are no layers, or one is named apart.
+    """
+    given = settings.layers
+    if not given:
+        return [settings]
+    if settings.layer != -1:
+        raise RunError(f"layer is {settings.layer} and layers is {given!r}: give one of them.")
+    layers = given.split(",")
+    if given == "all":
+        layers = map(str, range(estimate.shape_of(settings.model_name).num_hidden_layers))
+    elif not all(each.strip().isdecimal() for each in layers):
+        raise RunError(f"layers is {given!r}: give numbers from 0, as 0,2,4, or all.")
+    return [
+        dataclasses.replace(settings, layers="", layer=i, folder=str(settings.path / f"layer-{i}"))
+        for i in dict.fromkeys(map(int, layers))
+    ]
+
+
 # ------------------------------------------------------------------------------------- stages
 
 
@@ -197,35 +223,39 @@ class Checked:
 
 
 class Pipeline:
-    """The stages of one run; the model is loaded by the first stage that needs it."""
+    """The stages of one run; the model is loaded by the first stage that needs it.
 
-    def __init__(self, settings: Settings, group: Processes):
-        self.settings, self.group = settings, group
-        self._model: LanguageModel | None = None
+    Args:
+        models: {name: model} of those that are loaded, which several runs share.
+    """
+
+    def __init__(self, settings: Settings, group: Processes, models: dict[str, LanguageModel]):
+        self.settings, self.group, self.models = settings, group, models
 
     @property
     def model(self) -> LanguageModel:
-        if self._model is None:
-            dtype = DTYPES.get(self.settings.dtype)
-            self._model = load_model(self.settings.model_name, dtype, self.group.device)
-        return self._model
+        name, dtype = self.settings.model_name, DTYPES.get(self.settings.dtype)
+        if name not in self.models:
+            self.models[name] = load_model(name, dtype, self.group.device)
+        return self.models[name]
 
     @property
     def held(self) -> Activations:
         return Activations.open(self.settings.path / HARVEST)
 
-    def harvest(self) -> None:
+    def harvest(self, *others: Pipeline) -> None:
         """Write a model's activations on text to disk."""
-        s = self.settings
+        s, n_layers = self.settings, self.model.n_layers
         source = open_source(s.text, s.seed, s.column)
-        config = s.harvest(self.model.n_layers)
-        held = harvest(self.model, source, s.path / HARVEST, config, processes=self.group)
-        left = held.manifest["left_out"]
-        ended = "" if held.manifest["tokens"] == s.tokens else "; the text ended there"
-        self.say(
-            f"{held!r}: {held.manifest['tokens']:,} tokens{ended}; left out: {left['bos']:,} BOS, "
-            f"{left['outliers']:,} outliers."
-        )
+        each = [run.settings for run in (self, *others)]
+        wanted = {one.path / HARVEST: one.harvest(n_layers) for one in each}
+        for held in harvest_together(self.model, source, wanted, processes=self.group):
+            left = held.manifest["left_out"]
+            ended = "" if held.manifest["tokens"] == s.tokens else "; the text ended there"
+            self.say(
+                f"{held!r}: {held.manifest['tokens']:,} tokens{ended}; left out: {left['bos']:,} "
+                f"BOS, {left['outliers']:,} outliers."
+            )
 
     def check(self, stages: Sequence[str]) -> Checked:
         """Refuse now, before the first hour, what one of these stages would refuse later.
@@ -332,17 +362,17 @@ class Pipeline:
             )
         self.group.wait()
 
-    def run(self) -> None:
+    def run(self, *others: Pipeline) -> None:
         """Run all stages: harvest, train, report, features."""
-        self.harvest()
-        self._model = None  # training needs the memory, not the model
-        self.train()
-        self.report()
-        self.features()
+        self.harvest(*others)
+        self.models.clear()  # training needs the memory, not the model
+        for stage in STAGES["run"][1:]:
+            for each in (self, *others):
+                getattr(each, stage)()
 
-    def dry_run(self, stages: Sequence[str]) -> None:
+    def dry_run(self, stages: Sequence[str], checked: Checked) -> None:
         """Print time, memory and disk of these stages, measured here and now."""
-        s, checked = self.settings, self.check(stages)
+        s = self.settings
         shape = checked.shape or estimate.shape_of(s.model_name)
         plan = checked.plan or s.harvest(shape.num_hidden_layers)
         dtype = DTYPES[s.dtype or str(shape.dtype or "float32").removeprefix("torch.")]
@@ -384,15 +414,25 @@ def run_stage(stage: str, settings: Settings, dry_run: bool = False) -> None:
         RunError, ModelError, SourceError: what cannot be done, and what to do about it.
     """
     try:
-        pipeline = Pipeline(settings, processes.start(settings.device or None))
+        group, models = processes.start(settings.device or None), {}
+        runs = [Pipeline(each, group, models) for each in runs_of(settings)]
+        checked = [each.check(STAGES[stage]) for each in runs]
         if dry_run:
-            pipeline.dry_run(STAGES[stage])
-        else:
-            pipeline.check(STAGES[stage])
-            with pipeline.group.alone_in(settings.path):
-                if pipeline.group.first:  # who alone writes into it
-                    sweep(settings.path, RECIPE)
-                getattr(pipeline, stage)()
+            for each, one in zip(runs, checked, strict=True):
+                each.dry_run(STAGES[stage], one)
+            if len(runs) > 1 and "harvest" in STAGES[stage]:
+                runs[0].say("The harvests share one pass: it takes as long as the deepest alone.")
+            return
+        with ExitStack() as held:
+            for each in runs:
+                held.enter_context(group.alone_in(each.settings.path))
+                if group.first:  # who alone writes into it
+                    sweep(each.settings.path, RECIPE)
+            if "harvest" in STAGES[stage]:
+                getattr(runs[0], stage)(*runs[1:])
+            else:
+                for each in runs:
+                    getattr(each, stage)()
     finally:
         processes.finish()
 

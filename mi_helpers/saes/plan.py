@@ -1,6 +1,6 @@
 """What a harvest is of, its plan: the text, the model, the sites and the settings.
 
-    plan = plan_of(model, source, config)
+    plan = origin_of(model, source) | settings_of(config)
     difference(plan, other)                # "the setting context = 12, not 10"; "" for none
 
 Whatever the numbers of a harvest depend on is in its plan, by content where that can be: checksums
@@ -135,10 +135,9 @@ def difference(before: dict, now: dict, inside: str = "") -> str:
     return ""
 
 
-def plan_of(model: LanguageModel, source: Source, config: HarvestConfig) -> dict:
-    """All that a harvest's numbers depend on, as in its plan.json."""
-    of = {"model": model_identity(model), "text": source.identity()}
-    return of | settings_of(config)
+def origin_of(model: LanguageModel, source: Source) -> dict:
+    """What all harvests of a text by a model have in common in their plans."""
+    return {"model": model_identity(model), "text": source.identity()}
 
 
 def settings_of(config: HarvestConfig) -> dict:

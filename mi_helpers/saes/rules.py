@@ -25,6 +25,7 @@ import numpy as np
 
 from mi_helpers.errors import Refused
 from mi_helpers.saes.examples import Texts
+from mi_helpers.saes.scores import f1 as f1
 
 WINDOW = 12  # tokens before, in which `near` looks
 PIECES = (1, 2, 3)  # letters of a beginning or an ending
@@ -149,13 +150,26 @@ class Facts:
         if kind == "place":
             wanted = [place_names().index(value) for value in values]
             return np.isin(self.place, wanted)
-        of_word, test = np.zeros(len(self.words), dtype=bool), PROPERTIES.get(kind)
-        named = [w for w in self.words if test(w, set(values))] if test else values
-        of_word[[self.words[w] for w in named if w in self.words]] = True
+        of_word = np.zeros(len(self.words), dtype=bool)
+        for value in values:
+            of_word[self.numbers(kind, value)] = True
         there = of_word[self.word]
         if kind == "near":
             return self.recent(there)
         return self.shifted(there, {"after": 1, "before": -1}.get(kind, 0))
+
+    def numbers(self, kind: str, value: str) -> list[int]:
+        """The numbers of the tokens of which this value of a kind is so."""
+        if (test := PROPERTIES.get(kind)) is None:
+            return [self.words[value]] if value in self.words else []
+        if (kind, value) not in self._kept:
+            found = [number for word, number in self.words.items() if test(word, value)]
+            self._kept[kind, value] = found
+        return self._kept[kind, value]
+
+    @cached_property
+    def _kept(self) -> dict[tuple[str, str], list[int]]:
+        return {}
 
     @cached_property
     def place(self) -> np.ndarray:
@@ -167,15 +181,9 @@ class Facts:
         return np.logical_and.reduce([self.holds(*clause) for clause in parse(name)])
 
 
-PROPERTIES: dict[str, Callable[[str, set[str]], bool]] = {
-    "begins": lambda word, wanted: word.startswith(tuple(wanted)),
-    "ends": lambda word, wanted: word.endswith(tuple(wanted)),
-    "looks": lambda word, wanted: looks_like(word) in wanted,
+PROPERTIES: dict[str, Callable[[str, str], bool]] = {
+    "begins": str.startswith,
+    "ends": str.endswith,
+    "looks": lambda word, look: looks_like(word) == look,
 }
 KINDS = (*WORDS, *PROPERTIES, "place")
-
-
-def f1(said: np.ndarray, true: np.ndarray) -> float:
-    """2 TP / (said + true) of two masks, whichever is which; 0 where both are empty."""
-    total = np.count_nonzero(said) + np.count_nonzero(true)
-    return 2 * np.count_nonzero(said & true) / total if total else 0.0

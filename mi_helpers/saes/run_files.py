@@ -27,7 +27,10 @@ RECIPE, LOG, CHECKPOINT, CODER, SECONDS = (
 )
 SUMS = "SHA256SUMS"  # in the coder's folder, as `sha256sum --check` reads it
 EVERY = (CONFIG, WEIGHTS, f"../{RECIPE}", f"../{LOG}")  # what it has
-MADE = ("report.json", "report.md", "curves.png", "features.safetensors", "latents.jsonl")  # of it
+MADE = (  # of it
+    *("report.json", "report.md", "curves.png", "features.safetensors", "latents.jsonl"),
+    *("latents.html", "names"),
+)
 AGAIN = "Move the folder coder away, and run the training again."
 
 

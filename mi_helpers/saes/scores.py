@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mi_helpers.errors import Refused
+
 BLOCK = 64  # dense units that are sorted together
 
 
@@ -33,6 +35,60 @@ class Firings:
     value: np.ndarray
     n_rows: int
     n_latents: int
+
+
+@dataclass(frozen=True)
+class Fired:
+    """Where units fire, unit by unit.
+
+    start  (units + 1,): unit j's firings are start[j] to start[j + 1] - 1 of the others
+    token, value  (firings,): at which token, and how strongly; in the order of the tokens
+    n      how many tokens there are
+    """
+
+    start: np.ndarray
+    token: np.ndarray
+    value: np.ndarray
+    n: int
+
+    @classmethod
+    def of(cls, activations) -> Fired:
+        """From activations (tokens, units), an array or a tensor on the CPU, or from firings.
+
+        Raises:
+            Refused: they are no table of finite numbers.
+        """
+        if isinstance(activations, Firings):
+            found, width = activations, activations.n_latents
+            token, unit, value, n = found.row, found.latent, found.value, found.n_rows
+        else:
+            table = np.asarray(activations)
+            if table.ndim != 2 or not np.isfinite(table).all():
+                raise Refused(
+                    f"The activations have the shape {table.shape}: expected finite numbers, a row "
+                    "for each token and a column for each unit."
+                )
+            token, unit = (table > 0).nonzero()
+            value, (n, width) = table[token, unit], table.shape
+        order = np.lexsort((token, unit))
+        start = np.searchsorted(unit[order], np.arange(width + 1))
+        return cls(start, token[order], value[order], n)
+
+    @property
+    def n_units(self) -> int:
+        """How many units there are."""
+        return len(self.start) - 1
+
+    def at(self, unit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, values) of a unit's firings."""
+        some = slice(self.start[unit], self.start[unit + 1])
+        return self.token[some], self.value[some]
+
+    def mask(self, unit: int) -> np.ndarray:
+        """(n,): where a unit fires."""
+        found = np.zeros(self.n, dtype=bool)
+        found[self.at(unit)[0]] = True
+        return found
 
 
 @dataclass(frozen=True)
@@ -231,3 +287,9 @@ def auroc(entries: Sorted, right: np.ndarray, n: int, others: int, n_units: int)
     rest_misses[unit[closing]] -= misses[closing]
     total = np.bincount(unit, wins, minlength=n_units) + rest_hits * rest_misses / 2
     return total / (n * others)
+
+
+def f1(said: np.ndarray, true: np.ndarray) -> float:
+    """2 TP / (said + true) of two masks, whichever is which; 0 where both are empty."""
+    total = np.count_nonzero(said) + np.count_nonzero(true)
+    return 2 * np.count_nonzero(said & true) / total if total else 0.0

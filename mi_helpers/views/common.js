@@ -62,7 +62,7 @@ export function roving(items, { columns, rows, onMove }) {
 }
 
 // A view of `draw(data, choose) -> element`: drawn anew when its data change. What has the focus and a
-// `data-key` has it afterwards, too.
+// `data-key` has it afterwards, too. What Python tells besides (`told`) is an event of that element.
 export function widget(draw) {
   return {
     render({ model, el }) {
@@ -73,10 +73,12 @@ export function widget(draw) {
         if (key) el.querySelector(`[data-key="${key}"]`)?.focus();
       };
       el.classList.add("mi-view");
+      const tell = () => el.firstElementChild.dispatchEvent(new CustomEvent("told", { detail: model.get("told") }));
       model.on("change:data", redraw);
+      model.on("change:told", tell);
       redraw();
       const release = keepKeys(el);
-      return () => { release(); model.off("change:data", redraw); };
+      return () => { release(); model.off("change:data", redraw); model.off("change:told", tell); };
     },
   };
 }

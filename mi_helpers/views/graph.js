@@ -2,15 +2,20 @@ import { make, roving, widget } from "./common.js";
 
 // data: {label, message, prompt, live, tokens: [{shown, spoken}], rows: ["words", "0", …, "answer"],
 // nodes: [{id, kind, row, column, name, short, said, value, influence, cumulative}], groups: {name: [id]},
-// links: [[source, target, weight]], cards: {id: {contexts, raises, lowers}}, start: {node, edge}}
+// links: [[source, target, weight]], cards: {id: {contexts, raises, lowers}}, start: {node, edge},
+// acts: whether the model is at hand, done: [{nodes, factor, answers: [[token, before, after]] or message}]}
 const NS = "http://www.w3.org/2000/svg";
 const WIDTH = 800, HEIGHT = 400, LEFT = 52, BOTTOM = 26, TOP = 16, MOST = 400, IN_CARD = 6, OF_ANSWER = 3;
+const FACTORS = [0, -1, 2];
+const NO_MODEL = "To multiply this node, the model has to run: in a notebook, views.graph(…, act=…).";
 const SHAPES = {
   feature: (r) => ({ d: `M ${-r} 0 a ${r} ${r} 0 1 0 ${2 * r} 0 a ${r} ${r} 0 1 0 ${-2 * r} 0` }),
   embedding: (r) => ({ d: `M ${-r} ${-r} H ${r} V ${r} H ${-r} Z` }),
   error: (r) => ({ d: `M 0 ${-r} L ${r} 0 L 0 ${r} L ${-r} 0 Z` }),
   logit: (r) => ({ d: `M 0 ${-r} L ${r} ${r} H ${-r} Z` }),
 };
+const times = (x) => `×${String(x).replace("-", "−")}`;
+const key_of = (ids, factor) => `${Number(factor)} ${[...ids].sort().join(" ")}`;
 const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
 
 function draw_in(tag, attributes = {}, children = []) {
@@ -79,7 +84,11 @@ export function draw(data, choose) {
   const tell = (more) => choose(Object.assign(state, { pinned: [...pinned] }, more) && { ...state });
 
   const canvas = draw_in("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "listbox", "aria-label": data.label });
-  const card = make("div", { class: "mi-card", role: "region", "aria-label": "card of the node" });
+  const outcome = make("div", { role: "status", class: "mi-outcome" });  // stays in the page, so that it is read out
+  const head_of_card = make("div"), rest_of_card = make("div");
+  const card = make("div", { class: "mi-card", role: "region", "aria-label": "card of the node" },
+    [head_of_card, outcome, rest_of_card]);
+  const done = new Map(data.done.map((each) => [key_of(each.nodes, each.factor), each])), last = new Map();
   const below = make("div", { class: "mi-groups" });
   const group_of = (id) => Object.keys(state.groups).find((name) => state.groups[name].includes(id)) || "";
 
@@ -106,6 +115,39 @@ export function draw(data, choose) {
     paint();
     tell({ node: id });
   };
+  // What a node or its group is multiplied by, and what the next word becomes.
+  const report = () => {
+    const asked = last.get(data.nodes[selected].id), found = asked && done.get(asked.key);
+    if (!asked) return outcome.replaceChildren();
+    const title = make("p", {}, make("b", {}, `${times(asked.factor)}: ${asked.name}`));
+    if (!found?.answers) return outcome.replaceChildren(title, make("p", {}, found ? found.message : "The model runs …"));
+    const cells = (tag, row) => make("tr", {}, row.map((text) => make(tag, {}, text)));
+    outcome.replaceChildren(title, make("table", {}, [cells("th", ["next word", "before", "after"]),
+      ...found.answers.map(([word, before, after]) => cells("td", [word, before.toFixed(3), after.toFixed(3)]))]));
+  };
+  const act = (name, nodes, factor) => {
+    const key = key_of(nodes, factor), here = data.nodes[selected].id;
+    last.set(here, { key, name, factor });
+    if (!done.has(key)) choose({ ...state, pinned: [...pinned], node: here, act: { nodes, factor } });
+    report();
+  };
+  const acts_of = (i) => {
+    const node = data.nodes[i], group = group_of(node.id);
+    if (node.kind === "logit") return [];
+    const targets = [[node.name, [node.id]]];
+    if (group) targets.push([`the group ${group}`, state.groups[group].filter((id) => data.nodes[index.get(id)].kind !== "logit")]);
+    const rows = targets.flatMap(([name, nodes]) => {
+      const factors = FACTORS.filter((factor) => data.acts || done.has(key_of(nodes, factor)));
+      const buttons = factors.map((factor) => {
+        const button = make("button", { type: "button", "aria-label": `${times(factor)}: ${name}` }, times(factor));
+        button.addEventListener("click", () => act(name, nodes, factor));
+        return button;
+      });
+      const said = name === node.name ? "multiply it: " : `multiply ${name}: `;
+      return factors.length ? [make("p", { class: "mi-acts" }, [said, ...buttons])] : [];
+    });
+    return rows.length ? rows : [make("p", {}, NO_MODEL)];
+  };
   const show = (i) => {
     selected = i;
     const node = data.nodes[i], more = data.cards[node.id] || {};
@@ -115,8 +157,9 @@ export function draw(data, choose) {
       share > 0 ? make("mark", { style: `background:rgba(230,159,0,${0.2 + 0.8 * share})` }, word) : word)));
     const words = (title, list) => list?.length
       ? [make("p", {}, [make("b", {}, `${title}: `), list.map(([word, x]) => `${word} ${signed(x)}`).join(", ")])] : [];
-    card.replaceChildren(
-      make("p", {}, [make("b", {}, node.name), ` ${node.said} `, pin]),
+    head_of_card.replaceChildren(make("p", {}, [make("b", {}, node.name), ` ${node.said} `, pin]), ...acts_of(i));
+    report();
+    rest_of_card.replaceChildren(
       ...(contexts.length ? [make("h4", {}, "Where it fires most"), ...contexts] : []),
       ...words("Raises", more.raises), ...words("Lowers", more.lowers),
       ...edges_of(1, "Edges in"), ...edges_of(0, "Edges out"));
@@ -220,9 +263,14 @@ export function draw(data, choose) {
   } else head.unshift(make("strong", {}, data.prompt));
   const message = make("p", { class: "mi-message", role: "alert" }, data.message);
   paint();
-  return make("section", { "aria-label": data.label, class: "mi-graph" }, [
+  const section = make("section", { "aria-label": data.label, class: "mi-graph" }, [
     make("div", { class: "mi-head" }, head), message,
     make("div", { class: "mi-beside" }, [canvas, card]), below]);
+  section.addEventListener("told", ({ detail }) => {
+    done.set(key_of(detail.nodes, detail.factor), detail);
+    report();
+  });
+  return section;
 }
 
 export default widget(draw);

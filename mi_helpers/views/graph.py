@@ -2,6 +2,7 @@
 
 graph(data)                          # data: the JSON of circuit-tracer and Neuronpedia
 graph(trace, prompt="The capital …") # trace(prompt) makes such JSON: any prompt can be typed
+graph(trace, prompt, act)            # act(prompt, {node: factor}): any node can be multiplied
 graph_page(data)                     # the same as one HTML file, which asks nothing of a network
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+
+import traitlets
 
 from mi_helpers.views.base import View, escape, module, plain, read, shown, spoken
 
@@ -24,49 +27,83 @@ LETTERS = 16  # of a name that is written into the drawing
 IN_TABLE = 20  # features in the HTML that needs no script
 START = {"node": 0.7, "edge": 0.5}
 
+Act = Callable[[str, dict[str, float]], Iterable[tuple[str, float, float]]]
+
 
 class GraphView(View):
-    """The view of a graph; with a function that traces, of every prompt that is typed into it.
+    """The view of a graph; with a function that traces, of every prompt that is typed into it, and
+    with one that acts, of what the answer becomes when nodes are multiplied.
 
     `chosen` has what was done last: {"prompt", "node", "pinned": [ids], "groups": {name: [ids]}}.
     """
 
-    def __init__(self, source: Mapping | Callable[[str], Mapping], prompt: str, start: Mapping):
-        self.trace, self.start = (source if callable(source) else None), start
-        data = graph_view_json(source(prompt) if callable(source) else source, start)
-        data["live"] = self.trace is not None
+    told = traitlets.Dict().tag(sync=True)  # what the model answered to the last act
+
+    def __init__(
+        self,
+        source: Mapping | Callable[[str], Mapping],
+        prompt: str,
+        act: Act | None,
+        start: Mapping,
+    ):
+        self.trace, self.act, self.start = (source if callable(source) else None), act, start
+        data = self.drawn(source(prompt) if callable(source) else source)
+        self.prompt = prompt if callable(source) else data["prompt"]  # the one that is drawn
         super().__init__("graph", data, graph_html(data), graph_text(data))
         self.observe(self.asked, "chosen")
 
+    def drawn(self, made: Mapping) -> dict:
+        """What is drawn of a graph's JSON here."""
+        live = {"live": self.trace is not None, "acts": self.act is not None}
+        return graph_view_json(made, self.start) | live
+
     def asked(self, change) -> None:
-        """Trace another prompt, or say in a sentence why that cannot be."""
-        prompt = change["new"].get("prompt")
-        if self.trace is None or prompt == self.data["prompt"]:
-            return
+        """Trace another prompt, or act on nodes, or say in a sentence why that cannot be."""
+        prompt, act = change["new"].get("prompt"), change["new"].get("act")
+        if self.trace is not None and prompt != self.data["prompt"]:
+            try:
+                self.data = self.drawn(self.trace(prompt)) | {"prompt": prompt}
+                self.prompt = prompt
+            except ValueError as error:
+                self.data = self.data | {"prompt": prompt, "message": str(error)}
+        elif self.act is not None and act:
+            self.told = act | self.answered(act["nodes"], act["factor"])
+
+    def answered(self, nodes: list[str], factor: float) -> dict:
+        """{"answers": [[token, probability before, after]]}, or {"message": why there are none}."""
         try:
-            made = graph_view_json(self.trace(prompt), self.start)
-            self.data = made | {"live": True, "prompt": prompt}
+            rows = self.act(self.prompt, dict.fromkeys(nodes, float(factor)))
         except ValueError as error:
-            self.data = self.data | {"prompt": prompt, "message": str(error)}
+            return {"message": str(error)}
+        return {"answers": _answers(rows)}
 
 
-def graph(source: Mapping | Callable[[str], Mapping], prompt: str = "", **start: float) -> View:
+def graph(
+    source: Mapping | Callable[[str], Mapping],
+    prompt: str = "",
+    act: Act | None = None,
+    **start: float,
+) -> View:
     """A view of an attribution graph.
 
     Arrows move among nodes, `p` pins one; the card beside it has its contexts, its effect on the
     logits, and its strongest edges, each of which leads on. Pinned nodes can be made one group.
+    A node, or its group, can be multiplied by 0, -1 or 2: the card then says what the next word
+    becomes.
 
     Args:
         source: JSON as `mi_helpers.circuits.files.graph_json` and circuit-tracer write it, with
-            "cards" where there are any (`graph_view_json`); or a function that makes it from a
-            prompt.
+            "cards" and "interventions" where there are any (`graph_view_json`); or a function that
+            makes it from a prompt.
         prompt: what is traced first, where `source` is a function.
+        act: a function of the prompt and {node: factor} that gives (token, probability before,
+            after) of some next tokens; `mi_helpers.circuits.cards.act_on` makes one.
         start: `node` and `edge`, the thresholds at first, from 0 to 1.
 
     Raises:
         ValueError: the JSON is no such graph, or has nothing to draw.
     """
-    return GraphView(source, prompt, START | start)
+    return GraphView(source, prompt, act, START | start)
 
 
 def graph_view_json(data: Mapping, start: Mapping = START) -> dict:
@@ -74,12 +111,13 @@ def graph_view_json(data: Mapping, start: Mapping = START) -> dict:
 
     Args:
         data: {"metadata", "nodes", "links", "qParams"}, and perhaps "cards": {node_id: {"contexts":
-            [[[word, share], …], …], "raises": [[token, effect], …], "lowers": …}}.
+            [[[word, share], …], …], "raises": [[token, effect], …], "lowers": …}}, and perhaps
+            "interventions": [{"nodes", "factor", "answers": [[token, before, after], …]}, …].
         start: the thresholds at first.
 
     Returns:
         {"label", "message", "prompt", "live": False, "tokens", "rows", "nodes", "links": [[source,
-        target, weight]], "groups", "cards", "start"}; see `graph.js`.
+        target, weight]], "groups", "cards", "start", "acts": False, "done"}; see `graph.js`.
 
     Raises:
         ValueError: it is no such graph, or has no logit.
@@ -101,7 +139,15 @@ def graph_view_json(data: Mapping, start: Mapping = START) -> dict:
             str(name): [each for each in ids if each in place]  # a pruned file may have lost some
             for name, *ids in data.get("qParams", {}).get("supernodes", [])
         }
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        done = [
+            {
+                "nodes": [str(name) for name in each["nodes"]],
+                "factor": float(each["factor"]),
+                "answers": _answers(each["answers"]),
+            }
+            for each in data.get("interventions", [])
+        ]
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(
             f"This is no attribution graph ({type(error).__name__} at {error}): give the JSON that "
             "`graph_json` or circuit-tracer writes."
@@ -124,7 +170,14 @@ def graph_view_json(data: Mapping, start: Mapping = START) -> dict:
         "groups": groups,
         "cards": dict(data.get("cards", {})),
         "start": dict(start),
+        "acts": False,
+        "done": done,
     }
+
+
+def _answers(rows: Iterable) -> list[list]:
+    """[[token as it is said, probability before, after]]."""
+    return [[spoken(str(token)), float(before), float(after)] for token, before, after in rows]
 
 
 def _node(entry: Mapping, tokens: list[str], depth: int) -> dict:

@@ -26,8 +26,10 @@ SHOW = """async ([code, css, data]) => {
   const view = (await import(address)).default, el = document.createElement('div');
   document.body.append(el);
   window.chosen = [];
-  const model = {get: name => ({data})[name], on() {}, off() {}, save_changes() {},
-    set: (name, value) => window.chosen.push(value)};
+  const held = {data}, heard = {};
+  const model = {get: name => held[name], on: (name, f) => { heard[name] = f; }, off() {},
+    save_changes() {}, set: (name, value) => window.chosen.push(value)};
+  window.tell = told => { held.told = told; heard['change:told'](); };
   view.render({model, el});
 }"""
 WORDS = [
@@ -239,6 +241,87 @@ def test_the_card_leads_on_by_mouse(page):
     assert page.locator(".mi-near").count() == 2  # of the edges that are drawn
 
 
+def act_on_the_graph(page, answer) -> None:
+    """By keyboard: the middle feature is put into a group, then it and the group are multiplied.
+
+    Args:
+        answer: called after each button, so that the model may answer.
+    """
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    card = page.get_by_role("region", name="card of the node")
+    assert card.get_by_role("button", name="×").count() == 0  # an answer writes to nothing
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Tab")  # Pin
+    page.keyboard.press("Tab")
+    assert focused(page) == "×0: weak? 0.10"
+    page.keyboard.press("Enter")
+    answer()
+    outcome = card.get_by_role("status")
+    assert outcome.get_by_role("row").all_inner_texts() == [
+        "next word\tbefore\tafter", "<b>Rome\t0.900\t0.200", "Oslo\t0.100\t0.800",
+    ]  # fmt: skip
+    assert focused(page) == "×0: weak? 0.10"  # the answer takes no focus
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("ArrowDown")
+    assert outcome.inner_text() == ""  # another node
+    page.keyboard.press("ArrowUp")
+    assert "×0: weak? 0.10" in outcome.inner_text()
+    assert page.locator("b >> text=Rome").count() == 0
+
+
+def test_a_node_is_multiplied_from_its_card(page):
+    seen = []
+
+    def act(prompt, factors):
+        seen.append((prompt, factors))
+        if -1.0 in factors.values():
+            raise ValueError("No <i>node</i> there.")
+        return [("<b>Rome", 0.9, 0.2), (" Oslo", 0.1, 0.8)]
+
+    view = views.graph(by_hand(), act=act)
+    show(page, "graph", view.data)
+
+    def answer():
+        assert "The model runs" in page.get_by_role("status").inner_text()
+        view.chosen = page.evaluate("() => window.chosen.at(-1)")
+        page.evaluate("told => window.tell(told)", view.told)
+
+    act_on_the_graph(page, answer)
+    shot(page, "graph_act")
+    page.keyboard.press("p")
+    page.get_by_role("textbox", name="name of the group").fill("step")
+    page.get_by_role("button", name="Group the pinned").click()
+    page.get_by_role("option", name="weak?").focus()
+    page.get_by_role("button", name="×2: the group step").press("Enter")
+    assert "×2: the group step" in page.get_by_role("status").inner_text()
+    page.get_by_role("button", name="×−1: weak? 0.10").press("Enter")
+    answer()
+    assert "No <i>node</i> there." in page.get_by_role("status").inner_text()
+    assert seen[0] == ("The cat", {"1_2_1": 0.0}) and seen[-1] == ("The cat", {"1_2_1": -1.0})
+    height = page.evaluate("() => document.querySelector('section').getBoundingClientRect().height")
+    assert height <= 647
+
+
+def test_a_page_without_a_model_shows_what_was_worked_out_or_says_what_it_takes(browser, tmp_path):
+    place = tmp_path / "graph.html"
+    answers = [["<b>Rome", 0.9, 0.2], [" Oslo", 0.1, 0.8]]
+    done = [{"nodes": ["1_2_1"], "factor": 0, "answers": answers}]
+    place.write_text(views.graph_page(by_hand() | {"interventions": done}), "utf-8")
+    page = browser.new_page(viewport=SCREEN)
+    page.context.set_offline(True)
+    page.goto(place.as_uri())
+    act_on_the_graph(page, lambda: None)
+    card = page.get_by_role("region", name="card of the node")
+    assert card.get_by_role("button", name="×").all_inner_texts() == ["×0"]
+    page.keyboard.press("ArrowDown")
+    assert card.get_by_role("button", name="×").count() == 0
+    assert "the model has to run: in a notebook" in card.inner_text()
+    shot(page, "graph_page_act")
+    page.close()
+
+
 def test_a_graph_is_one_page_that_needs_no_network(browser, tmp_path):
     place = tmp_path / "graph.html"
     place.write_text(views.graph_page(by_hand()), "utf-8")
@@ -433,6 +516,7 @@ def test_a_prompt_is_typed_into_the_lens_in_lab(lab, page):
 
 GRAPH = """\
 from mi_helpers import load_model, views
+from mi_helpers.circuits.cards import act_on
 from mi_helpers.circuits.edges import attribution_graph
 from mi_helpers.circuits.files import graph_json
 from mi_helpers.circuits.graphs import prune
@@ -442,6 +526,7 @@ coders = coders_for(model, range(model.n_layers))
 view = views.graph(
     lambda prompt: graph_json(prune(attribution_graph(model, coders, prompt))),
     prompt="The capital of Poland is",
+    act=act_on(model, coders),
 )
 view
 """
@@ -453,6 +538,9 @@ def test_a_prompt_is_typed_into_the_graph_in_lab(lab, page):
     open_notebook(page, lab, "graph.ipynb")
     assert run_all(page) == []
     page.get_by_role("option", name="Warsaw").wait_for(timeout=60 * SECONDS)
+    page.get_by_role("option", name="the word Poland").focus()
+    page.get_by_role("button", name="×0: the word Poland").press("Enter")
+    page.get_by_role("row", name="Warsaw").wait_for(timeout=30 * SECONDS)
     prompt = page.get_by_role("textbox", name="prompt")
     prompt.focus()
     page.keyboard.press("Control+A")

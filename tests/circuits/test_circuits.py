@@ -566,9 +566,29 @@ def test_mistakes_in_interventions_get_one_clear_sentence(gemma):
         ({"9_1_1": 0}, "There is no node '9_1_1': layers go from 0 to 2"),
         ({"4_3_8": 0}, "is a logit: change what leads to it"),
         ({"E_5_1": 0}, "is not the token at position 1: that is 9"),
+        ({node: float("nan")}, "is nan: expected a finite number"),
+        ({node: 1e300}, "expected a finite number"),
+        ({node: 10**400}, "expected a finite number"),
+        ({node: "2"}, "expected a finite number"),
+        ({node: None}, "expected a finite number"),
+        ([node], "expected {node or its name: number}"),
+        ({3: 0}, "3 is no node"),
     ):
         with pytest.raises(ModelError, match=message):
             intervene(gemma, coders, IDS, factors)
+    found = intervene(gemma, coders, IDS, {node: 0})
+    for other in ("4_3_8", "1_-1_3", "1_3_99", "1_999_3", None):
+        with pytest.raises(ModelError, match="is no feature|is not among"):
+            found.feature(other)
+    token = Node.parse("E_9_1", gemma.n_layers)
+    with pytest.raises(ModelError, match="E_9_1 is given twice"):
+        intervene(gemma, coders, IDS, {"E_9_1": 0, token: 2})
+    for k in (0, -1, 1.5, 10**9):
+        with pytest.raises(ModelError, match="k is"):
+            intervene(gemma, coders, IDS, {node: 0}).top(k)
+    for factors in ({node: float("inf")}, {node: "2"}, [node]):
+        with pytest.raises(ModelError, match="expected"):
+            predicted_effect(attribution_graph(gemma, coders, IDS), factors)
     with pytest.raises(ModelError, match="has a factor and a value"):
         intervene(gemma, coders, IDS, {node: 0}, values={node: 1})
     with pytest.raises(ModelError, match="is no feature: it takes a factor"):

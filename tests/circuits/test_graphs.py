@@ -7,11 +7,7 @@ import pytest
 import torch
 
 from mi_helpers.circuits.edges import attribution_graph
-from mi_helpers.circuits.figures import (
-    graph_figure,
-    intervention_figure,
-    supernode_figure,
-)
+from mi_helpers.circuits.figures import intervention_figure
 from mi_helpers.circuits.files import load_graph, pair_number, save_graph
 from mi_helpers.circuits.graphs import (
     EMBEDDING,
@@ -23,8 +19,6 @@ from mi_helpers.circuits.graphs import (
     Node,
     edge_scores,
     graph_scores,
-    group_by_label,
-    merge,
     node_influence,
     prune,
     random_graph,
@@ -243,25 +237,6 @@ def test_looking_at_a_graph(graph):
         graph.index(7)
 
 
-def test_supernodes_by_hand(graph):
-    named = group_by_label(graph.label({(0, 1): "words", (1, 4): "words"}))
-    assert named.supernodes == {"words": ("0_1_1", "1_4_1")}
-    merged = merge(named)
-    assert merged.names[0] == "words" and merged.members[0] == (2, 4)
-    place = {name: i for i, name in enumerate(merged.names)}
-    # 3_7_1 gets 4 - 4 from both, 3_8_1 gets 1; both get 3 from E_5_0 and -1 + 1 from E_6_1
-    assert float(merged.weights[place["output ' c'"], 0]) == 0.0
-    assert float(merged.weights[place["output ' d'"], 0]) == 1.0
-    assert float(merged.weights[0, place["'a' at 0"]]) == 3.0
-    assert float(merged.weights[0, place["' b' at 1"]]) == 0.0
-    assert float(merged.weights[0, 0]) == 0.0  # the edge inside it
-    assert float(merged.influence[0]) == pytest.approx(33 / 32)
-    assert len(merged.names) == 5  # the error belongs to none, and is left out
-    twice = replace(named, supernodes={"one": ("0_1_1",), "two": ("0_1_1",)})
-    with pytest.raises(ValueError, match="A node of the supernode 'two' is in another"):
-        merge(twice)
-
-
 def test_a_random_graph_deals_the_edges_out_anew(graph):
     control = random_graph(graph, seed=1)
     assert control.nodes == graph.nodes
@@ -283,7 +258,7 @@ LINK = {"source": str, "target": str, "weight": float}
 
 
 def test_the_file_has_what_the_viewers_ask_for(graph, tmp_path):
-    named = group_by_label(graph.label({(1, 4): "a name"}))
+    named = replace(graph.label({(1, 4): "a name"}), supernodes={"a name": ("1_4_1",)})
     path = save_graph(prune(named, 1.0, 1.0), tmp_path / "small.json", scan="gemma-2-2b")
     data = json.loads(path.read_text())
     assert set(data) == {"metadata", "qParams", "nodes", "links"}
@@ -308,7 +283,7 @@ def test_the_file_has_what_the_viewers_ask_for(graph, tmp_path):
 
 
 def test_a_saved_graph_comes_back(graph, tmp_path):
-    named = group_by_label(graph.label({(1, 4): "a name"}))
+    named = replace(graph.label({(1, 4): "a name"}), supernodes={"a name": ("1_4_1",)})
     for one in (named, prune(named, 0.7, 0.9)):
         back = load_graph(save_graph(one, tmp_path / "graph.json"))
         assert back.nodes == one.nodes and torch.allclose(back.adjacency, one.adjacency)
@@ -414,45 +389,6 @@ def real():
     model = load_model("tiny-gemma")
     coders = [SparseCoder(144, 512, 144, k=8, seed=i) for i in range(6)]
     return model, coders, attribution_graph(model, coders, PROMPT)
-
-
-def test_nodes_are_sized_by_influence_and_edges_by_weight(graph):
-    picture = graph_figure(graph, "by hand")
-    axes = picture.axes[0]
-    lines = [c for c in axes.collections if hasattr(c, "get_segments")]
-    assert sorted(len(c.get_segments()) for c in lines) == [3, 6]  # 3 take away, 6 add
-    adding = max(lines, key=lambda c: len(c.get_segments()))
-    # edges of 4, 3, 3, 2, 1, 1 in the order of their width
-    assert sorted(adding.get_linewidth()) == pytest.approx(
-        [0.4 + 3.6 * w / 4 for w in (1, 1, 2, 3, 3, 4)]
-    )
-    points = [c for c in axes.collections if c not in lines]
-    sizes = {c.get_sizes().size: c.get_sizes() for c in points if c.get_offsets()[0][1] in (1, 2)}
-    features = sizes[2]
-    assert features[0] / features[1] > 1  # 19/32 against 7/16
-    words = [text.get_text() for text in axes.texts]
-    assert "0/1" in words and "c\n0.60" in words
-    labels = [tick.get_text() for tick in axes.get_yticklabels()]
-    assert labels == ["tokens", "0", "1", "logits"]
-
-
-def test_a_focus_shows_only_its_own_edges(graph):
-    picture = graph_figure(graph, focus="0_1_1")
-    lines = [c for c in picture.axes[0].collections if hasattr(c, "get_segments")]
-    assert sum(len(c.get_segments()) for c in lines) == 4
-    assert len(graph_figure(graph, most_edges=0).axes[0].collections) == 4
-
-
-def test_supernode_figure(graph):
-    named = group_by_label(graph.label({(0, 1): "first", (1, 4): "second"}))
-    picture = supernode_figure(named, "two")
-    words = [text.get_text() for text in picture.axes[0].texts if text.get_text()]
-    assert words[:2] == ["first", "second"] and {"a", "b", "c", "d"} <= set(words)
-    assert render(picture)[:4] == b"\x89PNG"
-    arrows = supernode_figure(named, share=2.0).axes[0].texts  # stronger than the strongest
-    assert sum(not text.get_text() for text in arrows) >= 2  # the answers have theirs
-    with pytest.raises(ValueError, match="no supernodes: make some with group_by_label"):
-        supernode_figure(graph)
 
 
 def test_intervention_figure(real):

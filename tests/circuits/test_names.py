@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mi_helpers.circuits.graphs import FEATURE, Node
-from mi_helpers.circuits.names import Fired, Labels, Name, Namer, f1
+from mi_helpers.circuits.names import Labels, Name, Namer
+from mi_helpers.saes.scores import Fired, f1
 
 
 def made(*firing: tuple[int, ...], words: str = "ababcbab" * 10):

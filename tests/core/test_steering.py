@@ -293,6 +293,21 @@ def test_random_directions_like_activations_stay_in_their_space():
         random_directions(torch.ones(6), 3, like=torch.ones(5, 6))
 
 
+def test_free_random_directions_have_no_part_along_the_direction():
+    """Rows that vary mostly along it: what is drawn like them is nearly that direction."""
+    v = 3 * draw(6)
+    rows = draw(50, 6, seed=1) + 9 * draw(50, 1, seed=2) * v / v.norm()
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(random_directions(v, 200, like=rows), v[None]).abs().mean() > 0.8
+    for like in (rows, None):
+        found = random_directions(v, 200, like=like, free=True)
+        torch.testing.assert_close(found.norm(dim=1), v.norm().expand(200))
+        assert cosine(found, v[None]).abs().max() < 1e-5
+        assert float(found.mean(0).norm() / v.norm()) < 0.3  # not all the same
+    with pytest.raises(ModelError, match="along the direction alone"):
+        random_directions(v, 3, like=draw(50, 1) * v, free=True)
+
+
 def test_bfloat16_is_steered_in_float32(gemma):
     half = LanguageModel(build("gemma2").bfloat16(), make_tokenizer(), "half")
     v = draw(half.d_model).bfloat16()
@@ -314,3 +329,53 @@ def test_a_latent_of_normalised_inputs_writes_in_the_size_of_each_input(gemma):
     torch.testing.assert_close(
         stream, coder.decode(wanted, cache[SITE]) + unexplained, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"positions": slice(1.5, None)}, "whole numbers, and a step above 0"),
+        ({"positions": slice("a")}, "whole numbers, and a step above 0"),
+        ({"positions": slice(None, None, -1)}, "whole numbers, and a step above 0"),
+        ({"positions": slice(None, None, 0)}, "whole numbers, and a step above 0"),
+        ({"dose": 10**400}, "value is .*expected a finite number"),
+        ({"v": lambda v: v * 1e-30}, "expected 1e-15 to 1e15"),
+        ({"v": lambda v: v * 1e30}, "expected 1e-15 to 1e15"),
+        ({"v": lambda v: v + 1j}, "is a Tensor: expected numbers"),
+        ({"v": lambda v: (v + 1j).numpy()}, "is a ndarray: expected numbers"),
+    ],
+)
+def test_what_cannot_be_steered_is_said_before_it_runs(gemma, given, said):
+    v = given.get("v", lambda v: v)(draw(gemma.d_model))
+    steering, positions = Clamp(v, given.get("dose", 1.0)), given.get("positions")
+    with pytest.raises(ModelError, match=said), steered(gemma, SITE, steering, positions):
+        pass
+    if "dose" in given:
+        with pytest.raises(ModelError, match="centre"), steered(gemma, SITE, Erase(v, 10**400)):
+            pass
+
+
+def test_a_site_may_be_a_list_and_what_a_latent_reads_is_a_site(gemma):
+    v = draw(gemma.d_model)
+    with steered(gemma, list(SITE), Add(v)):
+        found = gemma.forward(IDS)
+    with steered(gemma, SITE, Add(v)):
+        torch.testing.assert_close(found, gemma.forward(IDS))
+    with pytest.raises(ModelError, match="reads is 'mlp_in'"):
+        Latent(coder_of(gemma), 1, "mlp_in")
+
+
+def test_a_concept_has_one_shape_at_every_dose(gemma):
+    calls = []
+
+    def grows(_):
+        calls.append(1.0)
+        return calls
+
+    with pytest.raises(ModelError, match="shape \\(2,\\) at dose 1, and \\(1,\\) without"):
+        dose_response(gemma, SITE, partial(Add, draw(gemma.d_model)), [1.0], grows, IDS)
+
+
+def test_a_seed_that_no_generator_takes_is_refused():
+    with pytest.raises(ModelError, match="seed is"):
+        random_directions(torch.ones(3), 2, seed=2**70)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from tiny_models import tiny_model
 
 from mi_helpers import logit_lens, views
+from mi_helpers.circuits.cards import FACTORS, act_on, answers, interventions
 from mi_helpers.circuits.edges import attribution_graph
 from mi_helpers.circuits.files import graph_json
 from mi_helpers.circuits.graphs import prune
+from mi_helpers.circuits.interventions import intervene
 from mi_helpers.lens import TunedLens
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.views.base import module, shown, spoken
@@ -274,6 +277,75 @@ def test_a_view_traces_what_is_typed_or_says_why_not():
     bundle, _ = view._repr_mimebundle_()
     assert "Into the answers" in bundle["text/html"] and "Into the answers" in bundle["text/plain"]
     assert not re.search(r"<script|https?://| on[a-z]+=", bundle["text/html"])
+
+
+def test_every_node_is_multiplied_as_the_model_answers():
+    model = tiny_model()
+    d = model.d_model
+    coders = [SparseCoder(d, 20, d, k=4, seed=i) for i in range(model.n_layers)]
+    prompt = "the cat sat on the mat"
+    graph = prune(attribution_graph(model, coders, prompt), 0.9)
+    features = [node.id for node in graph.features()]
+    graph = replace(graph, supernodes={"two": tuple(features[:2])})
+    view = views.graph(lambda text: graph_json(graph), prompt, act=act_on(model, coders), node=0.5)
+    assert view.data["acts"] and view.data["start"]["node"] == 0.5
+    targets = [[n["id"]] for n in view.data["nodes"] if n["kind"] != "logit"] + [features[:2]]
+    texts = [spoken(model.token_text(i)) for i in range(model.d_vocab)]
+    for nodes in targets:
+        for factor in FACTORS:
+            view.chosen = {"prompt": prompt, "act": {"nodes": nodes, "factor": factor}}
+            assert view.told["nodes"] == nodes and "message" not in view.told, view.told
+            before, after = intervene(
+                model, coders, prompt, dict.fromkeys(nodes, factor)
+            ).probabilities()
+            for word, was, now in view.told["answers"]:
+                token = [i for i, text in enumerate(texts) if text == word]
+                pairs = [(before[i].item(), after[i].item()) for i in token]
+                assert any(pair == pytest.approx((was, now), abs=1e-6) for pair in pairs)
+            said = [now for _, _, now in view.told["answers"]]
+            assert said[0] == pytest.approx(float(after.max()), abs=1e-6)
+    assert json.loads(json.dumps(view.told, allow_nan=False)) == view.told
+    view.chosen = {"prompt": prompt, "act": {"nodes": ["0_19_99"], "factor": 0}}
+    assert "position 99" in view.told["message"] and "answers" not in view.told
+
+
+def test_a_node_is_multiplied_on_the_prompt_that_is_drawn():
+    asked, source = [], small_graph(tiny_model())
+
+    def trace(prompt):
+        if not prompt:
+            raise ValueError("Type a prompt.")
+        return source
+
+    def act(prompt, factors):
+        asked.append((prompt, factors))
+        return [(" \n", 1.0, 0.0)]
+
+    view = views.graph(trace, "the cat", act)
+    view.chosen = {"prompt": ""}
+    node = view.data["nodes"][0]["id"]
+    view.chosen = {"prompt": "", "act": {"nodes": [node], "factor": 2}}
+    assert asked == [("the cat", {node: 2.0})]
+    assert view.told == {"nodes": [node], "factor": 2, "answers": [["↵", 1.0, 0.0]]}
+    assert not views.graph(source).data["acts"]
+
+
+def test_what_multiplying_does_is_kept_for_a_page():
+    model = tiny_model()
+    d = model.d_model
+    coders = [SparseCoder(d, 20, d, k=4, seed=i) for i in range(model.n_layers)]
+    graph = prune(attribution_graph(model, coders, "the cat sat on the mat"), 0.9)
+    first, second, *_ = (node.id for node in graph.features())
+    graph = replace(graph, supernodes={"both": (first, second), "one": (first,)})
+    found = interventions(model, coders, graph, strongest=2)
+    assert [each["nodes"] for each in found[::3]] == [[first, second], [first], [second]]
+    assert [each["factor"] for each in found] == 3 * list(FACTORS)
+    made = views.graph_view_json(graph_json(graph) | {"interventions": found})
+    assert made["done"][0]["answers"][0][1:] == list(found[0]["answers"][0][1:])
+    assert found[0]["answers"] == answers(model, coders, graph.prompt, {first: 0, second: 0})
+    for bad in ([{"nodes": [first]}], [3], [{"nodes": [], "factor": "x", "answers": []}]):
+        with pytest.raises(ValueError, match="no attribution graph"):
+            views.graph_view_json(graph_json(graph) | {"interventions": bad})
 
 
 def test_the_page_holds_data_that_cannot_leave_it():

@@ -433,16 +433,3 @@ def test_the_dashboard_draws_every_latent(model, real):
         assert feature_figures.dashboard(page, latent).axes
     with pytest.raises(ValueError, match="no latent 30"):
         feature_figures.dashboard(page, 30)
-
-
-def test_a_text_shows_which_latents_fire_where(model, real):
-    held, coder, _ = real
-    figure = feature_figures.firing_map(model, coder, held.source, "the cat sat on the mat")
-    assert figure.axes
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    ids = model.tokens("the cat sat on the mat")
-    _, cache = model.run_with_cache(ids, held.source)
-    total = coder.encode(cache[held.source][0, 1:].float()).sum(0)  # without BOS
-    assert names == [f"latent {int(i)}" for i in total.topk(len(names)).indices]
-    with pytest.raises(ValueError, match="empty"):
-        feature_figures.firing_map(model, coder, held.source, "")

@@ -97,7 +97,7 @@ def test_what_cannot_be_found_is_said(tmp_path, capsys):
         with pytest.raises(RunError, match="give a token or a text to look for"):
             find(tmp_path, empty)
     path = tmp_path / "latents.jsonl"
-    for damaged in ('{"latent": 1', "[1]\n", '{"latent": "a"}\n', '{"latent": 1}\n', "\xff\n"):
+    for damaged in ("", '{"latent": 1', "[1]\n", '{"latent": "a"}\n', '{"latent": 1}\n', "\xff\n"):
         path.write_bytes(damaged.encode("latin-1"))
         assert main(["find", str(tmp_path), "cat"]) != 0
         said = capsys.readouterr()

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mi_helpers.layouts import NORMALIZED, ModelError
 from mi_helpers.models import LanguageModel, read_sites, site_width
 from mi_helpers.saes import harvest as module
 from mi_helpers.saes.activations import Activations, Shuffled
-from mi_helpers.saes.harvest import HarvestConfig, batches, harvest, pieces
+from mi_helpers.saes.harvest import HarvestConfig, batches, harvest, harvest_together, pieces
 from mi_helpers.saes.plan import check_model
 from mi_helpers.saes.processes import Processes
 from mi_helpers.saes.sources import open_source
@@ -363,15 +364,126 @@ def test_two_processes_make_the_same_harvest(held, model, source, tmp_path, monk
     """Both in turn, without waiting for one another: each makes every other shard."""
     folder = tmp_path / "two"
     monkeypatch.setattr(Processes, "wait", lambda self: None)
-    harvester = module.Harvester
     plan = durable.read_sealed(held.folder / "plan.json")
     for rank in (0, 1):
-        count = harvester(model, source, folder, plan).shards(Processes(rank, 2), False)
+        reader, own = module.Reader(model, source, plan), module.Harvester(folder, plan)
+        count = reader.shards([own], Processes(rank, 2), False)
         assert count == len(held.sizes)
         made = {int(path.stem[-5:]) for path in folder.glob("shard-*")}
         assert made == {i for i in range(count) if i % 2 <= rank}
     both, one = content(folder), content(held.folder)
     assert both == {name: one[name] for name in both}
+
+
+# -- several sites in one pass -----------------------------------------------------------------
+
+
+def several(folder, **settings):
+    """{folder: config} of four harvests: sites of three layers, and a transcoder's pair."""
+    own = {"tokens": 1_000} | SMALL | settings
+    pairs = {"a": (("resid_post", 1), None), "b": (("resid_post", 0), None)}
+    pairs |= {"c": (("mlp_in", 1), ("mlp_out", 1)), "d": (("embed", None), None)}
+    return {folder / n: HarvestConfig(*pair, **own) for n, pair in pairs.items()}
+
+
+@pytest.fixture(scope="module")
+def apart(model, source, tmp_path_factory):
+    """A folder of those harvests, each made alone."""
+    folder = tmp_path_factory.mktemp("apart")
+    for own, config in several(folder).items():
+        harvest(model, source, own, config, progress=False)
+    return folder
+
+
+@pytest.fixture
+def alone(apart):
+    """{name: the bytes of that harvest alone}."""
+    return {folder.name: content(folder) for folder in apart.iterdir()}
+
+
+def test_harvests_in_one_pass_are_what_each_is_alone(model, source, alone, tmp_path, monkeypatch):
+    runs, real = [], module.read_sites
+    monkeypatch.setattr(module, "read_sites", lambda *a: runs.append(a[2]) or real(*a))
+    wanted = several(tmp_path)
+    held = harvest_together(model, source, wanted, progress=False)
+    assert {folder.name: content(folder) for folder in wanted} == alone
+    assert [each.source for each in held] == [each.site for each in wanted.values()]
+    once = len(runs)
+    assert all(len(sites) == 5 for sites in runs)  # a, b, d, and the pair of c
+    runs.clear()
+    harvest(model, source, tmp_path / "one", several(tmp_path)[tmp_path / "a"], progress=False)
+    assert len(runs) == once  # as many runs of the model as one harvest takes
+
+
+def test_only_what_lacks_a_shard_is_run_again(model, source, alone, tmp_path, monkeypatch):
+    wanted = several(tmp_path)
+    harvest_together(model, source, wanted, progress=False)
+    (tmp_path / "b" / "shard-00001.safetensors").unlink()
+    shard = tmp_path / "c" / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    runs, real = [], module.read_sites
+    monkeypatch.setattr(module, "read_sites", lambda *a: runs.append(a[2]) or real(*a))
+    harvest_together(model, source, wanted, progress=False)
+    assert {tuple(sites) for sites in runs} == {(("resid_post", 0), ("mlp_in", 1), ("mlp_out", 1))}
+    assert {folder.name: content(folder) for folder in wanted} == alone
+
+
+@pytest.mark.parametrize("at", range(0, 130, 13))
+def test_several_stopped_at_any_step_of_writing_end_with_the_same_bytes(
+    model, source, alone, tmp_path, at, monkeypatch
+):
+    calls, wanted = iter(range(10**6)), several(tmp_path)
+
+    def dies(function):
+        def run(*args, **kwargs):
+            if next(calls) == at:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return run
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(durable, "save_file", dies(durable.save_file))
+        patch.setattr(durable, "flush", dies(durable.flush))
+        patch.setattr(durable.os, "replace", dies(os.replace))
+        harvest_together(model, source, wanted, progress=False)
+    harvest_together(model, source, wanted, progress=False)
+    assert {folder.name: content(folder) for folder in wanted} == alone
+
+
+def test_several_harvests_of_two_processes(model, source, apart, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    plans = {n: durable.read_sealed(apart / n / "plan.json") for n in alone}
+    for rank in (0, 1):
+        own = [module.Harvester(tmp_path / name, plan) for name, plan in plans.items()]
+        module.Reader(model, source, own[0].plan).shards(own, Processes(rank, 2), False)
+    for name, files in alone.items():
+        shards = {n: data for n, data in files.items() if n.startswith("shard-")}
+        assert content(tmp_path / name) == shards
+
+
+def test_what_is_no_harvest_is_said(model, source, tmp_path):
+    good = several(tmp_path)[tmp_path / "a"]
+    wrong = {"outlier": "x", "context": 12.5, "site": "resid_post"}
+    for changes in [{each: value} for each, value in wrong.items()]:
+        with pytest.raises(RunError, match=f"{next(iter(changes))} is"):
+            harvest(model, source, tmp_path / "x", replace(good, **changes), progress=False)
+    for configs in (None, [(tmp_path / "x", good)], {tmp_path / "x": {"tokens": 3}}):
+        with pytest.raises(RunError, match="expected .*HarvestConfig"):
+            harvest_together(model, source, configs, progress=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_cannot_be_one_pass_is_said(model, source, tmp_path):
+    wanted = several(tmp_path)
+    wanted[tmp_path / "b"] = replace(wanted[tmp_path / "b"], context=11)
+    with pytest.raises(RunError, match="context is 12 and 11: give them one value"):
+        harvest_together(model, source, wanted, progress=False)
+    twice = {tmp_path / "a": wanted[tmp_path / "a"], f"{tmp_path}/x/../a": wanted[tmp_path / "a"]}
+    for bad in (twice, {}):
+        with pytest.raises(RunError, match="a folder of its own: name at least one, each once"):
+            harvest_together(model, source, bad, progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 # -- reading ---------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import re
+import shlex
 import sys
 import threading
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +111,25 @@ def test_a_second_run_changes_nothing_and_stages_agree_with_it(run, place, tmp_p
         k: v for k, v in before.items() if k not in apart
     }
     assert "1,000 tokens" in capsys.readouterr().out
+
+
+def test_several_layers_are_each_the_run_that_it_is_alone(run, place, tmp_path, capsys):
+    given = options(place, tmp_path, layer=-1, layers="1,0")
+    assert main(["harvest", *given]) == 0
+    assert main(["run", *given]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"layer-0", "layer-1"}
+    apart = {"seconds.json", "report.md"}  # the time is theirs
+    made, alone = files(tmp_path / "layer-1"), files(run)
+    assert made.keys() == alone.keys()
+    assert all(made[name] == alone[name] for name in alone.keys() - apart)
+    assert "resid_post 0" in capsys.readouterr().out
+    assert main(["run", *options(place, tmp_path / "layer-0", layer=0)]) == 0  # it goes on as one
+    assert (
+        main(["run", *options(place, tmp_path / "all", layer=-1, layers="all"), "--dry-run"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert all(f"resid_post {i}, measured" in said for i in range(3))
+    assert "share one pass" in said and not (tmp_path / "all").exists()
 
 
 def test_the_order_of_stages_is_said(place, tmp_path, capsys):
@@ -362,6 +383,67 @@ def test_the_reference_runs_configuration_is_the_reference_run():
     config = found.training(2_304)
     assert (found.tokens, config.latents, config.k) == (500_000, 18_432, 32)
     assert (config.batch, config.steps, config.latents // 2_304) == (4_096, 5_000, 8)
+
+
+TINY = {  # of the page's words and numbers, what a test can run
+    "tokens": 1_000,
+    "context": 12,
+    "latents": 48,
+    "k": 4,
+    "batch": 64,
+    "steps": 30,
+    "layer": 1,
+}
+PAGES = {"notebooks/06_sparse_autoencoder.ipynb": 3, "docs/pipeline.md": 3}  # and their commands
+
+
+def commands_of(page):
+    """The commands of ours that a page tells whoever has Gemma 2 2B's weights to type."""
+    text = (ROOT / page).read_text("utf-8")
+    if page.endswith(".ipynb"):
+        cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
+        (text,) = [cell for cell in cells if cell.startswith("## On Gemma 2 2B")]
+    lines = re.findall(r"^ *`?python -m mi_helpers ([^`\n]+)", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines if "gemma" in line]
+
+
+def tiny_config(place, folder):
+    """The reference run's own file, each of its settings kept or made small."""
+    settings = tomllib.loads((ROOT / "config" / "gemma_2_2b.toml").read_text("utf-8"))
+    texts = {"folder": folder / "run", "model": place / "model", "text": place / "text.txt"}
+    settings |= TINY | {key: str(path) for key, path in texts.items()}
+    (folder / "own.toml").write_text(
+        "".join(f"{k} = {json.dumps(v)}\n" for k, v in settings.items())
+    )
+    return settings
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_the_page_runs_at_tiny_scale(page, place, tmp_path, capsys):
+    commands, settings = commands_of(page), tiny_config(place, tmp_path)
+    assert len(commands) == PAGES[page]
+    here = {
+        "config/gemma_2_2b.toml": tmp_path / "own.toml",
+        "runs/gemma_2_2b": tmp_path / "run",
+        "google/gemma-2-2b": place / "model",
+        "my.txt": place / "text.txt",
+        "runs/lens": tmp_path / "lens",
+        "virus": "cat",
+    }
+    more = {"lens": ["--tokens", "400", "--steps", "2"]}
+    for name, *given in commands:
+        argv = [name, *(str(here.get(word, word)) for word in given), *more.get(name, [])]
+        assert not re.search("gemma|hf:", " ".join(argv).replace(str(tmp_path), ""))
+        assert main(argv) == 0, capsys.readouterr().err
+        said = capsys.readouterr().out
+        if "--dry-run" in argv:
+            assert "30 steps of 64 rows" in said and not (tmp_path / "run").exists()
+        elif name == "find":
+            assert "fires at it in" in said  # some latent of the run does
+        elif name == "run":
+            assert (tmp_path / "run" / "latents.jsonl").is_file()
+            assert json.loads((tmp_path / "run" / "recipe.json").read_text())["steps"] == 30
+    assert settings["dtype"] == "bfloat16" and "site" in settings  # kept from the real file
 
 
 # -- dry runs --------------------------------------------------------------------------------

@@ -146,14 +146,42 @@ def test_candidates_alone_would_not_do():
     assert misses(*distribution("twins"), 16) > 0.5
 
 
+SELECTS = {"numpy": lambda scores: True, "torch": lambda scores: False}
+
+
+@pytest.mark.parametrize("select", SELECTS)
 @pytest.mark.parametrize("length", [30, 1152, 1153, 4096, 18432])
-def test_the_largest_of_folded_rows_are_the_largest(length):
+def test_the_largest_of_folded_rows_are_the_largest(length, select, monkeypatch):
+    monkeypatch.setattr(sparse_products, "_numpy_selects", SELECTS[select])
     scores = randn(50, length)
     scores[:, ::7] = scores[:, 3:4]  # ties
     values, indices = largest(scores, 24)
     assert torch.equal(values.sort().values, scores.topk(24).values.sort().values)
     assert torch.equal(scores.gather(1, indices), values)
     assert all(len(row.unique()) == 24 for row in indices)
+
+
+@pytest.mark.parametrize("select", SELECTS)
+def test_what_is_no_number_is_largest(select, monkeypatch):
+    """So a dictionary that has diverged is found out, and not passed over."""
+    monkeypatch.setattr(sparse_products, "_numpy_selects", SELECTS[select])
+    x, W, bias = distribution("normal")
+    W[5, 3] = torch.nan
+    indices, values = TopK(W, PRODUCTS["float32"])(x, bias, 16)
+    assert (indices[:, 0] == 5).all() and values[:, 0].isnan().all()
+    assert (values[:, 1:-1] >= values[:, 2:]).all()
+
+
+def test_steps_are_the_same_whoever_selects(monkeypatch):
+    x, found = randn(300, 24), {}
+    for name, select in SELECTS.items():
+        monkeypatch.setattr(sparse_products, "_numpy_selects", select)
+        coder = SparseCoder(24, 256, k=6, seed=0).initialise(x)
+        step = SparseStep(coder, lr=1e-2, products=Products(("int8", "float32"), "highest"))
+        for _ in range(4):
+            step(x)
+        found[name] = coder.state_dict()
+    assert all(torch.equal(found["numpy"][name], found["torch"][name]) for name in found["torch"])
 
 
 def test_a_kind_of_product_that_is_too_rough_is_given_up():

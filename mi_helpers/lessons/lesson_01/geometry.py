@@ -66,23 +66,16 @@ def random_directions(n: int, m: int, generator: torch.Generator | None = None) 
     return unit(torch.randn(n, m, generator=generator))
 
 
-def expected_interference(n: int, m: int, p: float = 1.0) -> float:
-    """p (n - 1) / m: the expected squared interference among n random unit vectors.
-
-    A component of a random unit vector has mean square 1/m, since m of them sum to 1; so has the
-    dot product of two. Of the n - 1 others, a share p is on (at 1) at a time. Their dot products
-    have mean zero and are uncorrelated, so the squares add up.
-    """
-    return p * (n - 1) / m
-
-
 @on_one_core
 def measured_interference(
     n: int, m: int, p: float, samples: int = 500, draws: int = 10, seed: int = 0
 ) -> float:
-    """The same, measured: the mean over inputs and features of (Σ_{j≠i} x_j Ŵ_j · Ŵ_i)².
+    """The squared interference among n random unit vectors, p (n - 1) / m in expectation: the mean
+    over inputs and features of (Σ_{j≠i} x_j Ŵ_j · Ŵ_i)².
 
-    Averaged over several draws of the directions, since one draw is off by a few per cent.
+    A component of a random unit vector has mean square 1/m, since m of them sum to 1; so has the
+    dot product of two. Of the n - 1 others, a share p is on (at 1) at a time. Averaged over several
+    draws of the directions, since one draw is off by a few per cent.
 
     Args:
         samples: inputs per draw of the directions.

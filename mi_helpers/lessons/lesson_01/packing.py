@@ -18,11 +18,6 @@ def cosines(V: Tensor) -> Tensor:
     return (V @ V.T).abs().fill_diagonal_(0)
 
 
-def largest_cosine(V: Tensor) -> float:
-    """The largest |cos| between two different rows of V (n, m)."""
-    return cosines(V).max().item()
-
-
 def welch_bound(m: int, epsilon: float) -> float:
     """The most directions that can fit: m (1 - ε²) / (1 - m ε²) for m < 1/ε², else infinity.
 

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from mi_helpers.course.ledger import claim
+from mi_helpers.lessons.lesson_06 import universality
 from mi_helpers.lessons.lesson_06.experiments import (
     K,
     at_a_topics_words,
@@ -302,6 +303,39 @@ def shared_beyond_chance(seed: int) -> float:
     directions of the same covariance."""
     one, other = (experiment(s).coder.W_dec.detach() for s in (seed, (seed + 1) % 3))
     return share_found(one, other) - share_found(random_like(one, seed), other)
+
+
+@functools.cache
+def elsewhere(seed: int) -> dict[str, float]:
+    """How many latents of a small SAE are found again elsewhere."""
+    return universality.shares(shipped_model(), seed)
+
+
+@claim(
+    "twin-latents",
+    "Latents that fire alike in the twin, share, less that in a model with its embedding alone",
+    source="Olah et al. 2020, Zoom In, claim 3: universality",
+    tolerance=">= 0.1",
+    seeds=3,
+    fast=False,
+)
+def shared_with_the_twin(seed: int) -> float:
+    """Latents of a small SAE with a partner (correlation above 0.7 on the same text) in that of the
+    twin: their share, less the share with one in a model that has words and computes nothing."""
+    return elsewhere(seed)["the twin"] - elsewhere(seed)["trained embedding only"]
+
+
+@claim(
+    "twin-against-seeds",
+    "Latents that fire alike in the twin, over those in another seed's dictionary of one model",
+    source="measured in the lesson: two models differ more than two dictionaries of one",
+    tolerance="<= 0.9",
+    seeds=3,
+    fast=False,
+)
+def twin_over_seeds(seed: int) -> float:
+    """The share of latents with a partner in the twin, over that in another seed's dictionary."""
+    return elsewhere(seed)["the twin"] / elsewhere(seed)["another seed"]
 
 
 def grid_rows(**wanted) -> list[dict]:

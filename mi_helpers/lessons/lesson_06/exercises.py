@@ -19,7 +19,7 @@ from mi_helpers.course.check import (
 from mi_helpers.course.investigate import investigation
 from mi_helpers.course.predict import prediction
 from mi_helpers.lessons.lesson_06 import experiments as lab
-from mi_helpers.lessons.lesson_06 import naming, rivals
+from mi_helpers.lessons.lesson_06 import naming, rivals, universality
 from mi_helpers.lessons.shared import on_model, repeated_tokens, shipped_model
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.files import load_coder
@@ -536,7 +536,7 @@ def top_contexts(model, coder, site, latent, texts, n, around):
         at = int(values.argmax()) + 1
         if values.max() > 0:
             bare = tokens[at].lstrip(" ")
-            blank = tokens[at][: len(tokens[at]) - len(bare)]
+            blank = " " * (len(tokens[at]) - len(bare))
             before, after = tokens[max(1, at - around) : at], tokens[at + 1 : at + around + 1]
             context = "".join([*before, f"{blank}[[{bare}]]", *after])
             found.append((float(values.max()), context))
@@ -991,9 +991,27 @@ def strongest_rival() -> str:
     options=THIRDS,
 )
 def found_again() -> str:
-    x, fresh = (lab.stream_rows(shipped_model(), n, 7 + i) for i, n in enumerate((20_000, 5_000)))
-    share = float((partners(*lab.two_seeds(x, fresh)) > 0.7).float().mean())
+    share = elsewhere()["another seed"]
     return THIRDS[0] if share < 1 / 3 else THIRDS[1] if share < 2 / 3 else THIRDS[2]
+
+
+IN_THE_TWIN = ["hardly any", "about two thirds as many", "as many"]
+
+
+@prediction(
+    "6.14",
+    question="And how many, against that, in the dictionary of the twin?",
+    options=IN_THE_TWIN,
+)
+def found_in_the_twin() -> str:
+    share = elsewhere()["the twin"] / elsewhere()["another seed"]
+    return IN_THE_TWIN[0 if share < 1 / 3 else 1 if share < 0.9 else 2]
+
+
+@functools.cache
+def elsewhere() -> dict[str, float]:
+    """How many latents are found again elsewhere, measured once."""
+    return universality.shares(shipped_model())
 
 
 # -- the investigation -----------------------------------------------------------------------

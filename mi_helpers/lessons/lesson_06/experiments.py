@@ -6,8 +6,8 @@
     structure(x)                                          # real rows against their Gaussian twins
     read_grid()                                           # the table of runs in data/sae/grid.csv
 
-Rivals are in `rivals`, names and their scores in `naming`, two models' latents in `universality`;
-what is not of this lesson alone is in `saes`. The coder and the table that ship are made by `grid`.
+Rivals are in `rivals`, names and their scores in `naming`, the same latents elsewhere in
+`universality`; what is not of this lesson alone is in `saes`. What ships is made by `grid`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 
 from mi_helpers.files import DATA
 from mi_helpers.layouts import Key
+from mi_helpers.lessons.coders import CODER, middle
+from mi_helpers.lessons.coders import coder_of as coder_of
 from mi_helpers.lessons.lesson_06.rivals import (
     CONCEPTS,
     Ground,
@@ -48,35 +50,8 @@ from mi_helpers.steering import Add, steered
 from mi_helpers.tinyworld.lexicon import topics
 
 SHIPPED = DATA / "sae"
-CODER, GRID = SHIPPED / "tiny_gemma", SHIPPED / "grid.csv"
+GRID = SHIPPED / "grid.csv"
 K = 8  # of what ships: 32 of 144 numbers would hardly be sparse; the table says what it costs
-
-
-def middle(model: LanguageModel) -> Key:
-    """The lesson's site: the stream after the middle block.
-
-    In tiny-gemma that is block 3 of 6; in Gemma 2 2B block 12 of 26, as in the reference run.
-    """
-    return "resid_post", min(model.n_layers // 2, 12)
-
-
-def coder_of(model: LanguageModel) -> SparseCoder:
-    """The autoencoder that the lesson reads, not to be trained: tiny-gemma's ships; Gemma 2 2B's is
-    Gemma Scope's.
-
-    Raises:
-        ValueError: the model is another.
-    """
-    if model.name == "tiny-gemma":
-        return load_coder(CODER).requires_grad_(False)
-    if model.name.endswith("gemma-2-2b"):
-        scope = "google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82"
-        return load_coder(*scope).requires_grad_(False)
-    raise ValueError(
-        f"No autoencoder of {model.name} is at hand: train one with python -m mi_helpers run, and "
-        "load its folder with load_coder."
-    )
-
 
 # --------------------------------------------------------------------------- where in the text
 
@@ -278,17 +253,6 @@ def stream_rows(model: LanguageModel, tokens: int, seed: int) -> Tensor:
         config = HarvestConfig(middle(model), tokens=tokens)
         held = harvest(model, open_source("tinyworld", seed), folder, config, progress=False)
         return held.slice(0, held.rows)[0]
-
-
-def two_seeds(x: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
-    """The values of two small SAEs that differ in their seed alone, (tokens, latents) each.
-
-    Args:
-        x, fresh: rows to train on, and rows on which the values are (tokens, d).
-    """
-    width = 4 * x.shape[1]
-    configs = (TrainConfig(width, K, steps=250, batch=1_024, seed=seed) for seed in (0, 1))
-    return tuple(fit(x, config).encode(fresh).detach() for config in configs)
 
 
 def in_control(kind: str, model: LanguageModel, seed: int = 0) -> dict[str, float]:

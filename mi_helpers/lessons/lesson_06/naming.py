@@ -22,6 +22,7 @@ from mi_helpers.lessons.lesson_06.rivals import read_texts, texts
 from mi_helpers.models import LanguageModel
 from mi_helpers.saes.coder import SparseCoder
 from mi_helpers.saes.concepts import STRONG
+from mi_helpers.saes.scores import f1
 from mi_helpers.saes.sources import TinyWorldText
 
 SIGNS = {"": "blank", ",": "comma", "&": "and sign"}  # tokens that a name could not hold
@@ -111,11 +112,6 @@ def says(name: str, found: Sample) -> np.ndarray:
     """Where a name says that its latent fires, (n,), booleans."""
     masks = [np.isin(found.facts[kind], list(values)) for kind, values in parts_of(name)]
     return np.logical_and.reduce(masks)
-
-
-def f1(said: np.ndarray, true: np.ndarray) -> float:
-    """2 TP / (said + true), 0 where nothing is said."""
-    return float(2 * (said & true).sum() / max(said.sum() + true.sum(), 1))
 
 
 def best_values(fact: np.ndarray, fires: np.ndarray, within: np.ndarray) -> tuple[list[str], float]:

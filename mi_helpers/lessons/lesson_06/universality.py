@@ -1,33 +1,25 @@
-"""The same latents in two models: matched by where they fire in the same text.
+"""The same latents elsewhere: with another seed, in a twin, in a model that has only words left.
 
-    found = universality((model, coder), (twin, its_coder), ids)
-    found["matched"], found["chance"]
+    found = dictionaries(model)
+    correlations(found["this one"], found["the twin"]).amax(1)    # each latent's best partner
 
-Directions of two models cannot be compared, as each has axes of its own; firing can. Any two models
-do that read the same tokens.
+Directions of two models cannot be compared, as each has axes of its own; firing can, where both
+read the same tokens. The twin is tiny-gemma trained again on the same world from other random
+weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from mi_helpers.layouts import Key, ModelError
-from mi_helpers.models import LanguageModel, read_sites
-from mi_helpers.saes.coder import SparseCoder
+from mi_helpers.lessons.lesson_06.experiments import K, stream_rows
+from mi_helpers.lessons.shared import MODELS
+from mi_helpers.loading import load_model
+from mi_helpers.models import LanguageModel
+from mi_helpers.saes.training import TrainConfig, fit
 
-Side = tuple[LanguageModel, SparseCoder, Key]  # a model, a coder of it, and the site it is of
 SAME = 0.7  # correlation above which two latents count as the same
-
-
-@torch.no_grad()
-def values(side: Side, texts: Sequence[Tensor]) -> Tensor:
-    """A coder's values at every token but the first of each text, (tokens, latents)."""
-    model, coder, site = side
-    rows = [read_sites(model, ids[None].to(model.device), [site])[0][0, 1:] for ids in texts]
-    return coder.encode(torch.cat(rows).to(coder.device, torch.float32)).cpu()
 
 
 def correlations(one: Tensor, other: Tensor) -> Tensor:
@@ -40,34 +32,40 @@ def correlations(one: Tensor, other: Tensor) -> Tensor:
     return sides[0].T @ sides[1]
 
 
-def universality(one: Side, other: Side, texts: Sequence[Tensor], seed: int = 0) -> dict:
-    """How many latents of one model's coder have a partner in another's that fires alike.
+def dictionaries(model: LanguageModel, tokens: int = 20_000, seed: int = 0) -> dict[str, Tensor]:
+    """Small SAEs of a model and of others: their values at the same tokens of TinyWorld.
 
     Args:
-        texts: token ids (pos,), BOS first, which both models read.
-        seed: of the control, in which the other's tokens are in another order.
+        tokens: of the text; four fifths are trained on, the values are at the last fifth.
+        seed: of the text, of the SAEs' random weights, and of the controls.
 
     Returns:
-        {"best": (latents,), each latent's highest correlation with any of the other's, NaN where it
-        never fires; "matched": the share above SAME of those that fire; "chance": the same with
-        the tokens of the other in another order; "alive": how many fire}.
-
-    Raises:
-        ModelError: the models do not read the same tokens.
+        {"this one", "another seed" (of the same model), "the twin" (of tiny-gemma alone), "trained
+        embedding only", "in another order" (the other seed's tokens shuffled): (tokens / 5,
+        latents)}.
     """
-    sizes = [side[0].d_vocab for side in (one, other)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"The models have vocabularies of {sizes[0]:,} and {sizes[1]:,} tokens: latents can "
-            "be matched by their firing only where both read the same tokens."
-        )
-    a, b = (values(side, texts) for side in (one, other))
-    alive = (a > 0).any(0)
-    order = torch.randperm(len(b), generator=torch.Generator().manual_seed(seed))
-    best, chance = (correlations(a, x).amax(1) for x in (b, b[order]))
+    models = {"this one": model, "another seed": model}
+    if model.name == "tiny-gemma":
+        models["the twin"] = load_model("tiny-gemma-twin")
+    models["trained embedding only"] = MODELS["trained embedding only"](model, seed)
+    x, found = {}, {}
+    for number, (name, each) in enumerate(models.items()):
+        if id(each) not in x:
+            x[id(each)] = stream_rows(each, tokens, 700 + seed)
+        rows, of_training = x[id(each)], tokens * 4 // 5
+        width = 4 * rows.shape[1]
+        config = TrainConfig(width, K, steps=250, batch=1_024, seed=10 * seed + number)
+        coder = fit(rows[:of_training], config)
+        found[name] = coder.encode(rows[of_training:]).detach()
+    order = torch.randperm(len(found["this one"]), generator=torch.Generator().manual_seed(seed))
+    return found | {"in another order": found["another seed"][order]}
+
+
+def shares(model: LanguageModel, seed: int = 0) -> dict[str, float]:
+    """{of `dictionaries`: the share of this one's latents with a partner there above SAME}."""
+    found = dictionaries(model, seed=seed)
+    one = found.pop("this one")
     return {
-        "best": torch.where(alive, best, torch.nan),
-        "matched": float((best[alive] > SAME).float().mean()),
-        "chance": float((chance[alive] > SAME).float().mean()),
-        "alive": int(alive.sum()),
+        name: float((correlations(one, other).amax(1) > SAME).float().mean())
+        for name, other in found.items()
     }

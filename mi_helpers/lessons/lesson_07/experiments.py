@@ -36,7 +36,7 @@ from mi_helpers.models import LanguageModel
 from mi_helpers.saes.coder import SparseCoder, explained_variance
 from mi_helpers.saes.features import collect, context, logit_effects
 from mi_helpers.saes.figures import Page
-from mi_helpers.saes.harvest import HarvestConfig, harvest
+from mi_helpers.saes.harvest import HarvestConfig, harvest_together
 from mi_helpers.saes.sources import open_source
 from mi_helpers.saes.transcoders import READ, SOURCE, TARGET, Pairs, read_ids
 
@@ -288,13 +288,15 @@ def make_pages(
     model: LanguageModel, coders: Coders, folder: Path, tokens: int = 8_000, seed: int = 8
 ) -> dict[int, Page]:
     """{layer: a harvest of MLP inputs, and where each latent fires}: what a rule is drawn from."""
-    pages = {}
-    for layer, coder in by_layer(coders).items():
-        config = HarvestConfig((SOURCE, layer), (TARGET, layer), tokens)
-        place, source = folder / f"layer_{layer}", open_source(READ, seed)
-        held = harvest(model, source, place, config, progress=False)
-        pages[layer] = Page(held, coder, collect(held, coder), model)
-    return pages
+    given, source = by_layer(coders), open_source(READ, seed)
+    configs = {
+        folder / f"layer_{layer}": HarvestConfig((SOURCE, layer), (TARGET, layer), tokens)
+        for layer in given
+    }
+    pairs = zip(
+        harvest_together(model, source, configs, progress=False), given.items(), strict=True
+    )
+    return {layer: Page(held, coder, collect(held, coder), model) for held, (layer, coder) in pairs}
 
 
 def own_tokens(page: Page, least: int = 10) -> dict[int, tuple[int, float]]:

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from mi_helpers.circuits.graphs import Graph
-from mi_helpers.circuits.names import Fired, Labels, Namer
+from mi_helpers.circuits.names import Labels, Namer
 from mi_helpers.circuits.replacement import Coders, by_layer
 from mi_helpers.lessons.lesson_08.experiments import Reading, activations
 from mi_helpers.lessons.shared import documents, tokens_and_ranges
 from mi_helpers.models import LanguageModel
+from mi_helpers.saes.scores import Fired
 from mi_helpers.tinyworld import lexicon
 from mi_helpers.tinyworld.source import Document
 from mi_helpers.tinyworld.world import World
