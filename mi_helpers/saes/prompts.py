@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -196,12 +197,12 @@ class Question:
     blank: Any
 
 
-class Prompted:
+class Prompted(ABC):
     """An explainer that answers questions by `ask`."""
 
+    @abstractmethod
     def ask(self, question: Question) -> Any:
         """What is read in the answer to a question."""
-        raise NotImplementedError
 
     def explain(self, examples: Examples) -> Explanation:
         """A name, from the half that is seen."""
